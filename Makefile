@@ -1,0 +1,95 @@
+# fastddpm: `make sample` and `make test` set everything up by themselves; `make help` lists the rest.
+# Needs Linux and Python 3.11 or newer with its venv module. Everything is installed into .venv and nowhere else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := constraints.txt
+RESULTS := benchmarks/results
+
+# Another environment that happens to be active, or the user's own site-packages, must not leak in.
+unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_USER PIP_CONSTRAINT
+export PYTHONNOUSERSITE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+# Dependencies are pinned, the build backend too: it is installed first and used without build isolation.
+INSTALL := $(BIN)/python -m pip install -qq -c $(PINS)
+
+# How far the environment has got. BUSY exists while something is being installed: a run that finds it starts afresh.
+BASE := $(VENV)/.installed
+TEST := $(VENV)/.installed-test
+BUSY := $(VENV)/.installing
+
+# An environment cannot be moved (its scripts hold absolute paths), nor does it outlive the Python it was made from.
+# When either happened, or an install was cut short, the stamps do not count.
+define SOUND
+test ! -e $(BUSY) && grep -qF "`pwd -P`/$(VENV)" $(BIN)/activate 2>/dev/null \
+	&& $(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+endef
+ifneq ($(shell $(SOUND) && echo sound),sound)
+.PHONY: $(BASE) $(TEST)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help sample test test-all lint types bench train install clean
+
+help: ## show this list
+	@echo "fastddpm: make TARGET, where TARGET is one of"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+sample: $(BASE) ## sample 64 digits from the shipped checkpoint into samples/grid.png
+	@mkdir -p samples
+	@$(BIN)/fastddpm sample mnist --n 64 --grid samples/grid.png
+
+test: lint types ## lint, types and the test suite
+	@$(BIN)/pytest
+
+test-all: lint types ## the same with the slow tests
+	@$(BIN)/pytest --slow
+
+lint: $(TEST) ## ruff: rules and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(TEST) ## mypy, strict
+	@$(BIN)/mypy
+
+bench: $(TEST) ## the benchmarks; figures go to benchmarks/results
+	@mkdir -p $(RESULTS)
+	@$(BIN)/pytest --benchmark --benchmark-json=$(RESULTS)/latest.json
+
+train: $(BASE) ## train on MNIST: make train DATA=<folder with the idx files>
+	@if [ -z "$(DATA)" ]; then \
+		echo "make train: DATA must be the folder with MNIST's idx files, got nothing; write make train DATA=<folder>" >&2; exit 2; fi
+	@$(BIN)/fastddpm train --data "$(DATA)" --out runs/mnist
+
+install: $(BASE) ## only make .venv and install the package there
+
+clean: ## remove what building, testing and sampling left behind (.venv stays)
+	@rm -rf build dist *.egg-info samples $(RESULTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov
+	@find fastddpm kernels export benchmarks tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(BASE): pyproject.toml $(PINS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "make: PYTHON must be Python 3.11 or newer, got $(PYTHON) (`$(PYTHON) --version 2>&1`);" \
+			"install one, or name it: make PYTHON=<python> $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+		echo "make: $(PYTHON) must have the venv module, got one without;" \
+			"install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
+	@$(SOUND) || rm -rf $(VENV)
+	@if [ ! -d $(VENV) ]; then echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV); fi
+	@touch $(BUSY)
+	@rm -f $(TEST)
+	@echo "Installing fastddpm and its dependencies into $(VENV), pinned by $(PINS) (a minute or two the first time)"
+	@$(INSTALL) setuptools
+	@$(INSTALL) --no-build-isolation -e .
+	@rm -f $(BUSY)
+	@touch $@
+
+$(TEST): $(BASE)
+	@touch $(BUSY)
+	@echo "Installing what the tests need into $(VENV)"
+	@$(INSTALL) --no-build-isolation -e '.[test]'
+	@rm -f $(BUSY)
+	@touch $@

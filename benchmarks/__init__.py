@@ -1,0 +1,1 @@
+"""Timed comparisons with the textbook reference and the peers; run them with ``pytest --benchmark``."""

@@ -1,0 +1,54 @@
+"""fastddpm: the pictures of the slow DDPM sampler, as fast as the hardware allows."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastddpm.checkpoints import Checkpoint as Checkpoint
+    from fastddpm.checkpoints import CheckpointError as CheckpointError
+    from fastddpm.checkpoints import load_checkpoint as load_checkpoint
+    from fastddpm.sampler import Preview as Preview
+    from fastddpm.sampler import Sampler as Sampler
+    from fastddpm.schedule import NoiseSchedule as NoiseSchedule
+    from fastddpm.solvers import make_table as make_table
+    from fastddpm.spec import ModelSpec as ModelSpec
+    from fastddpm.state import State as State
+    from fastddpm.state import advance as advance
+    from fastddpm.step_table import DynamicThreshold as DynamicThreshold
+    from fastddpm.step_table import StepTable as StepTable
+    from fastddpm.unet import UNet as UNet
+    from fastddpm.unet import UNetConfig as UNetConfig
+
+__version__ = "0.1.0"
+
+# Names are imported when first used: PyTorch takes seconds, and `fastddpm --help` needs none of it.
+_HOME = {
+    "Checkpoint": "checkpoints",
+    "CheckpointError": "checkpoints",
+    "DynamicThreshold": "step_table",
+    "ModelSpec": "spec",
+    "NoiseSchedule": "schedule",
+    "Preview": "sampler",
+    "Sampler": "sampler",
+    "State": "state",
+    "StepTable": "step_table",
+    "UNet": "unet",
+    "UNetConfig": "unet",
+    "advance": "state",
+    "load_checkpoint": "checkpoints",
+    "make_table": "solvers",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastddpm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fastddpm.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,54 @@
+"""How the command line ends when something is wrong: one line, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, MemoryError)
+DEBUG_VARIABLE = "FASTDDPM_TRACEBACK"
+
+
+def report(error: BaseException) -> int:
+    """Print one line about `error` on standard error.
+
+    Set the environment variable FASTDDPM_TRACEBACK to see the traceback instead.
+
+    Returns:
+        The exit code: 2 for bad input, 130 for Ctrl-C.
+
+    Raises:
+        BaseException: `error` itself, if it is a defect of the program and not of its input.
+    """
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        print("fastddpm: stopped", file=sys.stderr)
+        return 130
+    if os.environ.get(DEBUG_VARIABLE):
+        raise error
+    if isinstance(error, BrokenPipeError):
+        # Whoever read our output has seen enough; keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    message = _message(error)
+    if message is None:
+        raise error
+    print(f"fastddpm: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _message(error: BaseException) -> str | None:
+    """What to say about an error of the input; None for a defect of the program."""
+    usage = getattr(error, "format_message", None)
+    if callable(usage):  # an unknown option, a number that is none: the library for options words it
+        return f"{_one_line(usage())} (fastddpm --help explains)"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename or 'file'}: {error.strerror.lower()}"
+    if isinstance(error, USER_ERRORS):
+        return _one_line(str(error)) or type(error).__name__
+    if isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error)):
+        return "not enough memory for this request; use a smaller --batch-size or fewer pictures"
+    return None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,162 @@
+"""From the sampler's state to pictures and files: grids, folders of PNGs, GIFs and .npz archives."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastddpm.files import atomic_path
+
+Output = Literal["unit", "raw", "uint8", "pil"]
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """Map a state in [−1, 1] to [0, 1]: clamp(x/2 + ½, 0, 1)."""
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Map a state in [−1, 1] to bytes: the nearest of the 256 levels."""
+    return (to_unit(x) * 255).round().to(torch.uint8)
+
+
+def to_pil(x: Tensor) -> list[Image.Image]:
+    """Map states [n, C, H, W] in [−1, 1] to PIL images; C is 1, 3 or 4.
+
+    Raises:
+        ValueError: C is none of these.
+    """
+    return [_image(picture) for picture in to_uint8(x)]
+
+
+def to_output(x: Tensor, output: Output) -> Tensor | list[Image.Image]:
+    """The final state in the form that the caller of `Sampler.sample` asked for."""
+    if output == "pil":
+        return to_pil(x)
+    return {"raw": lambda v: v, "unit": to_unit, "uint8": to_uint8}[output](x)
+
+
+def _image(picture: Tensor) -> Image.Image:
+    """A uint8 picture [C, H, W] as a PIL image."""
+    if picture.shape[0] not in (1, 3, 4):
+        raise ValueError(
+            f"pictures must have 1, 3 or 4 channels, got {picture.shape[0]}; use output='raw' and map them"
+        )
+    array = picture.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+def make_grid(
+    pictures: Tensor, *, columns: int | None = None, gap: int = 2, min_side: int = 0
+) -> Image.Image:
+    """Lay pictures out in rows.
+
+    Args:
+        pictures: uint8 [n, C, H, W].
+        columns: pictures per row; None makes the grid about square.
+        gap: pixels between pictures and around them.
+        min_side: enlarge by whole factors (pixels stay pixels) until the longer side has this many pixels.
+
+    Returns:
+        The grid.
+
+    Raises:
+        ValueError: there are no pictures, or they have neither 1, 3 nor 4 channels.
+    """
+    n, _, height, width = pictures.shape
+    if n == 0:
+        raise ValueError("make_grid: pictures must be at least one, got none")
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    rows = math.ceil(n / columns)
+    images = [_image(picture) for picture in pictures]
+    grid = Image.new(images[0].mode, (columns * (width + gap) + gap, rows * (height + gap) + gap))
+    for i, image in enumerate(images):
+        grid.paste(image, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+    factor = max(1, math.ceil(min_side / max(grid.size)))
+    return (
+        grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.NEAREST)
+        if factor > 1
+        else grid
+    )
+
+
+def save_image(path: str | os.PathLike[str], image: Image.Image) -> None:
+    """Write one image, atomically; the suffix chooses the format.
+
+    Raises:
+        ValueError: the suffix is not an image format.
+        OSError: the file cannot be written.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in Image.registered_extensions():
+        raise ValueError(
+            f"{path}: the file name must end like an image (.png), got {suffix or 'no suffix'!r}"
+        )
+    with atomic_path(path) as temporary:
+        image.save(temporary)
+
+
+def save_folder(folder: str | os.PathLike[str], pictures: Tensor, names: Sequence[int]) -> None:
+    """Write pictures as `000042.png` and so on, each atomically.
+
+    Args:
+        folder: where; made if missing.
+        pictures: uint8 [n, C, H, W].
+        names: one number per picture (the sample id).
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    for picture, name in zip(pictures, names, strict=True):
+        save_image(folder_file(folder, name), _image(picture))
+
+
+def folder_file(folder: str | os.PathLike[str], name: int) -> Path:
+    """The file of sample `name` in a folder of PNGs."""
+    return Path(folder) / f"{name:06d}.png"
+
+
+def save_npz(path: str | os.PathLike[str], pictures: Tensor, labels: Tensor | None = None) -> None:
+    """Write pictures in the layout that OpenAI's evaluation code reads: arr_0 uint8 [n, H, W, C], arr_1 labels.
+
+    Args:
+        path: the .npz file, written atomically.
+        pictures: uint8 [n, C, H, W].
+        labels: int64 [n] or None.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    arrays = [np.ascontiguousarray(pictures.permute(0, 2, 3, 1).cpu().numpy())]
+    if labels is not None:
+        arrays.append(labels.cpu().numpy())
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, *arrays)
+
+
+def save_gif(path: str | os.PathLike[str], frames: Sequence[Image.Image], *, seconds: float = 4.0) -> None:
+    """Write frames as an endless GIF that rests on the last frame, atomically.
+
+    Args:
+        path: the file.
+        frames: at least one image, all of one size.
+        seconds: how long the frames before the last take together.
+
+    Raises:
+        ValueError: there are no frames.
+        OSError: the file cannot be written.
+    """
+    if not frames:
+        raise ValueError("save_gif: frames must be at least one, got none")
+    each = max(20, round(1000 * seconds / max(1, len(frames) - 1)))
+    durations = [each] * (len(frames) - 1) + [2000]
+    with atomic_path(path) as temporary:
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -1,0 +1,49 @@
+"""The progress bar of a sampling run."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class StepProgress:
+    """A bar over all steps of a run, on standard error, for terminals; silent elsewhere."""
+
+    def __init__(self, total: int, samples: int, show: bool | None = None) -> None:
+        """Make the bar.
+
+        Args:
+            total: steps of all batches together.
+            samples: pictures that are being drawn, for the caption.
+            show: whether to show it; None shows it if standard error is a terminal.
+        """
+        visible = sys.stderr.isatty() if show is None else show
+        noun = "picture" if samples == 1 else "pictures"
+        self._progress = Progress(
+            TextColumn(f"sampling {samples} {noun}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=Console(stderr=True),
+            disable=not visible,
+        )
+        self._task = self._progress.add_task("", total=total)
+
+    def step(self) -> None:
+        """One step of one batch is done."""
+        self._progress.advance(self._task)
+
+    def __enter__(self) -> StepProgress:
+        """Show the bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bar down, leaving the terminal as it was, also on Ctrl-C."""
+        self._progress.stop()

@@ -1,0 +1,148 @@
+"""What is asked of a run, sample by sample: checked once, then cut into batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastddpm.noise import NoiseSource, id_bits
+from fastddpm.spec import ModelSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The validated arguments of a run that are per sample; `batches` cuts it up."""
+
+    ids: Tensor
+    labels: Tensor | None
+    guidance: Tensor | None
+    x_T: Tensor | None
+    noise: Tensor | None
+    batch_size: int
+
+    def batches(self) -> Iterator[Request]:
+        for first in range(0, len(self.ids), self.batch_size):
+            cut = slice(first, first + self.batch_size)
+            yield Request(
+                self.ids[cut],
+                None if self.labels is None else self.labels[cut],
+                None if self.guidance is None else self.guidance[cut],
+                None if self.x_T is None else self.x_T[cut],
+                None if self.noise is None else self.noise[:, cut].contiguous(),
+                self.batch_size,
+            )
+
+
+def make_request(
+    spec: ModelSpec,
+    device: torch.device,
+    n: int,
+    sample_ids: Sequence[int] | Tensor | None,
+    class_labels: int | Sequence[int] | Tensor | None,
+    guidance_scale: float | Sequence[float] | Tensor,
+    x_T: Tensor | None,
+    noise: NoiseSource | None,
+    batch_size: int | None,
+) -> Request:
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"sample: n must be an int, got {type(n).__name__}; convert it")
+    if n < 1:
+        raise ValueError(f"sample: n must be at least 1, got {n}; ask for at least one picture")
+    ids = torch.arange(n) if sample_ids is None else id_bits(sample_ids)
+    if len(ids) != n:
+        raise ValueError(f"sample: sample_ids must have n = {n} entries, got {len(ids)}; make the two agree")
+    if batch_size is not None and (
+        isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+    ):
+        raise ValueError(
+            f"sample: batch_size must be a positive int, got {batch_size!r}; leave it out to choose by device"
+        )
+    labels = _labels(spec, n, class_labels)
+    guidance = _guidance(spec, n, guidance_scale, class_labels is not None)
+    if x_T is not None and (not isinstance(x_T, Tensor) or tuple(x_T.shape) != (n, *spec.shape)):
+        got = tuple(x_T.shape) if isinstance(x_T, Tensor) else type(x_T).__name__
+        raise ValueError(
+            f"sample: x_T must be a tensor {(n, *spec.shape)}, got {got}; it is the state to start from"
+        )
+    size = batch_size or (64 if device.type == "cpu" else 256)
+    supplied = noise.to(device, torch.float32) if isinstance(noise, Tensor) else None
+    if supplied is not None and (supplied.ndim != 5 or supplied.shape[1] != n):
+        supplied = None  # `check_noise` says what is wrong with it
+    return Request(ids, labels, guidance, x_T, supplied, size)
+
+
+def _labels(spec: ModelSpec, n: int, class_labels: int | Sequence[int] | Tensor | None) -> Tensor | None:
+    if spec.num_classes is None:
+        if class_labels is not None:
+            raise ValueError(
+                "sample: class_labels must be None, got labels, but the network has no classes; leave them out"
+            )
+        return None
+    if class_labels is None:
+        if spec.null_class is None:
+            raise ValueError(
+                f"sample: class_labels must be given (0 … {spec.num_classes - 1}), got None, and the network "
+                "was not trained to do without"
+            )
+        return torch.full((n,), spec.null_class, dtype=torch.int64)
+    labels = torch.as_tensor(class_labels)
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"sample: class_labels must be integers, got {labels.dtype}; convert them")
+    labels = labels.to("cpu", torch.int64)
+    if labels.ndim == 0:
+        labels = labels.expand(n).clone()
+    if labels.shape != (n,):
+        raise ValueError(
+            f"sample: class_labels must be one label or n = {n}, got shape {tuple(labels.shape)}"
+        )
+    wrong = labels[
+        (labels < 0)
+        | (
+            (labels >= spec.num_classes)
+            & (labels != (spec.null_class if spec.null_class is not None else -1))
+        )
+    ]
+    if len(wrong):
+        raise ValueError(
+            f"sample: class_labels must be in 0 … {spec.num_classes - 1}, got {int(wrong[0])}; pick a class it knows"
+        )
+    return labels
+
+
+def _guidance(
+    spec: ModelSpec, n: int, guidance_scale: float | Sequence[float] | Tensor, has_labels: bool
+) -> Tensor | None:
+    scale = torch.as_tensor(guidance_scale, dtype=torch.float32).cpu()
+    if scale.ndim == 0:
+        scale = scale.expand(n).clone()
+    if scale.shape != (n,) or not bool(torch.isfinite(scale).all()):
+        raise ValueError(
+            f"sample: guidance_scale must be one finite number or n = {n}, got {guidance_scale!r}"
+        )
+    if bool((scale == 1.0).all()):
+        return None
+    if spec.null_class is None or not has_labels:
+        why = (
+            "it was trained without dropping labels"
+            if spec.null_class is None
+            else "no class_labels are given"
+        )
+        raise ValueError(f"sample: guidance_scale must be 1 for this request, got {float(scale[0]):g}: {why}")
+    return scale
+
+
+def check_noise(noise: NoiseSource | None, S: int, n: int, shape: tuple[int, int, int]) -> None:
+    if noise is None or isinstance(noise, torch.Generator):
+        return
+    if isinstance(noise, Tensor):
+        if tuple(noise.shape) != (S, n, *shape):
+            raise ValueError(
+                f"sample: noise must have shape {(S, n, *shape)} (steps, n, C, H, W), got {tuple(noise.shape)}"
+            )
+    elif not callable(noise):
+        raise TypeError(
+            f"sample: noise must be a tensor, a function or a torch.Generator, got {type(noise).__name__}"
+        )

@@ -1,0 +1,358 @@
+"""Sampler: from a trained network to pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.checkpoints import Checkpoint, load_checkpoint
+from fastddpm.denoiser import Denoiser, bind
+from fastddpm.engine import pick_device
+from fastddpm.images import Output, to_output
+from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.noise import NoiseFunction, NoiseSource, seed_bits
+from fastddpm.progress import StepProgress
+from fastddpm.request import Request, check_noise, make_request
+from fastddpm.schedule import NoiseSchedule
+from fastddpm.solvers import DynamicThreshold, Solver, make_table, respace, spaced_timesteps
+from fastddpm.spec import ModelSpec
+from fastddpm.state import State, advance
+from fastddpm.step_table import StepTable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DEFAULT_STEPS: dict[Solver, int | None] = {"ddpm": None, "ddim": 50, "dpmpp_2m": 20}
+"""Steps of each solver unless the caller says otherwise; None is all that the network was trained with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """What a callback sees after a step.
+
+    Attributes:
+        step: steps done, 1 … steps.
+        steps: steps of the run.
+        timestep: the training timestep that was just left.
+        sample_ids: int64 [B], the samples of this batch.
+        x: float32 [B, C, H, W], the state, in the network's value range.
+        x_start: float32 [B, C, H, W], the estimate x̂_0 of this step.
+    """
+
+    step: int
+    steps: int
+    timestep: int
+    sample_ids: Tensor
+    x: Tensor
+    x_start: Tensor
+
+
+class SampleOptions(TypedDict, total=False):
+    """The keyword arguments of `Sampler.sample`, for type checkers; `Sampler.sample` explains them."""
+
+    seed: int
+    sample_ids: Sequence[int] | Tensor | None
+    solver: Solver
+    steps: int | None
+    timesteps: str | Sequence[int] | Tensor | None
+    eta: float | None
+    clip: float | DynamicThreshold | Literal["spec"] | None
+    class_labels: int | Sequence[int] | Tensor | None
+    guidance_scale: float | Sequence[float] | Tensor
+    batch_size: int | None
+    x_T: Tensor | None
+    noise: NoiseSource | None
+    callback: Callable[[Preview], None] | None
+    progress: bool | None
+
+
+class Sampler:
+    """Samples from a trained network; see `from_pretrained` and `sample`."""
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[..., Tensor],
+        schedule: NoiseSchedule,
+        spec: ModelSpec,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Wrap a network.
+
+        Args:
+            model: (x, t[, y]) → output; x float32 [B, C, H, W], t [B], y int64 [B] where the spec has classes.
+            schedule: the noise schedule it was trained with.
+            spec: the conventions it was trained with.
+            device: where to sample; None takes the GPU if there is one. A module is moved there.
+
+        Raises:
+            ValueError: the device is not available.
+        """
+        self.device = pick_device(device)
+        self.schedule, self.spec = schedule, spec
+        self.checkpoint: Checkpoint | None = None
+        if isinstance(model, nn.Module):
+            # Convolutions run fastest on channels-last weights, on CPUs and GPUs alike.
+            model = model.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], *, device: torch.device | str | None = None
+    ) -> Sampler:
+        """Load a checkpoint that ships with the package ("mnist") or one on disk.
+
+        Args:
+            name_or_path: a shipped name or a path.
+            device: where to sample; None takes the GPU if there is one.
+
+        Returns:
+            A sampler.
+
+        Raises:
+            CheckpointError: there is no such checkpoint or it cannot be read.
+            ValueError: the device is not available.
+        """
+        target = pick_device(device)
+        checkpoint = load_checkpoint(name_or_path)
+        sampler = cls(checkpoint.network, checkpoint.schedule, checkpoint.spec, device=target)
+        sampler.checkpoint = checkpoint
+        return sampler
+
+    @torch.no_grad()
+    def network(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """The network's raw output.
+
+        Args:
+            x: float [B, C, H, W].
+            t: [B], as the network is fed (a training step times `spec.time_scale`).
+            y: int64 [B], classes, for networks that have them.
+
+        Returns:
+            float [B, C or 2C, H, W] on the sampler's device.
+        """
+        x, t = x.to(self.device), t.to(self.device)
+        return self.model(x, t) if y is None else self.model(x, t, y.to(self.device))
+
+    def table(
+        self,
+        *,
+        solver: Solver = "ddim",
+        steps: int | None = None,
+        timesteps: str | Sequence[int] | Tensor | None = None,
+        eta: float | None = None,
+        clip: float | DynamicThreshold | Literal["spec"] | None = "spec",
+    ) -> StepTable:
+        """The coefficients of a run; `sample` explains the arguments.
+
+        Raises:
+            TypeError: timesteps are not integers.
+            ValueError: an argument is out of range.
+        """
+        if solver not in DEFAULT_STEPS:
+            raise ValueError(
+                f"sample: solver must be one of {', '.join(DEFAULT_STEPS)}, got {solver!r}; pick one"
+            )
+        chosen = self._timesteps(solver, steps, timesteps)
+        return make_table(
+            self.schedule,
+            chosen,
+            solver=solver,
+            prediction=self.spec.prediction,
+            clip=self.spec.clip if clip == "spec" else clip,
+            variance=self.spec.variance if solver == "ddpm" else None,
+            eta=eta,
+            clipped_eps=self.spec.clipped_eps if solver == "ddim" else None,
+        ).to(self.device)
+
+    def _timesteps(
+        self, solver: Solver, steps: int | None, timesteps: str | Sequence[int] | Tensor | None
+    ) -> Tensor | Sequence[int]:
+        if steps is not None and timesteps is not None:
+            raise ValueError("sample: steps and timesteps must not both be given, got both; leave one out")
+        if isinstance(timesteps, str):
+            return respace(self.schedule.T, timesteps)
+        if timesteps is not None:
+            return timesteps
+        default = DEFAULT_STEPS[solver]
+        T = self.schedule.T
+        if steps is None:
+            steps = T if default is None else min(default, T)
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise TypeError(f"sample: steps must be an int, got {type(steps).__name__}; convert it")
+        if not 1 <= steps <= T:
+            raise ValueError(
+                f"sample: steps must be in 1 … {T} (the steps of training), got {steps}; ask for fewer"
+            )
+        return respace(T, steps) if solver == "ddpm" else spaced_timesteps(T, steps, "trailing")
+
+    @overload
+    def sample(
+        self, n: int, *, output: Literal["unit", "raw", "uint8"] = ..., **options: Unpack[SampleOptions]
+    ) -> Tensor: ...
+
+    @overload
+    def sample(self, n: int, *, output: Literal["pil"], **options: Unpack[SampleOptions]) -> list[Image]: ...
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        sample_ids: Sequence[int] | Tensor | None = None,
+        solver: Solver = "ddim",
+        steps: int | None = None,
+        timesteps: str | Sequence[int] | Tensor | None = None,
+        eta: float | None = None,
+        clip: float | DynamicThreshold | Literal["spec"] | None = "spec",
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance_scale: float | Sequence[float] | Tensor = 1.0,
+        batch_size: int | None = None,
+        x_T: Tensor | None = None,
+        noise: NoiseSource | None = None,
+        output: Output = "unit",
+        callback: Callable[[Preview], None] | None = None,
+        progress: bool | None = None,
+    ) -> Tensor | list[Image]:
+        """Draw n samples.
+
+        A sample depends on its seed and id alone: not on n, the batch size, the other samples or the device (beyond
+        rounding). Sample ids 0 … 49 on one machine and 50 … 99 on another are the same hundred pictures.
+
+        Args:
+            n: how many, at least 1.
+            seed: in [0, 2**64).
+            sample_ids: n ids in [0, 2**64); None is 0 … n−1.
+            solver: "ddpm" (ancestral, Ho et al. 2020), "ddim" (Song et al. 2021) or "dpmpp_2m" (Lu et al. 2022).
+            steps: S, at most T; None is T for ddpm, 50 for ddim, 20 for dpmpp_2m.
+            timesteps: instead of `steps`, the training timesteps to visit, descending, or OpenAI's respacing
+                string: "250", "ddim25", "10,15,20".
+            eta: DDIM's η in [0, 1]; 0 (the default) draws no noise, 1 is ancestral sampling.
+            clip: bound of |x̂_0|, None for none, a DynamicThreshold; "spec" is what the checkpoint says.
+            class_labels: one class or n of them; None asks for no class, which needs a network trained for that.
+            guidance_scale: w in ε_∅ + w (ε_y − ε_∅) (Ho & Salimans 2022), one or n of them; 1 is no guidance.
+            batch_size: samples that run together; None chooses by device. It does not change the pictures.
+            x_T: float [n, C, H, W] to start from instead of seeded noise.
+            noise: z for each step instead of seeded noise: a tensor [S, n, C, H, W] in loop order, a function
+                (i, t, sample_ids) → [B, C, H, W], or a torch.Generator (which then draws x_T too, if none is given).
+            output: "unit": float32 in [0, 1]; "raw": the final state, as the network has it; "uint8": bytes;
+                all three [n, C, H, W]. "pil": a list of n PIL images.
+            callback: called with a `Preview` after each step of each batch.
+            progress: whether to show a progress bar; None shows it on terminals.
+
+        Returns:
+            The pictures, on the sampler's device.
+
+        Raises:
+            TypeError: an argument has the wrong type.
+            ValueError: an argument is out of range or does not fit the network.
+            FloatingPointError: the samples ran into NaN or infinity; says at which step.
+        """
+        request = make_request(
+            self.spec, self.device, n, sample_ids, class_labels, guidance_scale, x_T, noise, batch_size
+        )
+        if output not in ("unit", "raw", "uint8", "pil"):
+            raise ValueError(f"sample: output must be unit, raw, uint8 or pil, got {output!r}; pick one")
+        seed_bits(seed)
+        table = self.table(solver=solver, steps=steps, timesteps=timesteps, eta=eta, clip=clip)
+        check_noise(noise, table.S, n, self.spec.shape)
+        denoiser = bind(self.model, self.spec, table, request.labels, request.guidance is not None)
+        batches = list(request.batches())
+        finished = []
+        with StepProgress(table.S * len(batches), n, progress) as bar:
+            for batch in batches:
+                finished.append(self._run_batch(denoiser, table, batch, seed, noise, callback, bar.step))
+        return to_output(torch.cat(finished), output)
+
+    def _run_batch(
+        self,
+        denoiser: Denoiser,
+        table: StepTable,
+        batch: Request,
+        seed: int,
+        noise: NoiseSource | None,
+        callback: Callable[[Preview], None] | None,
+        on_step: Callable[[], None],
+    ) -> Tensor:
+        """The final states of one batch."""
+        rewind = noise.get_state() if isinstance(noise, torch.Generator) else None
+        state = self._start(table, batch, seed, noise, previews=callback is not None)
+        for i, t in self._drive(denoiser, table, batch, state, noise):
+            if callback is not None and state.history is not None:
+                callback(Preview(i + 1, table.S, t, state.sample_id, state.x.clone(), state.history.clone()))
+            on_step()
+        if not bool(torch.isfinite(state.x).all()):
+            if isinstance(noise, torch.Generator) and rewind is not None:
+                noise.set_state(rewind)
+            self._explain_nan(denoiser, table, batch, seed, noise)
+        return state.x
+
+    def _drive(
+        self, denoiser: Denoiser, table: StepTable, batch: Request, state: State, noise: NoiseSource | None
+    ) -> Iterator[tuple[int, int]]:
+        """Advance all samples in step; yields (i, t) after loop step i, which left training timestep t."""
+        adds_noise = (table.rows[:, COLUMNS.index("sigma")] != 0).tolist()
+        for i, t in enumerate(table.timesteps[:-1].tolist()):
+            supplied = batch.noise if isinstance(noise, Tensor) else None
+            if noise is not None and not isinstance(noise, Tensor) and table.uses_noise:
+                # Peers draw nothing where nothing is used, and so their generators stay in step with ours.
+                supplied = (
+                    self._draw(noise, i, t, batch, state)
+                    if adds_noise[i]
+                    else torch.zeros_like(state.x)[None]
+                )
+            advance(denoiser, table, state, noise=supplied)
+            yield i, t
+
+    def _start(
+        self, table: StepTable, batch: Request, seed: int, noise: NoiseSource | None, *, previews: bool
+    ) -> State:
+        x_T = batch.x_T
+        if x_T is None and isinstance(noise, torch.Generator):
+            x_T = torch.randn((len(batch.ids), *self.spec.shape), generator=noise, device=noise.device)
+        return State.create(
+            self.spec.shape,
+            batch.ids,
+            seed,
+            device=self.device,
+            x_T=x_T,
+            labels=batch.labels,
+            guidance=batch.guidance,
+            history=table.uses_history or previews,
+        )
+
+    def _draw(
+        self, noise: NoiseFunction | torch.Generator, i: int, t: int, batch: Request, state: State
+    ) -> Tensor:
+        """The caller's noise for loop step i, [1, B, C, H, W]."""
+        if isinstance(noise, torch.Generator):
+            z = torch.randn(state.x.shape, generator=noise, device=noise.device)
+        else:
+            z = noise(i, t, batch.ids)
+            if not isinstance(z, Tensor) or z.shape != state.x.shape:
+                got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+                raise ValueError(f"sample: noise must return a tensor {tuple(state.x.shape)}, got {got}")
+        return z.to(self.device, torch.float32).contiguous()[None]
+
+    def _explain_nan(
+        self, denoiser: Denoiser, table: StepTable, batch: Request, seed: int, noise: NoiseSource | None
+    ) -> None:
+        """Run the batch again, which noise as a pure function allows, and name the step where the trouble began."""
+        state = self._start(table, batch, seed, noise, previews=False)
+        for i, t in self._drive(denoiser, table, batch, state, noise):
+            bad = ~torch.isfinite(state.x).flatten(1).all(1)
+            if bool(bad.any()):
+                ids = state.sample_id[bad].tolist()
+                raise FloatingPointError(
+                    f"sample: the state must stay finite, got NaN or infinity from step {i + 1} of {table.S} (t = {t}) "
+                    f"in {len(ids)} samples, first id {ids[0]}; the weights or the supplied noise are not usable"
+                )
+        raise FloatingPointError(
+            "sample: the final state must be finite, got NaN or infinity that a second run does not show"
+        )

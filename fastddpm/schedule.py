@@ -1,0 +1,366 @@
+"""NoiseSchedule: the betas of the forward process, by name, by value or from a configuration.
+
+Symbols as in Ho et al. 2020, with t counted from 0: q(x_t | x_{t−1}) = N(√(1−β_t) x_{t−1}, β_t I),
+α_t = 1 − β_t, ᾱ_t = α_0 ⋯ α_t. A schedule whose last β is 1 has zero terminal SNR (Lin et al. 2024):
+ᾱ_{T−1} = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddpm.betas import (
+    cosine_betas,
+    laplace_betas,
+    linear_betas,
+    logistic_betas,
+    scaled_linear_betas,
+    sigmoid_betas,
+)
+from fastddpm.forward import ForwardProcess
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_LINEAR = {"beta_start": 1e-4, "beta_end": 0.02}
+_SCHEDULES: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
+    "linear": (linear_betas, _LINEAR),
+    "scaled_linear": (scaled_linear_betas, _LINEAR),
+    "cosine": (cosine_betas, {"s": 0.008, "max_beta": 0.999}),
+    "sigmoid": (sigmoid_betas, {"start": -3.0, "end": 3.0, "tau": 1.0, "max_beta": 0.999}),
+    "logistic": (logistic_betas, _LINEAR),
+    "laplace": (laplace_betas, {"max_beta": 0.999}),
+}
+_ALIASES = {"squaredcos_cap_v2": "cosine"}
+SCHEDULE_NAMES = (*_SCHEDULES, *_ALIASES)
+"""Names that `NoiseSchedule.by_name` knows."""
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule(ForwardProcess):
+    """A discrete variance-preserving noise schedule.
+
+    All arithmetic runs in the dtype of `betas`: float64 by default, float32 to reproduce peers that use it.
+    The arrays in Ho et al.'s names and the equations on batches are inherited from `ForwardProcess`.
+
+    Attributes:
+        betas: [T], float32 or float64 on the CPU, all in (0, 1); the last may be 1 (zero terminal SNR).
+        recipe: name and options of the constructor that made the betas; None where only betas are known.
+
+    Raises:
+        TypeError: betas is not a float32 or float64 tensor.
+        ValueError: betas is not 1-D, is empty, on another device than the CPU, not finite or out of range.
+    """
+
+    betas: Tensor
+    recipe: Mapping[str, Any] | None = field(default=None, kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        """Validate the betas; a schedule that exists is usable."""
+        betas = self.betas
+        if not isinstance(betas, Tensor) or betas.dtype not in _DTYPES.values():
+            got = betas.dtype if isinstance(betas, Tensor) else type(betas).__name__
+            raise TypeError(
+                f"NoiseSchedule: betas must be a float32 or float64 tensor, got {got}; use "
+                "NoiseSchedule.from_betas"
+            )
+        if betas.ndim != 1 or betas.numel() == 0 or betas.device.type != "cpu":
+            raise ValueError(
+                "NoiseSchedule: betas must be 1-D with T ≥ 1 entries on the CPU, got shape "
+                f"{tuple(betas.shape)} "
+                f"on {betas.device}; pass one beta per training step"
+            )
+        inside = (betas > 0) & (betas < 1)
+        inside[-1] |= betas[-1] == 1
+        if not bool(inside.all()):
+            first = int((~inside).nonzero()[0, 0])
+            raise ValueError(
+                "NoiseSchedule: betas must be in (0, 1), or 1 at the last step, got "
+                f"{betas[first].item()} at t={first}; "
+                "check the schedule's parameters"
+            )
+        if bool(betas[0] < torch.finfo(betas.dtype).eps):
+            raise ValueError(
+                f"NoiseSchedule: betas[0] must be at least {torch.finfo(betas.dtype).eps:.2g} in "
+                f"{betas.dtype}, "
+                f"got {betas[0].item()}; below it 1 − ᾱ_0 rounds to 0: use float64 or a larger beta"
+            )
+
+    # ------------------------------------------------------------------ constructors
+
+    @classmethod
+    def linear(
+        cls,
+        T: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        *,
+        dtype: torch.dtype = torch.float64,
+    ) -> NoiseSchedule:
+        """Linear betas (Ho et al. 2020, sec. 4); see `fastddpm.betas.linear_betas`."""
+        return cls.by_name("linear", T, dtype=dtype, beta_start=beta_start, beta_end=beta_end)
+
+    @classmethod
+    def scaled_linear(
+        cls,
+        T: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        *,
+        dtype: torch.dtype = torch.float64,
+    ) -> NoiseSchedule:
+        """Betas linear in √β (Rombach et al. 2022); see `fastddpm.betas.scaled_linear_betas`."""
+        return cls.by_name("scaled_linear", T, dtype=dtype, beta_start=beta_start, beta_end=beta_end)
+
+    @classmethod
+    def cosine(
+        cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999, *, dtype: torch.dtype = torch.float64
+    ) -> NoiseSchedule:
+        """Cosine ᾱ (Nichol & Dhariwal 2021, eq. 17); see `fastddpm.betas.cosine_betas`."""
+        return cls.by_name("cosine", T, dtype=dtype, s=s, max_beta=max_beta)
+
+    @classmethod
+    def sigmoid(
+        cls,
+        T: int = 1000,
+        start: float = -3.0,
+        end: float = 3.0,
+        tau: float = 1.0,
+        max_beta: float = 0.999,
+        *,
+        dtype: torch.dtype = torch.float64,
+    ) -> NoiseSchedule:
+        """Sigmoid ᾱ (Jabri et al. 2022, Algorithm 1); see `fastddpm.betas.sigmoid_betas`."""
+        return cls.by_name("sigmoid", T, dtype=dtype, start=start, end=end, tau=tau, max_beta=max_beta)
+
+    @classmethod
+    def logistic(
+        cls,
+        T: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        *,
+        dtype: torch.dtype = torch.float64,
+    ) -> NoiseSchedule:
+        """Logistic betas (Xu et al. 2022; diffusers' "sigmoid"); see `fastddpm.betas.logistic_betas`."""
+        return cls.by_name("logistic", T, dtype=dtype, beta_start=beta_start, beta_end=beta_end)
+
+    @classmethod
+    def laplace(
+        cls, T: int = 1000, max_beta: float = 0.999, *, dtype: torch.dtype = torch.float64
+    ) -> NoiseSchedule:
+        """Laplace log-SNR (Hang et al. 2024); see `fastddpm.betas.laplace_betas`."""
+        return cls.by_name("laplace", T, dtype=dtype, max_beta=max_beta)
+
+    @classmethod
+    def from_betas(
+        cls, betas: Tensor | Sequence[float], *, dtype: torch.dtype | None = None
+    ) -> NoiseSchedule:
+        """Schedule of explicit betas [T].
+
+        Args:
+            betas: tensor or sequence of numbers, [T]; copied.
+            dtype: float32 or float64; default the tensor's own, float64 for a sequence.
+
+        Raises:
+            TypeError: the dtype is neither float32 nor float64.
+            ValueError: the betas are out of range; see the class.
+        """
+        source = (
+            betas.detach().cpu() if isinstance(betas, Tensor) else torch.tensor(betas, dtype=torch.float64)
+        )
+        return cls(source.to(dtype or source.dtype, copy=True))
+
+    @classmethod
+    def by_name(
+        cls,
+        name: str,
+        T: int = 1000,
+        *,
+        dtype: torch.dtype = torch.float64,
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+        s: float | None = None,
+        max_beta: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        tau: float | None = None,
+    ) -> NoiseSchedule:
+        """Schedule by its published name; an option left at None takes the schedule's own default.
+
+        Args:
+            name: one of `SCHEDULE_NAMES`.
+            T: training steps, at least 1.
+            dtype: float64 or float32.
+            beta_start: linear, scaled_linear, logistic: β_0 (default 1e-4).
+            beta_end: linear, scaled_linear, logistic: β_{T−1} (default 0.02).
+            s: cosine: offset (default 0.008).
+            max_beta: cosine, sigmoid, laplace: upper limit of β (default 0.999).
+            start: sigmoid: left end (default −3).
+            end: sigmoid: right end (default 3).
+            tau: sigmoid: temperature (default 1).
+
+        Raises:
+            TypeError: dtype is neither float32 nor float64, or T is not an int.
+            ValueError: unknown name, an option that the schedule does not have, or a value out of range.
+        """
+        function, defaults = _lookup(name)
+        if dtype not in _DTYPES.values():
+            raise TypeError(
+                f"NoiseSchedule.by_name: dtype must be float32 or float64, got {dtype}; use torch.float64"
+            )
+        given = {
+            "beta_start": beta_start, "beta_end": beta_end, "s": s, "max_beta": max_beta,
+            "start": start, "end": end, "tau": tau,
+        }  # fmt: skip
+        given = {option: value for option, value in given.items() if value is not None}
+        if foreign := sorted(given.keys() - defaults.keys()):
+            raise ValueError(
+                f"NoiseSchedule.by_name: options of {name!r} must be among {sorted(defaults)}, got "
+                f"{foreign}; "
+                "leave the others out"
+            )
+        options = {**defaults, **given}
+        canonical = _ALIASES.get(name, name)
+        recipe = {"name": canonical, "T": T, **options, "dtype": str(dtype).removeprefix("torch.")}
+        return cls(function(T, **options, dtype=dtype), recipe=recipe)
+
+    # ------------------------------------------------------------------ configuration
+
+    def to_config(self) -> dict[str, Any]:
+        """Plain JSON data that `from_config` turns back into the same betas, bit for bit."""
+        if self.recipe is not None:
+            return dict(self.recipe)
+        return {
+            "name": "betas",
+            "betas": self.betas.tolist(),
+            "dtype": str(self.betas.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """Schedule from what `to_config` returned.
+
+        Raises:
+            TypeError: config is no mapping, or a value has the wrong type.
+            ValueError: a key is missing or unknown, or a value is out of range.
+        """
+        if not isinstance(config, Mapping):
+            raise TypeError(
+                f"NoiseSchedule.from_config: config must be a mapping, got {type(config).__name__}; "
+                "see to_config"
+            )
+        rest = dict(config)
+        name, dtype_name = rest.pop("name", None), rest.pop("dtype", "float64")
+        rescaled = rest.pop("zero_terminal_snr", False)
+        if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
+            raise ValueError(
+                "NoiseSchedule.from_config: dtype must be 'float32' or 'float64', got "
+                f"{dtype_name!r}; mend the config"
+            )
+        if not isinstance(rescaled, bool):
+            raise TypeError(
+                "NoiseSchedule.from_config: zero_terminal_snr must be true or false, got "
+                f"{rescaled!r}; mend the config"
+            )
+        dtype = _DTYPES[dtype_name]
+        if name == "betas":
+            schedule = cls._from_beta_list(rest, dtype)
+        else:
+            _check_config_options(name, rest)
+            schedule = cls.by_name(name, dtype=dtype, **rest)
+        return schedule.rescale_zero_terminal_snr() if rescaled else schedule
+
+    @classmethod
+    def _from_beta_list(cls, rest: dict[str, Any], dtype: torch.dtype) -> NoiseSchedule:
+        values = rest.pop("betas", None)
+        if rest or not isinstance(values, list) or not all(_is_beta(value) for value in values):
+            raise ValueError(
+                "NoiseSchedule.from_config: a config named 'betas' must hold a list 'betas' of numbers "
+                f"in (0, 1] and nothing else, got {type(values).__name__} and {sorted(map(str, rest))}; "
+                "see to_config"
+            )
+        return cls.from_betas(values, dtype=dtype)
+
+    # ------------------------------------------------------------------ derived schedules
+
+    def rescale_zero_terminal_snr(self) -> NoiseSchedule:
+        """The schedule with √ᾱ shifted and scaled so that ᾱ_{T−1} = 0 and ᾱ_0 stays.
+
+        Lin et al. 2024, Algorithm 1.
+
+        Raises:
+            ValueError: T is 1: its only ᾱ cannot both stay and vanish.
+        """
+        if self.T < 2:
+            raise ValueError(
+                f"rescale_zero_terminal_snr: T must be at least 2, got {self.T}; one step has no "
+                "terminal SNR to rescale"
+            )
+        root = self.alphas_cumprod.sqrt()
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        alpha_bar = root**2
+        alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+        recipe = None if self.recipe is None else {**self.recipe, "zero_terminal_snr": True}
+        return NoiseSchedule(1.0 - alphas, recipe=recipe)
+
+    def respaced(self, timesteps: Tensor) -> NoiseSchedule:
+        """Schedule of the sub-process that visits only some timesteps: β_i = 1 − ᾱ(t_i)/ᾱ(t_{i−1}).
+
+        Nichol & Dhariwal 2021, sec. 4 (eq. 19). Step i of the result is step `timesteps[i]` of this schedule.
+
+        Args:
+            timesteps: int64 [S], strictly ascending, in 0 … T−1.
+
+        Raises:
+            ValueError: timesteps are not of that form.
+        """
+        steps = timesteps.tolist()
+        ascending = all(a < b for a, b in zip(steps, steps[1:], strict=False))
+        if timesteps.ndim != 1 or not steps or not ascending or steps[0] < 0 or steps[-1] >= self.T:
+            raise ValueError(
+                f"NoiseSchedule.respaced: timesteps must be strictly ascending in 0 … {self.T - 1}, "
+                f"got {steps[:8]}…; "
+                "flip a list in sampling order"
+            )
+        kept = self.alphas_cumprod[timesteps]
+        previous = torch.cat([kept.new_ones(1), kept[:-1]])
+        return NoiseSchedule(1.0 - kept / previous)
+
+
+def _lookup(name: str) -> tuple[Callable[..., Tensor], dict[str, float]]:
+    canonical = _ALIASES.get(name, name) if isinstance(name, str) else name
+    if not isinstance(name, str) or canonical not in _SCHEDULES:
+        raise ValueError(
+            f"NoiseSchedule.by_name: name must be one of {', '.join(SCHEDULE_NAMES)}, got {name!r}; "
+            "pass other schedules as betas"
+        )
+    return _SCHEDULES[canonical]
+
+
+def _is_beta(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _check_config_options(name: Any, options: dict[str, Any]) -> None:  # noqa: ANN401 - raw JSON
+    known = {"T", *_lookup(name)[1]}
+    if unknown := sorted(map(str, options.keys() - known)):
+        raise ValueError(
+            f"NoiseSchedule.from_config: keys of {name!r} must be among {sorted(known)}, got "
+            f"{unknown}; mend the config"
+        )
+    if "T" not in options:
+        raise ValueError(f'NoiseSchedule.from_config: T must be given, got {sorted(options)}; add "T"')
+    for key, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(
+                f"NoiseSchedule.from_config: {key} must be a number, got {value!r}; mend the config"
+            )
+        if isinstance(value, int) and value.bit_length() > 63:  # JSON has no largest integer; floats do
+            raise ValueError(
+                f"NoiseSchedule.from_config: {key} must be below 2^63, got {value.bit_length()} bits; "
+                "mend the config"
+            )

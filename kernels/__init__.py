@@ -1,0 +1,27 @@
+"""The fused updates of diffusion sampling and training: Triton kernels and their PyTorch references.
+
+- `p_sample`: one reverse step, with its noise, in place.
+- `q_sample`: the forward noising of a training batch, with its noise.
+- `normals_reference`, `philox4x32_reference`: the noise itself, in PyTorch.
+
+On CPU tensors, and where Triton is not installed, the ops run their references.
+"""
+
+if __name__ != "fastddpm.kernels":
+    # Under a second name every op would be registered a second time, and nothing would say so.
+    raise ImportError(f"kernels: must be imported as fastddpm.kernels, got {__name__}; import fastddpm.kernels")
+
+from .p_sample import COLUMNS, p_sample, p_sample_reference
+from .philox import X_T_COUNTER, normals_reference, philox4x32_reference
+from .q_sample import q_sample, q_sample_reference
+
+__all__ = [
+    "COLUMNS",
+    "X_T_COUNTER",
+    "normals_reference",
+    "p_sample",
+    "p_sample_reference",
+    "philox4x32_reference",
+    "q_sample",
+    "q_sample_reference",
+]

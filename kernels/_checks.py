@@ -1,0 +1,61 @@
+"""Validation shared by the ops: one clear line for whoever passed the wrong tensor."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def names_of(dtypes: Sequence[torch.dtype]) -> str:
+    """The dtypes as a person writes them: `float32 | bfloat16`."""
+    return " | ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensor(
+    function: str,
+    argument: str,
+    value: object,
+    *,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int | str],
+    device: torch.device | None = None,
+    contiguous: bool = False,
+    fix: str = "",
+) -> Tensor:
+    """Check one tensor argument and return it.
+
+    Args:
+        function: the op's name, for the error line.
+        argument: the argument's name, for the error line.
+        value: what the caller passed.
+        dtypes: the dtypes accepted.
+        shape: expected sizes; a string stands for any size of at least 1.
+        device: the device expected, if it matters.
+        contiguous: whether the memory must be dense and in order.
+        fix: how to mend a wrong shape.
+
+    Returns:
+        `value`, now known to be a tensor.
+
+    Raises:
+        TypeError: not a tensor, or of another dtype.
+        ValueError: of another shape, on another device, or not contiguous.
+    """
+    name = f"{function}: {argument}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; pass a torch.Tensor")
+    if value.dtype not in dtypes:
+        wanted = names_of(dtypes)
+        raise TypeError(f"{name} must be {wanted}, got {names_of([value.dtype])}; convert it with .to()")
+    if len(value.shape) != len(shape) or any(
+        have < 1 if isinstance(want, str) else have != want
+        for have, want in zip(value.shape, shape, strict=True)
+    ):
+        wanted = f"[{', '.join(str(size) for size in shape)}]"
+        raise ValueError(f"{name} must be of shape {wanted}, got {list(value.shape)}; {fix or 'reshape it'}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {value.device}; move it with .to({str(device)!r})")
+    if contiguous and not value.is_contiguous():
+        strides = tuple(value.stride())
+        raise ValueError(f"{name} must be contiguous, got strides {strides}; call .contiguous() once, outside the loop")
+    return value

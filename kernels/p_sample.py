@@ -1,0 +1,125 @@
+"""`p_sample`: one reverse step of any solver, with its noise, in one pass over the state.
+
+A solver is a table of coefficients (see `COLUMNS`), and each sample of a batch stands at its own row of it. With a
+row's entries, the network's output `out` and the previous row's estimate h:
+
+    x̂₀ = clip(a_x·x + a_o·out, −bound, +bound)
+    x  ← c_0·x̂₀ + c_x·x + c_o·out + c_h·h + σ·z
+
+which covers DDPM (Ho et al. 2020, eq. 6-7, 11), DDIM (Song et al. 2021, eq. 12) and DPM-Solver++(2M) (Lu et al. 2022).
+"""
+
+import torch
+from torch import Tensor
+
+from ._checks import check_tensor
+from .philox import normals_reference
+
+COLUMNS = ("a_x", "a_o", "c_0", "c_x", "c_o", "c_h", "sigma", "bound", "log_beta", "log_beta_tilde")
+"""The columns of a solver's table, in their order in memory."""
+
+OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def p_sample_reference(
+    x: Tensor,
+    out: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    step: Tensor,
+    sample_id: Tensor,
+    seed: Tensor,
+    *,
+    noise: Tensor | None = None,
+    out_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
+    history: Tensor | None = None,
+    bound: Tensor | None = None,
+    stochastic: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`p_sample` as a function, in plain PyTorch: nothing is changed in place, nothing depends on values.
+
+    It can be compiled, traced with fake tensors and exported to ONNX, and is differentiable.
+
+    Args:
+        x: as in `p_sample`, and so are all other arguments; nothing is validated.
+        out: the network's output.
+        table: the solver's rows.
+        timesteps: each row's training timestep.
+        step: each sample's row.
+        sample_id: each sample's id.
+        seed: each sample's seed.
+        noise: supplied normals.
+        out_uncond: the unconditional output.
+        guidance: the guidance scales.
+        history: the previous rows' x̂₀.
+        bound: the dynamic thresholds.
+        stochastic: whether σ·z is added.
+
+    Returns:
+        The new state and x̂₀, both float32 [B, C, H, W]. A finished sample keeps its state bit for bit. Where
+        `history` is given, the second is what the history becomes: a finished sample keeps its own there too.
+    """
+    batch, channels = x.shape[0], x.shape[1]
+    last = table.shape[0] - 1
+    row = step.clamp(0, last)
+    columns = (column.reshape(-1, 1, 1, 1) for column in table.index_select(0, row).unbind(1))
+    a_x, a_o, c_0, c_x, c_o, c_h, sigma, limit, log_beta, log_beta_tilde = columns
+    active = (row < last).reshape(-1, 1, 1, 1)
+
+    eff = out[:, :channels].float()
+    if out_uncond is not None and guidance is not None:
+        base = out_uncond[:, :channels].float()
+        eff = torch.addcmul(base, guidance.reshape(-1, 1, 1, 1), eff - base)
+    x0 = torch.addcmul(a_x * x, a_o, eff)
+    if bound is None:
+        x0 = x0.clamp(-limit, limit)
+    else:
+        limit = bound.reshape(-1, 1, 1, 1)
+        x0 = x0.clamp(-limit, limit) / limit
+
+    new = torch.addcmul(torch.addcmul(c_0 * x0, c_x, x), c_o, eff)
+    if history is not None:
+        # Before a multistep solver's first row there is no history: c_h is 0 and the buffer may hold anything.
+        new = torch.addcmul(new, c_h, torch.where(c_h == 0.0, 0.0, history))
+        x0 = torch.where(active, x0, history)
+    if stochastic:
+        if noise is None:
+            t = timesteps.index_select(0, row)
+            z = normals_reference(seed, sample_id, t, x[0].numel()).reshape(x.shape)
+        else:
+            lane = torch.arange(batch, dtype=torch.int64, device=x.device)
+            z = noise.flatten(0, 1).index_select(0, row.clamp(max=noise.shape[0] - 1) * batch + lane)
+        if out.shape[1] > channels:
+            v = out[:, channels:].float()
+            sigma = sigma * torch.exp(torch.addcmul(0.25 * (log_beta + log_beta_tilde), 0.25 * (log_beta - log_beta_tilde), v))
+        new = torch.addcmul(new, sigma, z)
+    # c_x = 1 alone would still turn -0 into +0.
+    return torch.where(active, new, x), x0
+
+
+def p_sample(
+    x: Tensor,
+    out: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    step: Tensor,
+    sample_id: Tensor,
+    seed: Tensor,
+    *,
+    noise: Tensor | None = None,
+    out_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
+    history: Tensor | None = None,
+    bound: Tensor | None = None,
+    stochastic: bool = True,
+) -> None:
+    """x."""
+    with torch.no_grad():
+        new, x0 = p_sample_reference(
+            x, out, table, timesteps, step, sample_id, seed, noise=noise, out_uncond=out_uncond,
+            guidance=guidance, history=history, bound=bound, stochastic=stochastic,
+        )
+        x.copy_(new)
+        if history is not None:
+            history.copy_(x0)

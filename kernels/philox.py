@@ -1,0 +1,80 @@
+"""Normals as a pure function of (seed, sample_id, t, element): Philox4x32-10 and Box-Muller.
+
+Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a 128-bit counter and a 64-bit key
+to four 32-bit words. Here the key is the seed and the counter is (quad, t, sample_id low, sample_id high), so a
+sample's noise depends on nothing but itself. Element e, counted in C, H, W order, is lane e mod 4 of quad e div 4.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+X_T_COUNTER = 0xFFFFFFFF
+"""The counter t of x_T; training timesteps are 0 ... T-1."""
+
+NORMALS_ATOL = 1e-5
+"""How closely every backend's normals agree; the words are equal bit for bit."""
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_LOW = 0xFFFFFFFF
+
+
+def philox4x32_reference(
+    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four 32-bit words from a counter and a key (Salmon et al. 2011, section 3.3).
+
+    Args:
+        c0: int64, values in [0, 2³²): the counter's lowest word.
+        c1: likewise, its second word.
+        c2: likewise, its third word.
+        c3: likewise, its highest word.
+        k0: likewise, the key's low word.
+        k1: likewise, the key's high word. All six broadcast against each other.
+
+    Returns:
+        Four int64 tensors of the broadcast shape with values in [0, 2³²).
+    """
+    # int64 products wrap modulo 2⁶⁴, which leaves their bits right; the masks remove what `>>` drags in as sign.
+    for _ in range(_ROUNDS):
+        p0 = c0 * _MULTIPLIERS[0]
+        p1 = c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) ^ (c1 ^ k0)) & _LOW,
+            p1 & _LOW,
+            ((p0 >> 32) ^ (c3 ^ k1)) & _LOW,
+            p0 & _LOW,
+        )
+        k0 = (k0 + _WEYL[0]) & _LOW
+        k1 = (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def normals_reference(seed: Tensor, sample_id: Tensor, t: Tensor, numel: int) -> Tensor:
+    """Standard normals of a batch of samples: u = word·2⁻³² + 2⁻³³, then Box-Muller (Box and Muller 1958).
+
+    Lanes 0 and 1 are √(−2 ln u₀)·(cos, sin)(2π u₁), lanes 2 and 3 are √(−2 ln u₂)·(cos, sin)(2π u₃).
+
+    Args:
+        seed: int64 [B], 64-bit patterns: a seed of 2⁶³ or more is held as the negative number of the same bits.
+        sample_id: int64 [B], likewise.
+        t: int64 [B], 0 ... T-1, or `X_T_COUNTER` for x_T.
+        numel: elements of one sample.
+
+    Returns:
+        float32 [B, numel] on the device of `seed`.
+    """
+    quads = (numel + 3) // 4
+    seed, sample_id, t = seed[:, None], sample_id[:, None], t[:, None]
+    q = torch.arange(quads, dtype=torch.int64, device=seed.device)[None, :]
+    words = philox4x32_reference(
+        q, t & _LOW, sample_id & _LOW, (sample_id >> 32) & _LOW, seed & _LOW, (seed >> 32) & _LOW
+    )
+    u0, u1, u2, u3 = (word.to(torch.float32) * 2.0**-32 + 2.0**-33 for word in words)
+    r0, r1 = torch.sqrt(torch.log(u0) * -2.0), torch.sqrt(torch.log(u2) * -2.0)
+    a0, a1 = u1 * (2.0 * math.pi), u3 * (2.0 * math.pi)
+    lanes = torch.stack((r0 * torch.cos(a0), r0 * torch.sin(a0), r1 * torch.cos(a1), r1 * torch.sin(a1)), dim=-1)
+    return lanes.reshape(seed.shape[0], 4 * quads)[:, :numel]

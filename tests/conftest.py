@@ -1,0 +1,29 @@
+"""What every test shares: the markers' skip logic and hypothesis' profile."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# First calls compile, import and allocate, so a deadline per example would only measure the machine.
+settings.register_profile("local", deadline=None, print_blob=True)
+settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        _skip(items, "gpu", "needs a GPU that torch can use")
+    if not config.getoption("--slow"):
+        _skip(items, "slow", "slow; run it with --slow")
+
+
+def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
+    for item in items:
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))

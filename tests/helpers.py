@@ -1,0 +1,47 @@
+"""What several tests share: where data outside the repository is, and a run of a step table."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastddpm.kernels.p_sample import p_sample_reference
+from fastddpm.reference import Model
+from fastddpm.solvers import StepTable, dynamic_bound
+
+
+def _folder(variable: str, default: str) -> Path:
+    folder = Path(os.environ.get(variable) or Path(__file__).resolve().parents[2] / "shared" / default)
+    if not folder.is_dir():
+        pytest.skip(f"needs the folder {folder}; {variable} may name another")
+    return folder
+
+
+def peers_dir() -> Path:
+    """The fixtures that other projects' code made: $FASTDDPM_PEERS, or ../shared/peers; skips if absent."""
+    return _folder("FASTDDPM_PEERS", "peers")
+
+
+def mnist_dir() -> Path:
+    """MNIST's idx files: $FASTDDPM_MNIST, or ../shared/data/mnist; skips if absent."""
+    return _folder("FASTDDPM_MNIST", "data/mnist")
+
+
+def run_table(table: StepTable, model: Model, x_T: Tensor, z: Tensor | None = None, *, seed: int = 0) -> Tensor:
+    """Drive a whole run of a table with the plain kernel; noise z [S, B, C, H, W], or Philox's own."""
+    x, batch = x_T.float(), x_T.shape[0]
+    history = torch.full_like(x, torch.nan) if table.uses_history else None
+    ids, seeds = torch.arange(batch), torch.full((batch,), seed)
+    for i in range(table.S):
+        step = torch.full((batch,), i)
+        out = model(x, table.timesteps[step])
+        bound = None if table.threshold is None else dynamic_bound(x, out, table.rows[step], table.threshold)
+        noise = None if z is None else z[i : i + 1].float()
+        x, history_new = p_sample_reference(
+            x, out, table.rows, table.timesteps, step, ids, seeds, noise=noise, history=history, bound=bound,
+            stochastic=table.uses_noise,
+        )  # fmt: skip
+        history = history_new if table.uses_history else None
+    return x
