@@ -17,21 +17,15 @@ _MOST_STEPS = 1_000_000
 
 def _check_steps(function: str, T: int) -> None:
     if isinstance(T, bool) or not isinstance(T, int):
-        raise TypeError(
-            f"{function}: T must be an int, got {type(T).__name__}; pass the number of training steps"
-        )
+        raise TypeError(f"{function}: T must be an int, got {type(T).__name__}; pass the number of training steps")
     if not 1 <= T <= _MOST_STEPS:
-        raise ValueError(
-            f"{function}: T must be in 1 … {_MOST_STEPS}, got {T}; pass the number of training steps"
-        )
+        raise ValueError(f"{function}: T must be in 1 … {_MOST_STEPS}, got {T}; pass the number of training steps")
 
 
 def _check_ends(function: str, beta_start: float, beta_end: float) -> None:
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not 0.0 < value < 1.0:
-            raise ValueError(
-                f"{function}: {name} must be in (0, 1), got {value}; the usual range is 1e-4 to 0.02"
-            )
+            raise ValueError(f"{function}: {name} must be in (0, 1), got {value}; the usual range is 1e-4 to 0.02")
 
 
 def _check_max_beta(function: str, max_beta: float) -> None:
@@ -66,9 +60,7 @@ def betas_from_alpha_bar(
     _check_steps("betas_from_alpha_bar", T)
     _check_max_beta("betas_from_alpha_bar", max_beta)
     edges = [alpha_bar(i / T) for i in range(T + 1)]
-    return torch.tensor(
-        [min(1.0 - b / a, max_beta) for a, b in zip(edges, edges[1:], strict=False)], dtype=dtype
-    )
+    return torch.tensor([min(1.0 - b / a, max_beta) for a, b in zip(edges, edges[1:], strict=False)], dtype=dtype)
 
 
 def linear_betas(T: int, beta_start: float, beta_end: float, *, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -92,9 +84,7 @@ def linear_betas(T: int, beta_start: float, beta_end: float, *, dtype: torch.dty
     return torch.linspace(beta_start, beta_end, T, dtype=dtype)
 
 
-def scaled_linear_betas(
-    T: int, beta_start: float, beta_end: float, *, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def scaled_linear_betas(T: int, beta_start: float, beta_end: float, *, dtype: torch.dtype = torch.float64) -> Tensor:
     """Betas whose square roots grow linearly (Rombach et al. 2022, latent diffusion).
 
     Args:
@@ -115,9 +105,7 @@ def scaled_linear_betas(
     return torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=dtype) ** 2
 
 
-def cosine_betas(
-    T: int, s: float = 0.008, max_beta: float = 0.999, *, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def cosine_betas(T: int, s: float = 0.008, max_beta: float = 0.999, *, dtype: torch.dtype = torch.float64) -> Tensor:
     """Cosine schedule: ᾱ(u) = cos²((u + s)/(1 + s) · π/2) (Nichol & Dhariwal 2021, eq. 17).
 
     Args:
@@ -174,9 +162,7 @@ def sigmoid_betas(
     _check_steps("sigmoid_betas", T)
     _check_max_beta("sigmoid_betas", max_beta)
     if not start < end:
-        raise ValueError(
-            f"sigmoid_betas: start must be below end, got start={start}, end={end}; the usual are -3, 3"
-        )
+        raise ValueError(f"sigmoid_betas: start must be below end, got start={start}, end={end}; the usual are -3, 3")
     if not tau > 0.0:
         raise ValueError(f"sigmoid_betas: tau must be above 0, got {tau}; the usual value is 1")
     u = torch.linspace(0, T, T + 1, dtype=torch.float64) / T
@@ -187,9 +173,7 @@ def sigmoid_betas(
     return betas.clamp(max=max_beta).to(dtype)
 
 
-def logistic_betas(
-    T: int, beta_start: float, beta_end: float, *, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def logistic_betas(T: int, beta_start: float, beta_end: float, *, dtype: torch.dtype = torch.float64) -> Tensor:
     """Betas on a logistic curve: β_i = beta_start + (beta_end − beta_start) · σ(−6 + 12 i/(T−1)).
 
     Xu et al. 2022 (GeoDiff). diffusers calls it "sigmoid"; the sigmoid schedule of ᾱ is `sigmoid_betas`.

@@ -94,9 +94,7 @@ def read_idx(path: str | Path) -> NDArray[np.uint8]:
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: gzip stream is damaged ({error}); fetch the file again") from error
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] != 8 or not 1 <= raw[3] <= 4:
-        raise ValueError(
-            f"{path}: not an idx file of unsigned bytes (starts with {raw[:4].hex() or 'nothing'})"
-        )
+        raise ValueError(f"{path}: not an idx file of unsigned bytes (starts with {raw[:4].hex() or 'nothing'})")
     start = 4 + 4 * raw[3]
     shape = tuple(int(n) for n in np.frombuffer(raw[4:start], dtype=">u4")) if len(raw) >= start else ()
     expected = int(np.prod(shape, dtype=np.uint64)) if shape else -1
@@ -151,7 +149,7 @@ def _load_folder(folder: Path, size: int | None) -> ImageData:
     for file, picture in zip(files, pictures, strict=True):
         if picture.shape != pictures[0].shape:
             raise ValueError(
-                f"{file}: images must all have one size, got {picture.shape[:2]} and {pictures[0].shape[:2]}; use --size"
+                f"{file}: images must have one size, got {picture.shape[:2]} and {pictures[0].shape[:2]}; use --size"
             )
     return _assemble(np.stack(pictures), labels, names, folder.name)
 
@@ -187,9 +185,7 @@ def _assemble(
             raise ValueError(f"{source}: labels must be ≥ 0, got {labels.min()}")
         names = names or [str(i) for i in range(int(labels.max()) + 1)]
         if int(labels.max()) >= len(names):
-            raise ValueError(
-                f"{source}: label {labels.max()} has no name; class_names has {len(names)} entries"
-            )
+            raise ValueError(f"{source}: label {labels.max()} has no name; class_names has {len(names)} entries")
     images = torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())
     integers = None if labels is None else torch.from_numpy(labels.astype(np.int64))
     return ImageData(images, integers, None if labels is None or names is None else tuple(names), source)

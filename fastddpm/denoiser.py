@@ -96,7 +96,7 @@ def bind(
         wanted = torch.arange(model.config.num_classes) if labels is None else labels.cpu()
         if guided and spec.null_class is not None:
             wanted = torch.cat((wanted, torch.tensor([spec.null_class])))
-        wanted = wanted.unique().to(times.device)
+        wanted = torch.tensor(sorted(set(wanted.tolist())), dtype=torch.int64, device=times.device)
         slots = torch.zeros(model.config.num_classes, dtype=torch.int64, device=times.device)
         slots[wanted] = torch.arange(len(wanted), device=times.device)
     if rows * (1 if wanted is None else len(wanted)) * width * 4 > TABLE_BYTES:

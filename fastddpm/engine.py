@@ -29,9 +29,7 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(
-            f"device must be cpu, cuda or cuda:N, got {device!r}; see `fastddpm info`"
-        ) from error
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}; see `fastddpm info`") from error
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}; see `fastddpm info`")
     count = torch.cuda.device_count() if chosen.type == "cuda" else 1

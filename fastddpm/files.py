@@ -53,9 +53,7 @@ def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write named tensors and string metadata as a safetensors file, atomically.
 
     Raises:
@@ -68,7 +66,5 @@ def write_tensors(
                 temporary,
                 dict(metadata),
             )
-        except (
-            Exception
-        ) as error:  # safetensors reports a full disk or a missing permission as its own error type
+        except Exception as error:  # safetensors reports a full disk or a missing permission as its own error type
             raise OSError(f"cannot write {path}: {error}") from error

@@ -116,8 +116,7 @@ class ForwardProcess:
             )
         if t.device.type == "cpu" and t.numel() and not 0 <= int(t.min()) <= int(t.max()) < self.T:
             raise ValueError(
-                f"NoiseSchedule: t must be in 0 … {self.T - 1}, got {int(t.min())} … {int(t.max())}; "
-                "t counts from 0"
+                f"NoiseSchedule: t must be in 0 … {self.T - 1}, got {int(t.min())} … {int(t.max())}; t counts from 0"
             )
         dtype = torch.promote_types(like.dtype, torch.float32)
         return array.to(like.device)[t.to(like.device)].to(dtype).reshape(-1, *[1] * (like.ndim - 1))
@@ -141,10 +140,7 @@ class ForwardProcess:
 
         Ho et al. 2020, eq. 6–7; the clipped log as in `posterior_log_variance_clipped`.
         """
-        mean = (
-            self.at(self.posterior_mean_coef1, t, x_t) * x_start
-            + self.at(self.posterior_mean_coef2, t, x_t) * x_t
-        )
+        mean = self.at(self.posterior_mean_coef1, t, x_t) * x_start + self.at(self.posterior_mean_coef2, t, x_t) * x_t
         variance = self.at(self.posterior_variance, t, x_t)
         return mean, variance, self.at(self.posterior_log_variance_clipped, t, x_t)
 

@@ -41,7 +41,9 @@ def to_output(x: Tensor, output: Output) -> Tensor | list[Image.Image]:
     """The final state in the form that the caller of `Sampler.sample` asked for."""
     if output == "pil":
         return to_pil(x)
-    return {"raw": lambda v: v, "unit": to_unit, "uint8": to_uint8}[output](x)
+    if output == "uint8":
+        return to_uint8(x)
+    return x if output == "raw" else to_unit(x)
 
 
 def _image(picture: Tensor) -> Image.Image:
@@ -54,9 +56,7 @@ def _image(picture: Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
-def make_grid(
-    pictures: Tensor, *, columns: int | None = None, gap: int = 2, min_side: int = 0
-) -> Image.Image:
+def make_grid(pictures: Tensor, *, columns: int | None = None, gap: int = 2, min_side: int = 0) -> Image.Image:
     """Lay pictures out in rows.
 
     Args:
@@ -81,11 +81,7 @@ def make_grid(
     for i, image in enumerate(images):
         grid.paste(image, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
     factor = max(1, math.ceil(min_side / max(grid.size)))
-    return (
-        grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.NEAREST)
-        if factor > 1
-        else grid
-    )
+    return grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.NEAREST) if factor > 1 else grid
 
 
 def save_image(path: str | os.PathLike[str], image: Image.Image) -> None:
@@ -97,9 +93,7 @@ def save_image(path: str | os.PathLike[str], image: Image.Image) -> None:
     """
     suffix = Path(path).suffix.lower()
     if suffix not in Image.registered_extensions():
-        raise ValueError(
-            f"{path}: the file name must end like an image (.png), got {suffix or 'no suffix'!r}"
-        )
+        raise ValueError(f"{path}: the file name must end like an image (.png), got {suffix or 'no suffix'!r}")
     with atomic_path(path) as temporary:
         image.save(temporary)
 

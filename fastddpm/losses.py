@@ -95,9 +95,7 @@ def prior_bits(schedule: NoiseSchedule, x_start: Tensor) -> Tensor:
     return normal_kl(mean, variance.log(), zero, zero).flatten(1).mean(1) / _LN2
 
 
-def target_of(
-    schedule: NoiseSchedule, x_start: Tensor, eps: Tensor, t: Tensor, prediction: Prediction
-) -> Tensor:
+def target_of(schedule: NoiseSchedule, x_start: Tensor, eps: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
     """What the network should return: ε, x_0, or v (Salimans & Ho 2022, sec. 4); [B, C, H, W].
 
     Raises:

@@ -1,4 +1,4 @@
-"""Gaussian noise as a pure function of (seed, sample_id, t), and the ways in which a caller may supply noise instead."""
+"""Gaussian noise as a pure function of (seed, sample_id, t), and the forms in which callers may supply their own."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def _bits(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"sample: {name} must be an int, got {type(value).__name__}; convert it")
     if not 0 <= value < 2**64:
-        raise ValueError(
-            f"sample: {name} must be in [0, 2**64), got {value}; it is a 64-bit number without sign"
-        )
+        raise ValueError(f"sample: {name} must be in [0, 2**64), got {value}; it is a 64-bit number without sign")
     return value - 2**64 if value >= 2**63 else value
 
 
@@ -43,16 +41,12 @@ def id_bits(sample_ids: Tensor | Sequence[int]) -> Tensor:
     """
     if isinstance(sample_ids, Tensor):
         if sample_ids.is_floating_point() or sample_ids.dtype == torch.bool:
-            raise TypeError(
-                f"sample: sample_ids must be integers, got {sample_ids.dtype}; convert them to int64"
-            )
+            raise TypeError(f"sample: sample_ids must be integers, got {sample_ids.dtype}; convert them to int64")
         ids = sample_ids.detach().to("cpu", torch.int64)
     else:
         ids = torch.tensor([_bits("sample_ids", int(i)) for i in sample_ids], dtype=torch.int64)
     if ids.ndim != 1 or ids.numel() == 0:
-        raise ValueError(
-            f"sample: sample_ids must be a list of at least one id, got shape {tuple(ids.shape)}"
-        )
+        raise ValueError(f"sample: sample_ids must be a list of at least one id, got shape {tuple(ids.shape)}")
     return ids
 
 
@@ -69,9 +63,7 @@ def normals(seed: Tensor, sample_id: Tensor, t: Tensor, shape: tuple[int, int, i
         float32 [B, C, H, W] on seed's device.
     """
     channels, height, width = shape
-    return normals_reference(seed, sample_id, t, channels * height * width).reshape(
-        -1, channels, height, width
-    )
+    return normals_reference(seed, sample_id, t, channels * height * width).reshape(-1, channels, height, width)
 
 
 def initial_noise(seed: Tensor, sample_id: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -37,9 +37,7 @@ class PMeanVariance(NamedTuple):
     x_start: Tensor
 
 
-def predict_x_start(
-    schedule: NoiseSchedule, out: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction
-) -> Tensor:
+def predict_x_start(schedule: NoiseSchedule, out: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
     """x̂_0 from what the network returns: Ho et al. 2020, eq. 15, or Salimans & Ho 2022, appendix D.
 
     Raises:
@@ -51,9 +49,7 @@ def predict_x_start(
         return schedule.predict_x_start_from_v(x_t, t, out)
     if prediction == "x_start":
         return out
-    raise ValueError(
-        f"predict_x_start: prediction must be eps, x_start or v, got {prediction!r}; pick one of them"
-    )
+    raise ValueError(f"predict_x_start: prediction must be eps, x_start or v, got {prediction!r}; pick one of them")
 
 
 def dynamic_threshold(x_start: Tensor, ratio: float, max_value: float) -> Tensor:
@@ -114,8 +110,7 @@ def p_mean_variance(
         return PMeanVariance(mean, large, schedule.at(log_large, t, x_t), x_start)
     if variance != "learned_range":
         raise ValueError(
-            "p_mean_variance: variance must be fixed_small, fixed_large or learned_range, got "
-            f"{variance!r}; pick one"
+            f"p_mean_variance: variance must be fixed_small, fixed_large or learned_range, got {variance!r}; pick one"
         )
     fraction = (out[:, C:] + 1.0) / 2.0
     log_variance = fraction * schedule.at(schedule.betas.log(), t, x_t) + (1.0 - fraction) * small_log
@@ -222,9 +217,7 @@ def ddim_sample_loop(
         ValueError: η > 0 without noise.
     """
     if eta > 0.0 and noise is None:
-        raise ValueError(
-            f"ddim_sample_loop: noise must be given for eta > 0, got None with eta={eta}; pass noise"
-        )
+        raise ValueError(f"ddim_sample_loop: noise must be given for eta > 0, got None with eta={eta}; pass noise")
     steps = timesteps.tolist()
     alpha_bar = schedule.alphas_cumprod.tolist()
     x = x_T

@@ -24,6 +24,7 @@ class Request:
     batch_size: int
 
     def batches(self) -> Iterator[Request]:
+        """The request in pieces of `batch_size` samples, in order."""
         for first in range(0, len(self.ids), self.batch_size):
             cut = slice(first, first + self.batch_size)
             yield Request(
@@ -47,6 +48,26 @@ def make_request(
     noise: NoiseSource | None,
     batch_size: int | None,
 ) -> Request:
+    """Check the per-sample arguments of `Sampler.sample` and bring them into one form.
+
+    Args:
+        spec: the network's conventions.
+        device: where supplied noise goes.
+        n: as in `Sampler.sample`, and so are the rest.
+        sample_ids: ids.
+        class_labels: classes.
+        guidance_scale: scales.
+        x_T: states to start from.
+        noise: supplied noise; only a tensor is kept, cut to batches with the rest.
+        batch_size: samples that run together; None is 64 on the CPU, 256 on a GPU.
+
+    Returns:
+        The request.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range or does not fit the network.
+    """
     if isinstance(n, bool) or not isinstance(n, int):
         raise TypeError(f"sample: n must be an int, got {type(n).__name__}; convert it")
     if n < 1:
@@ -54,9 +75,7 @@ def make_request(
     ids = torch.arange(n) if sample_ids is None else id_bits(sample_ids)
     if len(ids) != n:
         raise ValueError(f"sample: sample_ids must have n = {n} entries, got {len(ids)}; make the two agree")
-    if batch_size is not None and (
-        isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
-    ):
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(
             f"sample: batch_size must be a positive int, got {batch_size!r}; leave it out to choose by device"
         )
@@ -64,9 +83,7 @@ def make_request(
     guidance = _guidance(spec, n, guidance_scale, class_labels is not None)
     if x_T is not None and (not isinstance(x_T, Tensor) or tuple(x_T.shape) != (n, *spec.shape)):
         got = tuple(x_T.shape) if isinstance(x_T, Tensor) else type(x_T).__name__
-        raise ValueError(
-            f"sample: x_T must be a tensor {(n, *spec.shape)}, got {got}; it is the state to start from"
-        )
+        raise ValueError(f"sample: x_T must be a tensor {(n, *spec.shape)}, got {got}; it is the state to start from")
     size = batch_size or (64 if device.type == "cpu" else 256)
     supplied = noise.to(device, torch.float32) if isinstance(noise, Tensor) else None
     if supplied is not None and (supplied.ndim != 5 or supplied.shape[1] != n):
@@ -95,15 +112,10 @@ def _labels(spec: ModelSpec, n: int, class_labels: int | Sequence[int] | Tensor 
     if labels.ndim == 0:
         labels = labels.expand(n).clone()
     if labels.shape != (n,):
-        raise ValueError(
-            f"sample: class_labels must be one label or n = {n}, got shape {tuple(labels.shape)}"
-        )
+        raise ValueError(f"sample: class_labels must be one label or n = {n}, got shape {tuple(labels.shape)}")
     wrong = labels[
         (labels < 0)
-        | (
-            (labels >= spec.num_classes)
-            & (labels != (spec.null_class if spec.null_class is not None else -1))
-        )
+        | ((labels >= spec.num_classes) & (labels != (spec.null_class if spec.null_class is not None else -1)))
     ]
     if len(wrong):
         raise ValueError(
@@ -119,22 +131,22 @@ def _guidance(
     if scale.ndim == 0:
         scale = scale.expand(n).clone()
     if scale.shape != (n,) or not bool(torch.isfinite(scale).all()):
-        raise ValueError(
-            f"sample: guidance_scale must be one finite number or n = {n}, got {guidance_scale!r}"
-        )
+        raise ValueError(f"sample: guidance_scale must be one finite number or n = {n}, got {guidance_scale!r}")
     if bool((scale == 1.0).all()):
         return None
     if spec.null_class is None or not has_labels:
-        why = (
-            "it was trained without dropping labels"
-            if spec.null_class is None
-            else "no class_labels are given"
-        )
+        why = "it was trained without dropping labels" if spec.null_class is None else "no class_labels are given"
         raise ValueError(f"sample: guidance_scale must be 1 for this request, got {float(scale[0]):g}: {why}")
     return scale
 
 
 def check_noise(noise: NoiseSource | None, S: int, n: int, shape: tuple[int, int, int]) -> None:
+    """Check that supplied noise fits a run of S steps and n samples.
+
+    Raises:
+        TypeError: it is not a tensor, a function or a generator.
+        ValueError: a tensor has the wrong shape.
+    """
     if noise is None or isinstance(noise, torch.Generator):
         return
     if isinstance(noise, Tensor):
@@ -143,6 +155,4 @@ def check_noise(noise: NoiseSource | None, S: int, n: int, shape: tuple[int, int
                 f"sample: noise must have shape {(S, n, *shape)} (steps, n, C, H, W), got {tuple(noise.shape)}"
             )
     elif not callable(noise):
-        raise TypeError(
-            f"sample: noise must be a tensor, a function or a torch.Generator, got {type(noise).__name__}"
-        )
+        raise TypeError(f"sample: noise must be a tensor, a function or a torch.Generator, got {type(noise).__name__}")

@@ -155,9 +155,7 @@ class Sampler:
             ValueError: an argument is out of range.
         """
         if solver not in DEFAULT_STEPS:
-            raise ValueError(
-                f"sample: solver must be one of {', '.join(DEFAULT_STEPS)}, got {solver!r}; pick one"
-            )
+            raise ValueError(f"sample: solver must be one of {', '.join(DEFAULT_STEPS)}, got {solver!r}; pick one")
         chosen = self._timesteps(solver, steps, timesteps)
         return make_table(
             self.schedule,
@@ -186,9 +184,7 @@ class Sampler:
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise TypeError(f"sample: steps must be an int, got {type(steps).__name__}; convert it")
         if not 1 <= steps <= T:
-            raise ValueError(
-                f"sample: steps must be in 1 … {T} (the steps of training), got {steps}; ask for fewer"
-            )
+            raise ValueError(f"sample: steps must be in 1 … {T} (the steps of training), got {steps}; ask for fewer")
         return respace(T, steps) if solver == "ddpm" else spaced_timesteps(T, steps, "trailing")
 
     @overload
@@ -302,11 +298,7 @@ class Sampler:
             supplied = batch.noise if isinstance(noise, Tensor) else None
             if noise is not None and not isinstance(noise, Tensor) and table.uses_noise:
                 # Peers draw nothing where nothing is used, and so their generators stay in step with ours.
-                supplied = (
-                    self._draw(noise, i, t, batch, state)
-                    if adds_noise[i]
-                    else torch.zeros_like(state.x)[None]
-                )
+                supplied = self._draw(noise, i, t, batch, state) if adds_noise[i] else torch.zeros_like(state.x)[None]
             advance(denoiser, table, state, noise=supplied)
             yield i, t
 
@@ -327,9 +319,7 @@ class Sampler:
             history=table.uses_history or previews,
         )
 
-    def _draw(
-        self, noise: NoiseFunction | torch.Generator, i: int, t: int, batch: Request, state: State
-    ) -> Tensor:
+    def _draw(self, noise: NoiseFunction | torch.Generator, i: int, t: int, batch: Request, state: State) -> Tensor:
         """The caller's noise for loop step i, [1, B, C, H, W]."""
         if isinstance(noise, torch.Generator):
             z = torch.randn(state.x.shape, generator=noise, device=noise.device)

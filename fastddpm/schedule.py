@@ -64,8 +64,7 @@ class NoiseSchedule(ForwardProcess):
         if not isinstance(betas, Tensor) or betas.dtype not in _DTYPES.values():
             got = betas.dtype if isinstance(betas, Tensor) else type(betas).__name__
             raise TypeError(
-                f"NoiseSchedule: betas must be a float32 or float64 tensor, got {got}; use "
-                "NoiseSchedule.from_betas"
+                f"NoiseSchedule: betas must be a float32 or float64 tensor, got {got}; use NoiseSchedule.from_betas"
             )
         if betas.ndim != 1 or betas.numel() == 0 or betas.device.type != "cpu":
             raise ValueError(
@@ -149,16 +148,12 @@ class NoiseSchedule(ForwardProcess):
         return cls.by_name("logistic", T, dtype=dtype, beta_start=beta_start, beta_end=beta_end)
 
     @classmethod
-    def laplace(
-        cls, T: int = 1000, max_beta: float = 0.999, *, dtype: torch.dtype = torch.float64
-    ) -> NoiseSchedule:
+    def laplace(cls, T: int = 1000, max_beta: float = 0.999, *, dtype: torch.dtype = torch.float64) -> NoiseSchedule:
         """Laplace log-SNR (Hang et al. 2024); see `fastddpm.betas.laplace_betas`."""
         return cls.by_name("laplace", T, dtype=dtype, max_beta=max_beta)
 
     @classmethod
-    def from_betas(
-        cls, betas: Tensor | Sequence[float], *, dtype: torch.dtype | None = None
-    ) -> NoiseSchedule:
+    def from_betas(cls, betas: Tensor | Sequence[float], *, dtype: torch.dtype | None = None) -> NoiseSchedule:
         """Schedule of explicit betas [T].
 
         Args:
@@ -169,9 +164,7 @@ class NoiseSchedule(ForwardProcess):
             TypeError: the dtype is neither float32 nor float64.
             ValueError: the betas are out of range; see the class.
         """
-        source = (
-            betas.detach().cpu() if isinstance(betas, Tensor) else torch.tensor(betas, dtype=torch.float64)
-        )
+        source = betas.detach().cpu() if isinstance(betas, Tensor) else torch.tensor(betas, dtype=torch.float64)
         return cls(source.to(dtype or source.dtype, copy=True))
 
     @classmethod
@@ -209,9 +202,7 @@ class NoiseSchedule(ForwardProcess):
         """
         function, defaults = _lookup(name)
         if dtype not in _DTYPES.values():
-            raise TypeError(
-                f"NoiseSchedule.by_name: dtype must be float32 or float64, got {dtype}; use torch.float64"
-            )
+            raise TypeError(f"NoiseSchedule.by_name: dtype must be float32 or float64, got {dtype}; use torch.float64")
         given = {
             "beta_start": beta_start, "beta_end": beta_end, "s": s, "max_beta": max_beta,
             "start": start, "end": end, "tau": tau,
@@ -250,21 +241,18 @@ class NoiseSchedule(ForwardProcess):
         """
         if not isinstance(config, Mapping):
             raise TypeError(
-                f"NoiseSchedule.from_config: config must be a mapping, got {type(config).__name__}; "
-                "see to_config"
+                f"NoiseSchedule.from_config: config must be a mapping, got {type(config).__name__}; see to_config"
             )
         rest = dict(config)
         name, dtype_name = rest.pop("name", None), rest.pop("dtype", "float64")
         rescaled = rest.pop("zero_terminal_snr", False)
         if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
             raise ValueError(
-                "NoiseSchedule.from_config: dtype must be 'float32' or 'float64', got "
-                f"{dtype_name!r}; mend the config"
+                f"NoiseSchedule.from_config: dtype must be 'float32' or 'float64', got {dtype_name!r}; mend the config"
             )
         if not isinstance(rescaled, bool):
             raise TypeError(
-                "NoiseSchedule.from_config: zero_terminal_snr must be true or false, got "
-                f"{rescaled!r}; mend the config"
+                f"NoiseSchedule.from_config: zero_terminal_snr must be true or false, got {rescaled!r}; mend the config"
             )
         dtype = _DTYPES[dtype_name]
         if name == "betas":
@@ -349,18 +337,14 @@ def _check_config_options(name: Any, options: dict[str, Any]) -> None:  # noqa: 
     known = {"T", *_lookup(name)[1]}
     if unknown := sorted(map(str, options.keys() - known)):
         raise ValueError(
-            f"NoiseSchedule.from_config: keys of {name!r} must be among {sorted(known)}, got "
-            f"{unknown}; mend the config"
+            f"NoiseSchedule.from_config: keys of {name!r} must be among {sorted(known)}, got {unknown}; mend the config"
         )
     if "T" not in options:
         raise ValueError(f'NoiseSchedule.from_config: T must be given, got {sorted(options)}; add "T"')
     for key, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(
-                f"NoiseSchedule.from_config: {key} must be a number, got {value!r}; mend the config"
-            )
+            raise TypeError(f"NoiseSchedule.from_config: {key} must be a number, got {value!r}; mend the config")
         if isinstance(value, int) and value.bit_length() > 63:  # JSON has no largest integer; floats do
             raise ValueError(
-                f"NoiseSchedule.from_config: {key} must be below 2^63, got {value.bit_length()} bits; "
-                "mend the config"
+                f"NoiseSchedule.from_config: {key} must be below 2^63, got {value.bit_length()} bits; mend the config"
             )

@@ -110,9 +110,7 @@ def ddpm_table(
         columns["log_beta_tilde"] = _clipped_log(beta_tilde, beta, noisy)
     else:
         columns["sigma"] = noisy * (beta if variance == "fixed_large" else beta_tilde).sqrt()
-    return assemble(
-        "ddpm_table", "ddpm", pairs.t, columns, prediction=prediction, variance=variance, clip=clip
-    )
+    return assemble("ddpm_table", "ddpm", pairs.t, columns, prediction=prediction, variance=variance, clip=clip)
 
 
 def ddim_table(
@@ -173,9 +171,7 @@ def ddim_table(
     else:  # ε = (x − √ᾱ x_0)/√(1−ᾱ)
         columns["c_o"] = -direction * signal / noise
         columns["c_x"] = direction / noise
-    return assemble(
-        "ddim_table", "ddim", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip
-    )
+    return assemble("ddim_table", "ddim", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip)
 
 
 def dpmpp_2m_table(

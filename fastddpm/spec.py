@@ -43,9 +43,7 @@ class ModelSpec:
             if not ok:
                 raise ValueError(f"ModelSpec: {name} must be {expected}, got {getattr(self, name)!r}")
 
-        is_shape = (
-            isinstance(self.shape, tuple) and len(self.shape) == 3 and all(_positive(n) for n in self.shape)
-        )
+        is_shape = isinstance(self.shape, tuple) and len(self.shape) == 3 and all(_positive(n) for n in self.shape)
         require(is_shape, "shape", "three positive integers (C, H, W)")
         require(self.prediction in ("eps", "x_start", "v"), "prediction", "eps, x_start or v")
         require(self.variance in ("fixed_small", "fixed_large", "learned_range"), "variance", "a known kind")
@@ -81,12 +79,9 @@ class ModelSpec:
         names = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - names)
         if unknown or "shape" not in values:
-            raise ValueError(
-                f"ModelSpec: keys must be among {sorted(names)} with shape, got {sorted(values)}"
-            )
-        return cls(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
+            raise ValueError(f"ModelSpec: keys must be among {sorted(names)} with shape, got {sorted(values)}")
+        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**known)
 
 
 def _positive(value: object) -> bool:

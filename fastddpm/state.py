@@ -70,11 +70,7 @@ class State:
         """
         ids = sample_ids.to(device)
         seeds = torch.full_like(ids, seed_bits(seed))
-        x = (
-            initial_noise(seeds, ids, shape)
-            if x_T is None
-            else x_T.to(device, torch.float32, copy=True).contiguous()
-        )
+        x = initial_noise(seeds, ids, shape) if x_T is None else x_T.to(device, torch.float32, copy=True).contiguous()
         return cls(
             x,
             torch.zeros_like(ids),
@@ -96,9 +92,7 @@ class State:
         for field in dataclasses.fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if (mine is None) != (theirs is None):
-                raise ValueError(
-                    f"State.put: both states must have {field.name} or neither; create them alike"
-                )
+                raise ValueError(f"State.put: both states must have {field.name} or neither; create them alike")
             if mine is not None:
                 mine.index_copy_(0, slots, theirs)
 

@@ -46,9 +46,7 @@ class DynamicThreshold:
     def __post_init__(self) -> None:
         """Validate both numbers."""
         if not 0.0 < self.ratio <= 1.0:
-            raise ValueError(
-                f"DynamicThreshold: ratio must be in (0, 1], got {self.ratio}; the usual is 0.995"
-            )
+            raise ValueError(f"DynamicThreshold: ratio must be in (0, 1], got {self.ratio}; the usual is 0.995")
         if not self.max_value >= 1.0:
             raise ValueError(
                 f"DynamicThreshold: max_value must be at least 1, got {self.max_value}; 1 is plain clipping"
@@ -75,12 +73,7 @@ def dynamic_bound(x: Tensor, out: Tensor, rows: Tensor, threshold: DynamicThresh
         ValueError: the shapes do not fit each other.
     """
     B, C = x.shape[:2]
-    if (
-        rows.shape != (B, len(COLUMNS))
-        or out.shape[0] != B
-        or out.shape[2:] != x.shape[2:]
-        or out.shape[1] < C
-    ):
+    if rows.shape != (B, len(COLUMNS)) or out.shape[0] != B or out.shape[2:] != x.shape[2:] or out.shape[1] < C:
         raise ValueError(
             f"dynamic_bound: out and rows must fit x {tuple(x.shape)}, got {tuple(out.shape)} and "
             f"{tuple(rows.shape)}; pass the network's output and one table row per sample"
@@ -164,18 +157,14 @@ class StepTable:
             IndexError: i is not in 0 … S.
         """
         if not 0 <= i <= self.S:
-            raise IndexError(
-                f"StepTable.row: i must be in 0 … {self.S}, got {i}; row {self.S} is the identity"
-            )
+            raise IndexError(f"StepTable.row: i must be in 0 … {self.S}, got {i}; row {self.S} is the identity")
         return dict(zip(COLUMNS, self.rows[i].tolist(), strict=True))
 
 
 def check_choice(function: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(
-            f"{function}: {name} must be one of {', '.join(choices)}, got {value!r}; pick one of them"
-        )
+        raise ValueError(f"{function}: {name} must be one of {', '.join(choices)}, got {value!r}; pick one of them")
 
 
 def assemble(

@@ -36,8 +36,7 @@ def check_timesteps(function: str, T: int, timesteps: Tensor | Sequence[int]) ->
     lowest, highest = int(steps.min()), int(steps.max())
     if lowest < 0 or highest >= T:
         raise ValueError(
-            f"{function}: timesteps must be in 0 … {T - 1}, got {lowest if lowest < 0 else highest}; "
-            "they count from 0"
+            f"{function}: timesteps must be in 0 … {T - 1}, got {lowest if lowest < 0 else highest}; they count from 0"
         )
     rising = (steps[1:] >= steps[:-1]).nonzero()
     if rising.numel():
@@ -74,13 +73,10 @@ def spaced_timesteps(T: int, S: int, spacing: Spacing = "trailing", *, steps_off
     """
     for name, value in (("T", T), ("S", S), ("steps_offset", steps_offset)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(
-                f"spaced_timesteps: {name} must be an int, got {type(value).__name__}; convert it"
-            )
+            raise TypeError(f"spaced_timesteps: {name} must be an int, got {type(value).__name__}; convert it")
     if not 1 <= S <= T:
         raise ValueError(
-            f"spaced_timesteps: S must be in 1 … T = {T}, got {S}; ask for at most as many steps as "
-            "were trained"
+            f"spaced_timesteps: S must be in 1 … T = {T}, got {S}; ask for at most as many steps as were trained"
         )
     if spacing == "leading":
         stride = T // S
@@ -98,8 +94,7 @@ def spaced_timesteps(T: int, S: int, spacing: Spacing = "trailing", *, steps_off
         steps = [round(i * stride_f) for i in range(S - 1, -1, -1)]
     else:
         raise ValueError(
-            f"spaced_timesteps: spacing must be leading, trailing or linspace, got {spacing!r}; pick "
-            "one of them"
+            f"spaced_timesteps: spacing must be leading, trailing or linspace, got {spacing!r}; pick one of them"
         )
     return torch.tensor(steps, dtype=torch.int64)
 
@@ -126,9 +121,7 @@ def respace(T: int, spec: str | int) -> Tensor:
         ValueError: the string has another form, or asks for more steps than there are, or for none.
     """
     if isinstance(spec, bool) or not isinstance(spec, str | int):
-        raise TypeError(
-            f"respace: spec must be a string or an int, got {type(spec).__name__}; pass e.g. '250'"
-        )
+        raise TypeError(f"respace: spec must be a string or an int, got {type(spec).__name__}; pass e.g. '250'")
     if T < 1:
         raise ValueError(f"respace: T must be at least 1, got {T}; pass the number of training steps")
     text = str(spec).strip() or str(T)
@@ -169,9 +162,7 @@ def _sections(T: int, counts: list[int]) -> set[int]:
     for i, count in enumerate(counts):
         size = base + (1 if i < extra else 0)
         if count > size:
-            raise ValueError(
-                f"respace: spec must ask for at most {size} steps in section {i}, got {count}; T is {T}"
-            )
+            raise ValueError(f"respace: spec must ask for at most {size} steps in section {i}, got {count}; T is {T}")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0  # summed up, not multiplied: the rounding of the sum decides some halves
         for _ in range(count):

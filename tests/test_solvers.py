@@ -528,7 +528,9 @@ def test_make_table_hands_every_option_on():
         ddpm_table(LINEAR, steps, variance="fixed_large", noise_gate="t0", prev_timesteps=prev, clip=None).rows,
     )
     options = {"eta": 0.5, "clipped_eps": "raw", "final_alpha_to_one": False, "prediction": "v"}
-    assert torch.equal(make_table(LINEAR, steps, solver="ddim", **options).rows, ddim_table(LINEAR, steps, **options).rows)
+    assert torch.equal(
+        make_table(LINEAR, steps, solver="ddim", **options).rows, ddim_table(LINEAR, steps, **options).rows
+    )
     options = {"lower_order_final": True, "final_alpha_to_one": False, "prediction": "x_start"}
     assert torch.equal(
         make_table(LINEAR, steps, solver="dpmpp_2m", **options).rows, dpmpp_2m_table(LINEAR, steps, **options).rows

@@ -52,9 +52,7 @@ def load(path: Path) -> Checkpoint:
         spec = ModelSpec.from_dict(config["spec"])
         _check_agreement(unet, spec)
     except KeyError as error:
-        raise CheckpointError(
-            f"{path / CONFIG_NAME}: the entry {error} is missing; write the file again"
-        ) from error
+        raise CheckpointError(f"{path / CONFIG_NAME}: the entry {error} is missing; write the file again") from error
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path / CONFIG_NAME}: {error}") from error
     with torch.device("meta"):
@@ -127,9 +125,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}); fetch or write it again"
-        ) from error
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -142,9 +138,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}); fetch or write it again"
-        ) from error
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -156,7 +150,5 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not readable JSON ({error}); write the file again") from error
     version = config.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}; update fastddpm"
-        )
+        raise CheckpointError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}; update fastddpm")
     return dict(config)

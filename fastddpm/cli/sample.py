@@ -65,9 +65,7 @@ def sample(
         int | None,
         typer.Option(help="Pictures that run together; does not change them. [default: by device]"),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no closing line.")] = False,
 ) -> None:
     """Draw pictures from a trained checkpoint.
@@ -128,9 +126,7 @@ class Job:
     batch_size: int | None
     quiet: bool
 
-    def check_outputs(
-        self, grid: Path | None, folder: Path | None, npz: Path | None, gif: Path | None
-    ) -> None:
+    def check_outputs(self, grid: Path | None, folder: Path | None, npz: Path | None, gif: Path | None) -> None:
         """Refuse before the work what would fail after it.
 
         Raises:
@@ -156,9 +152,7 @@ class Job:
         if self.n < 1:
             raise ValueError(f"--n must be at least 1, got {self.n}; ask for at least one picture")
         if self.first_id < 0 or self.first_id + self.n > 2**63:
-            raise ValueError(
-                f"--first-id must be in [0, 2**63 − n), got {self.first_id}; ids are 63-bit numbers here"
-            )
+            raise ValueError(f"--first-id must be in [0, 2**63 − n), got {self.first_id}; ids are 63-bit numbers here")
         self.labels([0])
 
     def labels(self, ids: Sequence[int]) -> list[int] | None:
@@ -184,9 +178,7 @@ class Job:
                 chosen.append(int(part))
             else:
                 known = f" or names such as {names[0]}" if names else ""
-                raise ValueError(
-                    f"--classes must be all, none or numbers{known} with commas, got {self.classes!r}"
-                )
+                raise ValueError(f"--classes must be all, none or numbers{known} with commas, got {self.classes!r}")
         return chosen
 
     def draw(self, ids: Sequence[int], gif_frames: list[Tensor] | None = None) -> Tensor:

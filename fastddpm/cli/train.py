@@ -27,9 +27,7 @@ def train(
         Path,
         typer.Argument(help="MNIST-style idx file (or the folder with them), .npz, or a folder of images."),
     ],
-    out: Annotated[
-        Path, typer.Option(help="Folder of the run. If it holds one already, that run is resumed.")
-    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run. If it holds one already, that run is resumed.")],
     labels: Annotated[
         Path | None, typer.Option(help="idx file of labels, if it is not found beside the images.")
     ] = None,
@@ -47,20 +45,14 @@ def train(
         float, typer.Option(help="Decay of the averaged weights, which are the ones that are sampled.")
     ] = 0.999,
     grad_clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
-    label_dropout: Annotated[
-        float, typer.Option(help="Share of pictures trained without class, for guidance.")
-    ] = 0.1,
-    hflip: Annotated[
-        bool, typer.Option(help="Mirror pictures at random (not for digits or letters).")
-    ] = False,
+    label_dropout: Annotated[float, typer.Option(help="Share of pictures trained without class, for guidance.")] = 0.1,
+    hflip: Annotated[bool, typer.Option(help="Mirror pictures at random (not for digits or letters).")] = False,
     channels: Annotated[str, typer.Option(help="Width of each resolution, finest first.")] = "64,128,128",
     layers: Annotated[int, typer.Option(help="ResBlocks per resolution.")] = 2,
     attention: Annotated[
         str, typer.Option(help="Resolutions with self-attention, in pixels: `16,8`. [default: the lowest]")
     ] = "",
-    head_channels: Annotated[
-        int | None, typer.Option(help="Channels per attention head. [default: one head]")
-    ] = None,
+    head_channels: Annotated[int | None, typer.Option(help="Channels per attention head. [default: one head]")] = None,
     norm_groups: Annotated[int, typer.Option(help="Groups of the group norms.")] = 8,
     scale_shift: Annotated[bool, typer.Option(help="Let the time scale and shift the norms (ADM).")] = False,
     dropout: Annotated[float, typer.Option(help="Dropout in the ResBlocks.")] = 0.0,
@@ -68,29 +60,19 @@ def train(
     schedule: Annotated[
         Literal["linear", "scaled_linear", "cosine", "sigmoid"], typer.Option(help="β schedule.")
     ] = "linear",
-    prediction: Annotated[
-        Literal["eps", "x_start", "v"], typer.Option(help="What the network predicts.")
-    ] = "eps",
+    prediction: Annotated[Literal["eps", "x_start", "v"], typer.Option(help="What the network predicts.")] = "eps",
     variance: Annotated[
         Literal["fixed_small", "fixed_large", "learned_range"],
         typer.Option(help="σ of ancestral sampling; learned_range trains it with the hybrid loss."),
     ] = "fixed_small",
     seed: Annotated[int, typer.Option(help="Seed of all that is random.")] = 0,
-    save_every: Annotated[
-        int, typer.Option(help="Steps between saved states: a kill loses at most these.")
-    ] = 500,
+    save_every: Annotated[int, typer.Option(help="Steps between saved states: a kill loses at most these.")] = 500,
     bf16: Annotated[bool, typer.Option(help="Run the network in bfloat16 where that is safe.")] = False,
-    weights: Annotated[
-        Literal["fp32", "fp16"], typer.Option(help="How the averaged weights are stored.")
-    ] = "fp32",
+    weights: Annotated[Literal["fp32", "fp16"], typer.Option(help="How the averaged weights are stored.")] = "fp32",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, a third more time.")] = False,
     grids: Annotated[bool, typer.Option(help="Draw a grid of samples after each epoch.")] = True,
-    stop_after: Annotated[
-        int | None, typer.Option(help="Stop after this many steps; run again to continue.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")
-    ] = None,
+    stop_after: Annotated[int | None, typer.Option(help="Stop after this many steps; run again to continue.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")] = None,
 ) -> None:
     """Train a checkpoint on your own pictures: L_simple of Ho et al., with averaged weights, resumable at any time.
 
@@ -130,9 +112,7 @@ def train(
     )  # fmt: skip
     probe_folder(out)
     torch.manual_seed(seed)
-    trainer = Trainer(
-        out, UNet(unet), NoiseSchedule.by_name(schedule, T), spec, pictures, config, device=target
-    )
+    trainer = Trainer(out, UNet(unet), NoiseSchedule.by_name(schedule, T), spec, pictures, config, device=target)
     _announce(trainer, unet, spec, pictures)
     _run(trainer, stop_after, grids)
 
@@ -199,7 +179,5 @@ def _attention(text: str, side: int, levels: int) -> tuple[bool, ...]:
     wanted = _integers("--attention", text) if text else (sides[-1],)
     foreign = [pixels for pixels in wanted if pixels not in sides]
     if foreign:
-        raise ValueError(
-            f"--attention must be among the resolutions {sides}, got {foreign[0]}; pick some of them"
-        )
+        raise ValueError(f"--attention must be among the resolutions {sides}, got {foreign[0]}; pick some of them")
     return tuple(pixels in wanted for pixels in sides)

@@ -1,0 +1,152 @@
+"""The parts that the U-Net is made of."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastddpm.unet_config import UNetConfig
+
+
+def timestep_embedding(
+    t: Tensor,
+    dim: int,
+    *,
+    order: Literal["sin_cos", "cos_sin", "interleaved"] = "sin_cos",
+    shift: float = 1.0,
+    max_period: float = 10_000.0,
+) -> Tensor:
+    """Sinusoidal embedding of timesteps (Vaswani et al. 2017, section 3.5, as used by Ho et al. 2020).
+
+    With h = dim // 2 frequencies ω_k = max_period^(−k/(h − shift)), the features are sin(ω_k t) and cos(ω_k t).
+
+    Args:
+        t: Timesteps [B], integer or fractional, usually in [0, T).
+        dim: Width of the result; an odd width gets one zero at the end.
+        order: Whether sines come first, cosines come first, or the two alternate.
+        shift: 1 in Ho et al., 0 in OpenAI's code.
+        max_period: Longest wavelength divided by 2π.
+
+    Returns:
+        float32 [B, dim] on t's device.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / max(half - shift, 1e-9)
+    angles = t.to(torch.float32)[:, None] * torch.exp(-math.log(max_period) * exponent)[None]
+    sin, cos = torch.sin(angles), torch.cos(angles)
+    if order == "interleaved":
+        features = torch.stack((sin, cos), dim=-1).flatten(1)
+    else:
+        features = torch.cat((sin, cos) if order == "sin_cos" else (cos, sin), dim=1)
+    return F.pad(features, (0, dim - 2 * half))
+
+
+class ResBlock(nn.Module):
+    """Residual block: norm, SiLU, convolution, embedding, norm, SiLU, dropout, convolution, plus a skip path."""
+
+    def __init__(
+        self, config: UNetConfig, c_in: int, c_out: int, resample: Literal["down", "up"] | None = None
+    ) -> None:
+        """Make a block from `c_in` to `c_out` channels that may also change the resolution by two."""
+        super().__init__()
+        self.resample = resample
+        self.scale_shift = config.scale_shift
+        self.projection_width = c_out * (2 if config.scale_shift else 1)
+        self.norm1 = nn.GroupNorm(config.norm_groups, c_in, eps=config.norm_eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(config.norm_groups, c_out, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, projection: Tensor) -> Tensor:
+        """Map x [B, c_in, H, W] with this block's slice of the time projection [B, projection_width]."""
+        h = F.silu(self.norm1(x))
+        if self.resample is not None:
+            h, x = _resample(h, self.resample), _resample(x, self.resample)
+        h = self.conv1(h)
+        projection = projection[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = projection.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + projection)
+        return torch.as_tensor(self.conv2(self.dropout(F.silu(h))) + self.skip(x))
+
+
+def _resample(x: Tensor, direction: Literal["down", "up"]) -> Tensor:
+    return F.avg_pool2d(x, 2) if direction == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Attention(nn.Module):
+    """Self-attention over the H·W positions with a residual connection (Ho et al. 2020, appendix B)."""
+
+    def __init__(self, config: UNetConfig, channels: int, heads: int, normalise: bool = True) -> None:
+        """Make attention over `channels` channels; heads come from `config.head_channels` where that is set."""
+        super().__init__()
+        self.heads = heads if config.head_channels is None else channels // config.head_channels
+        self.order = config.attention_order
+        self.norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps) if normalise else nn.Identity()
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, C, H, W] to the same shape."""
+        b, c, height, width = x.shape
+        rows = self.norm(x).permute(0, 2, 3, 1).reshape(b, height * width, c)
+        axes = (3, self.heads) if self.order == "qkv_heads" else (self.heads, 3)
+        qkv = self.qkv(rows).unflatten(2, (*axes, c // self.heads))
+        if self.order == "heads_qkv":
+            qkv = qkv.transpose(2, 3)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, height * width, c)
+        return x + torch.as_tensor(self.out(h)).reshape(b, height, width, c).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """Halve the resolution by a strided convolution or by averaging."""
+
+    def __init__(self, config: UNetConfig, channels: int) -> None:
+        """Make a downsampler that keeps the number of channels."""
+        super().__init__()
+        self.asymmetric = config.downsample_padding == "asymmetric"
+        padding = 0 if self.asymmetric else 1
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding) if config.conv_resample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, C, H, W] to [B, C, H/2, W/2]."""
+        if self.conv is None:
+            return F.avg_pool2d(x, 2)
+        return torch.as_tensor(self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x))
+
+
+class Upsample(nn.Module):
+    """Double the resolution by repetition, usually followed by a convolution."""
+
+    def __init__(self, config: UNetConfig, channels: int) -> None:
+        """Make an upsampler that keeps the number of channels."""
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if config.conv_resample else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, C, H, W] to [B, C, 2H, 2W]."""
+        return torch.as_tensor(self.conv(_resample(x, "up")))
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution: (ResBlock, attention or nothing) pairs, then a change of resolution or nothing."""
+
+    def __init__(self, blocks: list[ResBlock], attentions: list[Attention | None], resample: nn.Module | None) -> None:
+        """Collect the parts; `attentions` has one entry per block."""
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.attentions = nn.ModuleList(nn.Identity() if a is None else a for a in attentions)
+        self.resample = resample
+
+    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Each ResBlock with the attention that follows it (the identity where there is none)."""
+        return list(zip(self.blocks, self.attentions, strict=True))

@@ -1,0 +1,167 @@
+"""UNetConfig: all that determines the U-Net's structure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Everything that determines the network's structure and its parameters' shapes.
+
+    Args:
+        sample_size: Height and width of x, each divisible by 2**(levels - 1).
+        in_channels: Channels C of x.
+        out_channels: Channels of the output: C, or 2C where the variance is learned.
+        channels: Width of each level, finest first.
+        stem_channels: Width of the first convolution and of the sinusoidal embedding; None is `channels[0]`.
+        layers: ResBlocks per level on the way down; the way up has one more.
+        attention: For each level, whether its blocks on the way down are followed by self-attention.
+        up_attention: The same for the way up; None repeats `attention`.
+        mid_attention: Whether the bottom has self-attention between its two blocks.
+        mid_attention_norm: Whether that attention normalises its input.
+        num_heads: Attention heads, unless `head_channels` is given.
+        up_num_heads: Heads on the way up; None repeats `num_heads`.
+        head_channels: Channels per head; None means `num_heads` heads at every width.
+        attention_order: Layout of the fused projection's rows: "qkv_heads" is (3, heads, channels), "heads_qkv" is
+            (heads, 3, channels), OpenAI's older order.
+        norm_groups: Groups of every group norm.
+        norm_eps: Epsilon of every group norm.
+        dropout: Probability of the dropout before each ResBlock's second convolution.
+        scale_shift: Whether the embedding scales and shifts the second norm (ADM) instead of being added (Ho et al.).
+        resblock_updown: Whether resolution changes inside a ResBlock (ADM) instead of by a convolution.
+        conv_resample: Whether plain down- and upsampling has a convolution; otherwise it is pooling and repetition.
+        downsample_padding: "symmetric" pads all sides by one before the strided convolution, "asymmetric" only the
+            right and the bottom (Ho et al.'s "SAME").
+        num_classes: Rows of the class embedding, including the row that stands for "no class"; None for none.
+        embedding: Order of the sinusoids: "sin_cos", "cos_sin" or "interleaved" (sin, cos, sin, …).
+        embedding_shift: What is subtracted from half the width in the frequencies' exponent (1 in Ho et al.).
+    """
+
+    sample_size: tuple[int, int] = (32, 32)
+    in_channels: int = 3
+    out_channels: int = 3
+    channels: tuple[int, ...] = (128, 256, 256, 256)
+    stem_channels: int | None = None
+    layers: int = 2
+    attention: tuple[bool, ...] = (False, True, False, False)
+    up_attention: tuple[bool, ...] | None = None
+    mid_attention: bool = True
+    mid_attention_norm: bool = True
+    num_heads: int = 1
+    up_num_heads: int | None = None
+    head_channels: int | None = None
+    attention_order: Literal["qkv_heads", "heads_qkv"] = "qkv_heads"
+    norm_groups: int = 32
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    scale_shift: bool = False
+    resblock_updown: bool = False
+    conv_resample: bool = True
+    downsample_padding: Literal["symmetric", "asymmetric"] = "symmetric"
+    num_classes: int | None = None
+    embedding: Literal["sin_cos", "cos_sin", "interleaved"] = "sin_cos"
+    embedding_shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    @property
+    def stem(self) -> int:
+        """Width of the first convolution and of the sinusoidal embedding."""
+        return self.channels[0] if self.stem_channels is None else self.stem_channels
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the time embedding after its two linear layers."""
+        return 4 * self.stem
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
+        """Build a configuration from JSON values.
+
+        Raises:
+            ValueError: If a key is unknown or a value is out of range.
+            TypeError: If a value has the wrong type.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - names)
+        if unknown:
+            raise ValueError(f"UNetConfig: keys must be among {sorted(names)}, got {unknown}; remove or correct them")
+        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**known)
+
+
+_INTEGERS = ("in_channels", "out_channels", "layers", "num_heads", "norm_groups")
+_OPTIONAL_INTEGERS = ("stem_channels", "up_num_heads", "head_channels", "num_classes")
+_BOOLEANS = ("mid_attention", "mid_attention_norm", "scale_shift", "resblock_updown", "conv_resample")
+_CHOICES = {
+    "attention_order": ("qkv_heads", "heads_qkv"),
+    "downsample_padding": ("symmetric", "asymmetric"),
+    "embedding": ("sin_cos", "cos_sin", "interleaved"),
+}
+
+
+def _validate(config: UNetConfig) -> None:
+    _validate_types(config)
+    levels = len(config.channels)
+    for name in ("attention", "up_attention"):
+        flags = getattr(config, name)
+        if flags is not None and len(flags) != levels:
+            raise ValueError(f"UNetConfig: {name} must have one entry per level ({levels}), got {len(flags)}")
+    if any(size % 2 ** (levels - 1) for size in config.sample_size):
+        raise ValueError(
+            f"UNetConfig: sample_size must be divisible by {2 ** (levels - 1)} ({levels} levels), "
+            f"got {config.sample_size}; use fewer levels or pad the pictures"
+        )
+    for width in {config.stem, *config.channels}:
+        if width % config.norm_groups:
+            raise ValueError(
+                f"UNetConfig: channels must be multiples of norm_groups={config.norm_groups}, got {width}; "
+                "change one of the two"
+            )
+        for heads in {config.num_heads, config.up_num_heads or config.num_heads}:
+            per_head = config.head_channels or max(1, width // heads)
+            if width in config.channels and _uses_attention(config, width) and width % per_head:
+                raise ValueError(f"UNetConfig: attention width {width} must be a multiple of its heads, got {per_head}")
+
+
+def _uses_attention(config: UNetConfig, width: int) -> bool:
+    """Whether any attention layer has this width."""
+    up = config.attention if config.up_attention is None else config.up_attention
+    at_levels = any(w == width and (d or u) for w, d, u in zip(config.channels, config.attention, up, strict=True))
+    return at_levels or (config.mid_attention and config.channels[-1] == width)
+
+
+def _validate_types(config: UNetConfig) -> None:
+    for name in _INTEGERS + _OPTIONAL_INTEGERS:
+        value = getattr(config, name)
+        if value is None and name in _OPTIONAL_INTEGERS:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**20:
+            raise ValueError(f"UNetConfig: {name} must be an integer in [1, 2**20], got {value!r}")
+    for name in _BOOLEANS:
+        if not isinstance(getattr(config, name), bool):
+            raise TypeError(f"UNetConfig: {name} must be true or false, got {getattr(config, name)!r}")
+    for name, choices in _CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"UNetConfig: {name} must be one of {choices}, got {getattr(config, name)!r}")
+    for name, length in (("sample_size", 2), ("channels", None)):
+        value = getattr(config, name)
+        ok = isinstance(value, tuple) and all(isinstance(v, int) and 1 <= v <= 2**16 for v in value)
+        if not ok or not value or (length is not None and len(value) != length):
+            raise ValueError(f"UNetConfig: {name} must be a list of positive integers, got {value!r}")
+    for name in ("attention", "up_attention"):
+        value = getattr(config, name)
+        if value is not None and not (isinstance(value, tuple) and all(isinstance(v, bool) for v in value)):
+            raise ValueError(f"UNetConfig: {name} must be a list of true/false, got {value!r}")
+    for name, low, high in (("norm_eps", 0.0, 1.0), ("dropout", 0.0, 0.999), ("embedding_shift", 0.0, 1.0)):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(f"UNetConfig: {name} must be a number in [{low}, {high}], got {value!r}")
