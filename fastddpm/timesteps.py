@@ -88,7 +88,9 @@ def spaced_timesteps(T: int, S: int, spacing: Spacing = "trailing", *, steps_off
             )
         steps = [i * stride + steps_offset for i in range(S - 1, -1, -1)]
     elif spacing == "trailing":
-        steps = [round(T - i * (T / S)) - 1 for i in range(S)]
+        # The stride after rounding at T's magnitude, as NumPy's arange has it: it decides which halves are exact.
+        stride_f = T - (T - T / S)
+        steps = [round(T - i * stride_f) - 1 for i in range(S)]
     elif spacing == "linspace":
         stride_f = (T - 1) / (S - 1) if S > 1 else 0.0
         steps = [round(i * stride_f) for i in range(S - 1, -1, -1)]

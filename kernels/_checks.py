@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the network's output may be; the state is always float32."""
+
 
 def names_of(dtypes: Sequence[torch.dtype]) -> str:
     """The dtypes as a person writes them: `float32 | bfloat16`."""
@@ -57,5 +60,143 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device}, got {value.device}; move it with .to({str(device)!r})")
     if contiguous and not value.is_contiguous():
         strides = tuple(value.stride())
-        raise ValueError(f"{name} must be contiguous, got strides {strides}; call .contiguous() once, outside the loop")
+        raise ValueError(
+            f"{name} must be contiguous, got strides {strides}; call .contiguous() once, outside the loop"
+        )
     return value
+
+
+def check_p_sample(
+    x: Tensor,
+    out: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    per_sample: dict[str, Tensor],
+    noise: Tensor | None,
+    out_uncond: Tensor | None,
+    guidance: Tensor | None,
+    history: Tensor | None,
+    bound: Tensor | None,
+    columns: int,
+) -> None:
+    """Check the arguments of `p_sample`; `per_sample` holds step, sample_id and seed, `columns` the table's width.
+
+    Raises:
+        TypeError: an argument is not a tensor or of another dtype.
+        ValueError: shapes, devices or memory layouts do not fit, or one of `out_uncond` and `guidance` is missing.
+    """
+    f32 = (torch.float32,)
+    check_tensor("p_sample", "x", x, dtypes=f32, shape=("B", "C", "H", "W"), contiguous=True)
+    batch, channels, height, width = x.shape
+    on = x.device
+    check_tensor(
+        "p_sample",
+        "out",
+        out,
+        dtypes=OUT_DTYPES,
+        shape=(batch, "C or 2C", height, width),
+        device=on,
+        fix="pass the network's output for this x",
+    )
+    if out.shape[1] not in (channels, 2 * channels):
+        raise ValueError(
+            f"p_sample: out must be of {channels} channels (fixed variance) or {2 * channels} (learned), "
+            f"got {out.shape[1]}; check the network's out_channels"
+        )
+    check_tensor(
+        "p_sample",
+        "table",
+        table,
+        dtypes=f32,
+        shape=("S+1", columns),
+        device=on,
+        contiguous=True,
+        fix="make it with fastddpm.solvers; kernels.COLUMNS names its columns",
+    )
+    check_tensor(
+        "p_sample",
+        "timesteps",
+        timesteps,
+        dtypes=(torch.int64,),
+        shape=(table.shape[0],),
+        device=on,
+        contiguous=True,
+        fix="pass one timestep for each row of the table",
+    )
+    for name, value in per_sample.items():
+        fix = "pass one per sample"
+        check_tensor("p_sample", name, value, dtypes=(torch.int64,), shape=(batch,), device=on, fix=fix)
+    if noise is not None:
+        shape = ("N", batch, channels, height, width)
+        check_tensor(
+            "p_sample",
+            "noise",
+            noise,
+            dtypes=f32,
+            shape=shape,
+            device=on,
+            contiguous=True,
+            fix="pass normals for N rows of the table",
+        )
+    if (out_uncond is None) != (guidance is None):
+        missing, given = ("guidance", "out_uncond") if guidance is None else ("out_uncond", "guidance")
+        raise ValueError(f"p_sample: {missing} must be given with {given}, got None; pass both or neither")
+    if out_uncond is not None:
+        check_tensor(
+            "p_sample",
+            "out_uncond",
+            out_uncond,
+            dtypes=(out.dtype,),
+            shape=tuple(out.shape),
+            device=on,
+            fix="pass both halves of one batch",
+        )
+        fix = "pass one scale per sample"
+        check_tensor("p_sample", "guidance", guidance, dtypes=f32, shape=(batch,), device=on, fix=fix)
+    if history is not None:
+        check_tensor(
+            "p_sample", "history", history, dtypes=f32, shape=tuple(x.shape), device=on, contiguous=True
+        )
+    if bound is not None:
+        fix = "pass one per sample"
+        check_tensor("p_sample", "bound", bound, dtypes=f32, shape=(batch,), device=on, fix=fix)
+
+
+def check_q_sample(
+    x_start: Tensor,
+    t: Tensor,
+    sqrt_alphas_cumprod: Tensor,
+    sqrt_one_minus_alphas_cumprod: Tensor,
+    eps: Tensor | None,
+    seed: Tensor | None,
+    sample_id: Tensor | None,
+) -> None:
+    """Check the arguments of `q_sample`.
+
+    Raises:
+        TypeError: an argument is not a tensor or of another dtype.
+        ValueError: shapes or devices do not fit, or neither `eps` nor both `seed` and `sample_id` are given.
+    """
+    f32, i64 = (torch.float32,), (torch.int64,)
+    dtypes = (torch.float32, torch.uint8)
+    check_tensor("q_sample", "x_start", x_start, dtypes=dtypes, shape=("B", "C", "H", "W"))
+    batch, on = x_start.shape[0], x_start.device
+    check_tensor(
+        "q_sample", "t", t, dtypes=i64, shape=(batch,), device=on, fix="pass one timestep per sample"
+    )
+    check_tensor("q_sample", "sqrt_alphas_cumprod", sqrt_alphas_cumprod, dtypes=f32, shape=("T",), device=on)
+    name, shape = "sqrt_one_minus_alphas_cumprod", (sqrt_alphas_cumprod.shape[0],)
+    check_tensor("q_sample", name, sqrt_one_minus_alphas_cumprod, dtypes=f32, shape=shape, device=on)
+    if eps is not None:
+        if seed is not None or sample_id is not None:
+            raise ValueError("q_sample: seed and sample_id must be None with eps, got both; pass eps or them")
+        check_tensor("q_sample", "eps", eps, dtypes=f32, shape=tuple(x_start.shape), device=on)
+        return
+    if seed is None or sample_id is None:
+        raise ValueError(
+            "q_sample: seed and sample_id must be given without eps, got None; pass both, or eps"
+        )
+    for name, value in (("seed", seed), ("sample_id", sample_id)):
+        check_tensor(
+            "q_sample", name, value, dtypes=i64, shape=(batch,), device=on, fix="pass one per sample"
+        )

@@ -7,9 +7,11 @@ nothing calls: the wrappers then take the PyTorch reference.
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 try:
     import triton
-    import triton.language as tl
+    from triton import language as tl
     from triton.language.extra import libdevice
 
     HAS_TRITON = True
@@ -19,6 +21,8 @@ except ImportError:
     class _Absent:
         """Answers what the kernels touch while their module is imported, and nothing else."""
 
+        tensor = object
+
         @staticmethod
         def constexpr(value: object) -> object:
             return value
@@ -27,6 +31,27 @@ except ImportError:
     libdevice: Any = _Absent()  # type: ignore[no-redef]
     HAS_TRITON = False
     INTERPRETED = False
+
+__all__ = [
+    "GROUPS",
+    "HAS_TRITON",
+    "INTERPRETED",
+    "ON_INTERPRETER",
+    "approximations",
+    "jit",
+    "libdevice",
+    "load_two_quads",
+    "num_warps",
+    "runs_triton",
+    "store_quad",
+    "tl",
+]
+
+ON_INTERPRETER = tl.constexpr(INTERPRETED)
+"""For kernels: whether hardware instructions must be replaced by what NumPy can do."""
+
+GROUPS = 128
+"""Groups of consecutive elements in one program; each thread owns one group, so accesses are 128 bits wide."""
 
 
 def jit(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - a JITFunction has no useful static type
@@ -41,3 +66,37 @@ def runs_triton(device_type: str) -> bool:
     the op, because an op backed by Triton cannot run on CPU tensors outside the interpreter.
     """
     return HAS_TRITON and device_type == ("cpu" if INTERPRETED else "cuda")
+
+
+def num_warps() -> int:
+    """Warps that make `GROUPS` threads: AMD's data-centre GPUs have 64 lanes in each, NVIDIA's have 32."""
+    return GROUPS // (64 if torch.version.hip else 32)
+
+
+def approximations() -> bool:
+    """Whether the kernels may use the transcendental instructions of NVIDIA's hardware."""
+    return torch.version.hip is None
+
+
+@jit
+def load_two_quads(base: tl.tensor, group: tl.tensor, numel: tl.tensor) -> tl.tensor:
+    """Elements 8g ... 8g+3 and 8g+4 ... 8g+7 of each group g as two float32 tensors [groups, 4].
+
+    A thread owns eight consecutive elements, whatever their dtype: with fewer, 16-bit loads would be narrow, or
+    would have to change layout through shared memory to meet the float32 state.
+    """
+    if base.dtype.element_ty.primitive_bitwidth == 16:
+        e = group[:, None] * 8 + tl.arange(0, 8)[None, :]
+        v = tl.load(base + e, mask=e < numel).to(tl.float32)
+        low, high = tl.split(tl.permute(tl.reshape(v, (group.shape[0], 2, 4)), (0, 2, 1)))
+    else:
+        e = group[:, None] * 8 + tl.arange(0, 4)[None, :]
+        low = tl.load(base + e, mask=e < numel)
+        high = tl.load(base + e + 4, mask=e + 4 < numel)
+    return low, high
+
+
+@jit
+def store_quad(base: tl.tensor, e: tl.tensor, value: tl.tensor, count: tl.tensor) -> None:
+    """Store [groups, 4] values at those of the elements `e` that are below `count`."""
+    tl.store(base + e, value, mask=e < count)

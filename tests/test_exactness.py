@@ -78,7 +78,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("steps", "variance", "noise"), CASES, ids="-".join)
+@pytest.mark.parametrize(("steps", "variance", "noise"), CASES, ids=["-".join(case) for case in CASES])
 def test_ddpm_samples_have_the_theorys_mean_and_variance(steps, variance, noise):
     schedule = NoiseSchedule.linear(1000)
     if steps == "full":

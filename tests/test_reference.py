@@ -191,6 +191,13 @@ def test_fixed_variances(variance, expected):
     assert p.log_variance.item() == pytest.approx(math.log(expected(schedule)))
 
 
+def test_the_large_variance_decodes_with_the_small_one_of_the_next_step():
+    schedule, x = NoiseSchedule.linear(10), torch.zeros(2, 1, 2, 2, dtype=F64)
+    p = reference.p_mean_variance(schedule, x, x, torch.tensor([0, 9]), variance="fixed_large")
+    expected = [math.log(schedule.posterior_variance[1]), math.log(schedule.betas[9])]
+    assert p.log_variance.flatten().tolist() == pytest.approx(expected)
+
+
 def test_learned_range_interpolates_the_logs():
     schedule, t = NoiseSchedule.linear(10), torch.tensor([5])
     x = torch.zeros(1, 1, 1, 3, dtype=F64)

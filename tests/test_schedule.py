@@ -180,6 +180,21 @@ def test_sigmoid_is_the_papers_curve():
     torch.testing.assert_close(schedule.alphas_cumprod[: T - 1], expected, rtol=0, atol=2e-7)
 
 
+def test_laplace_is_diffusers_curve():
+    # λ = −½ sgn(½ − u) ln(1 − 2|½ − u|) away from the ends, ᾱ(u) = √sigmoid(λ) relative to ᾱ(0).
+    T = 100
+    schedule = NoiseSchedule.laplace(T)
+
+    def alpha_bar(lam):
+        return math.sqrt(1.0 / (1.0 + math.exp(-lam)))
+
+    start = alpha_bar(-0.5 * math.log(1e-6))
+    for u, lam in ((0.25, -0.5 * math.log(0.5)), (0.5, 0.0), (0.75, 0.5 * math.log(0.5)), (0.9, 0.5 * math.log(0.2))):
+        got = schedule.alphas_cumprod[round(u * T) - 1].item()
+        assert got == pytest.approx(alpha_bar(lam) / start, rel=1e-5)
+    assert schedule.alphas_cumprod[-1].item() == pytest.approx(alpha_bar(0.5 * math.log(1e-6)) / start, rel=1e-5)
+
+
 def test_scaled_linear_and_logistic_have_the_stated_ends():
     scaled = NoiseSchedule.scaled_linear(11, 1e-4, 4e-4).betas
     torch.testing.assert_close(scaled[[0, 5, 10]], torch.tensor([1e-4, 2.25e-4, 4e-4], dtype=F64))

@@ -55,7 +55,7 @@ DIFFUSERS_ANCESTRAL = [
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize(("peer", "mode"), DIFFUSERS_ANCESTRAL, ids="-".join)
+@pytest.mark.parametrize(("peer", "mode"), DIFFUSERS_ANCESTRAL, ids=["-".join(key) for key in DIFFUSERS_ANCESTRAL])
 def test_ancestral_variances_equal_diffusers(peer, mode, variance):
     data = oracle(peer)
     table = ddpm_table(
@@ -72,15 +72,14 @@ def test_ancestral_variances_equal_diffusers(peer, mode, variance):
     assert torch.equal(columns(table, "sigma") > 0, noisy & (theirs > 1e-19))
 
 
-@pytest.mark.parametrize(
-    ("peer", "mode"),
-    [
-        ("diffusers_cifar_like", "ddim_eta"),
-        ("diffusers_trained_default", "ddim"),
-        ("diffusers_trained_default", "ddim_noclip_trailing"),
-    ],
-    ids="-".join,
-)
+DIFFUSERS_DDIM = [
+    ("diffusers_cifar_like", "ddim_eta"),
+    ("diffusers_trained_default", "ddim"),
+    ("diffusers_trained_default", "ddim_noclip_trailing"),
+]
+
+
+@pytest.mark.parametrize(("peer", "mode"), DIFFUSERS_DDIM, ids=["-".join(key) for key in DIFFUSERS_DDIM])
 def test_ddim_variances_equal_diffusers(peer, mode):
     data = oracle(peer)
     t = data[f"{mode}/t"]
@@ -465,6 +464,20 @@ def test_dynamic_bound_is_the_clamped_quantile(ratio, n, max_value, seed):
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
 
 
+def test_dynamic_bound_is_one_graph_for_every_batch_size():
+    class Bound(torch.nn.Module):
+        def forward(self, x, out, rows):
+            return dynamic_bound(x, out, rows, DynamicThreshold(0.9, 2.0))
+
+    def arguments(B):
+        generator = torch.Generator().manual_seed(B)
+        return tuple(torch.randn(B, *rest, generator=generator) for rest in ((2, 3, 3), (2, 3, 3), (len(COLUMNS),)))
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(Bound(), arguments(3), dynamic_shapes=[{0: batch}] * 3)
+    torch.testing.assert_close(program.module()(*arguments(7)), Bound()(*arguments(7)))
+
+
 def test_dynamic_bound_refuses_shapes_that_do_not_fit():
     x, rows, threshold = torch.zeros(2, 1, 2, 2), torch.zeros(2, len(COLUMNS)), DynamicThreshold()
     for out, table_rows in ((torch.zeros(2, 1, 2, 3), rows), (torch.zeros(2, 1, 2, 2), rows[:1])):
@@ -503,7 +516,7 @@ LINEAR = NoiseSchedule.linear(10)
         (lambda: ddpm_table(LINEAR, [9, 3], prev_timesteps=[9, -1]), "between 0 and its timestep"),
         (lambda: ddpm_table(LINEAR, [9, 3], prev_timesteps=[3, -2]), "use −1"),
         (lambda: ddpm_table(LINEAR, [9, 3], prev_timesteps=[3.0, -1.0]), "integers"),
-        (lambda: dpmpp_2m_table(LINEAR, [9, 3], prev_timesteps=[4, -1]), "continue with the next timestep, got 4 before 3"),
+        (lambda: dpmpp_2m_table(LINEAR, [9, 3], prev_timesteps=[4, -1]), "next timestep, got 4 before 3"),
         (lambda: make_table(LINEAR, [9], solver="euler"), "ddpm, ddim, dpmpp_2m, got 'euler'"),
         (lambda: make_table(LINEAR, [9], solver="ddpm", eta=0.0), "options of ddpm .* got eta"),
         (lambda: make_table(LINEAR, [9], solver="ddim", variance="fixed_large"), "options of ddim .* got variance"),

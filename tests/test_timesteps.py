@@ -31,7 +31,7 @@ PEER_MODES = {
 }
 
 
-@pytest.mark.parametrize(("peer", "mode"), PEER_MODES, ids="-".join)
+@pytest.mark.parametrize(("peer", "mode"), PEER_MODES, ids=["-".join(key) for key in PEER_MODES])
 def test_timesteps_equal_the_peers(peer, mode):
     theirs = np.load(peers_dir() / peer / "oracle.npz")[f"{mode}/t"]
     ours = PEER_MODES[peer, mode]()
@@ -93,6 +93,16 @@ def test_ddim_25_of_1000_is_every_40th():
 )
 def test_spacing_by_hand(spacing, offset, expected):
     assert spaced_timesteps(10, 4, spacing, steps_offset=offset).tolist() == expected
+
+
+@pytest.mark.parametrize("T", [777, 1000, 4000])
+def test_spacing_rules_equal_the_numpy_expressions_of_diffusers(T):
+    for S in [*range(1, 150), 250, 333, 500, T]:
+        trailing = np.round(np.arange(T, 0, -T / S))[:S] - 1
+        linspace = np.linspace(0, T - 1, S).round()[::-1]
+        leading = (np.arange(0, S) * (T // S)).round()[::-1]
+        for rule, theirs in (("trailing", trailing), ("linspace", linspace), ("leading", leading)):
+            assert spaced_timesteps(T, S, rule).tolist() == theirs.astype(np.int64).tolist(), (S, rule)
 
 
 @given(data=st.data(), spacing=st.sampled_from(["leading", "trailing", "linspace"]))

@@ -1,0 +1,35 @@
+"""Small networks and samplers for tests: random, but smooth enough that a run does not amplify rounding."""
+
+import dataclasses
+
+import torch
+
+from fastddpm.sampler import Sampler
+from fastddpm.schedule import NoiseSchedule
+from fastddpm.spec import ModelSpec
+from fastddpm.unet import UNet, UNetConfig
+
+CONFIG = UNetConfig(
+    sample_size=(8, 8), in_channels=1, out_channels=1, channels=(8, 16), layers=1, attention=(False, True),
+    norm_groups=4, num_classes=4,
+)  # fmt: skip
+SPEC = ModelSpec(shape=(1, 8, 8), num_classes=3, null_class=3)
+
+
+def tiny_unet(**options: object) -> UNet:
+    """A U-Net with 3 classes and a null class, every parameter random."""
+    torch.manual_seed(0)
+    network = UNet(dataclasses.replace(CONFIG, **options))
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            scale = 0.3 if name.startswith(("label_embedding", "time_")) else 0.15
+            parameter.normal_(std=scale)
+    return network.eval()
+
+
+def tiny_sampler(T: int = 40, **spec: object) -> Sampler:
+    """A sampler on `tiny_unet`; keyword arguments change the conventions."""
+    changed = dataclasses.replace(SPEC, **spec)
+    learned = changed.variance == "learned_range"
+    unet = tiny_unet(out_channels=2 if learned else 1, num_classes=None if changed.num_classes is None else 4)
+    return Sampler(unet, NoiseSchedule.linear(T), changed, device="cpu")

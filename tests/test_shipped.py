@@ -1,0 +1,81 @@
+"""The checkpoint that ships with the package: what it is, and whether its digits are digits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastddpm
+from fastddpm import Sampler, reference
+from fastddpm.kernels.philox import X_T_COUNTER
+from fastddpm.noise import normals
+from tests.helpers import mnist_dir
+from tests.judge import classify, judge
+
+FOLDER = Path(fastddpm.__file__).parent / "pretrained" / "mnist"
+
+
+@pytest.fixture(scope="module")
+def mnist() -> Sampler:
+    return Sampler.from_pretrained("mnist", device="cpu")
+
+
+def test_it_is_small_and_says_what_it_is(mnist):
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= 4_000_000
+    assert (mnist.spec.shape, mnist.spec.num_classes, mnist.spec.null_class) == ((1, 28, 28), 10, 10)
+    config = json.loads((FOLDER / "config.json").read_text())
+    assert config["training"]["step"] == config["training"]["total_steps"]
+    card = (FOLDER / "README.md").read_text()
+    for fact in ("MNIST", "fastddpm train", f"{config['training']['total_steps']:,} steps", "loss", "Licence"):
+        assert fact in card
+
+
+def test_the_engine_draws_the_reference_s_pictures_after_1000_steps(mnist):
+    ids, y = torch.tensor([0, 1]), torch.tensor([3, 8])
+
+    def noise(t):
+        return normals(torch.zeros(2, dtype=torch.int64), ids, torch.full((2,), t), (1, 28, 28))
+
+    expected = reference.p_sample_loop(mnist.model, mnist.schedule, noise(X_T_COUNTER), lambda i: noise(999 - i), y=y)
+    got = mnist.sample(2, class_labels=y, solver="ddpm", output="raw")
+    assert float((got - expected).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("run", [{"solver": "ddpm", "steps": 20}, {"solver": "ddim", "steps": 20}], ids=["ddpm", "ddim"])
+def test_a_digit_does_not_depend_on_its_batch(mnist, run):
+    labels = [i % 10 for i in range(64)]
+    expected = mnist.sample(64, class_labels=labels, **run)
+    for batch_size in (1, 7):
+        got = mnist.sample(14, class_labels=labels[:14], batch_size=batch_size, **run)
+        assert float((got - expected[:14]).abs().max()) <= 1e-5
+    got = mnist.sample(3, sample_ids=[63, 5, 20], class_labels=[3, 5, 0], **run)
+    assert float((got - expected[[63, 5, 20]]).abs().max()) <= 1e-5
+
+
+def correct(mnist, n, **run) -> int:
+    """How many of n digits, ten classes in turn, the judge sees as what was asked."""
+    network, accuracy = judge(mnist_dir())
+    assert accuracy >= 0.985, "the judge itself is not to be trusted"
+    asked = torch.arange(n) % 10
+    return int((classify(network, mnist.sample(n, class_labels=asked, **run)) == asked).sum())
+
+
+@pytest.mark.parametrize(
+    "run", [{"solver": "ddim", "steps": 50}, {"solver": "dpmpp_2m", "steps": 20}], ids=["ddim50", "dpmpp20"]
+)
+def test_digits_are_what_was_asked(mnist, run):
+    assert correct(mnist, 100, guidance_scale=1.5, **run) >= 97
+
+
+@pytest.mark.slow
+def test_digits_are_what_was_asked_after_1000_ancestral_steps(mnist):
+    assert correct(mnist, 100, guidance_scale=1.5, solver="ddpm") >= 97
+
+
+def test_the_judge_can_say_no(mnist):
+    """Digits asked for as their neighbours must not pass."""
+    network, _ = judge(mnist_dir())
+    asked = torch.arange(20) % 10
+    pictures = mnist.sample(20, class_labels=(asked + 1) % 10, guidance_scale=1.5)
+    assert int((classify(network, pictures) == asked).sum()) <= 3
