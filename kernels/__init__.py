@@ -9,9 +9,7 @@ On CPU tensors, and where Triton is not installed, the ops run their references.
 
 if __name__ != "fastddpm.kernels":
     # Under a second name every op would be registered a second time, and nothing would say so.
-    raise ImportError(
-        f"kernels: must be imported as fastddpm.kernels, got {__name__}; import fastddpm.kernels"
-    )
+    raise ImportError(f"kernels: must be imported as fastddpm.kernels, got {__name__}; import fastddpm.kernels")
 
 from .p_sample import COLUMNS, p_sample, p_sample_reference
 from .philox import X_T_COUNTER, normals_reference, philox4x32_reference

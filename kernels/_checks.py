@@ -51,8 +51,7 @@ def check_tensor(
         wanted = names_of(dtypes)
         raise TypeError(f"{name} must be {wanted}, got {names_of([value.dtype])}; convert it with .to()")
     if len(value.shape) != len(shape) or any(
-        have < 1 if isinstance(want, str) else have != want
-        for have, want in zip(value.shape, shape, strict=True)
+        have < 1 if isinstance(want, str) else have != want for have, want in zip(value.shape, shape, strict=True)
     ):
         wanted = f"[{', '.join(str(size) for size in shape)}]"
         raise ValueError(f"{name} must be of shape {wanted}, got {list(value.shape)}; {fix or 'reshape it'}")
@@ -60,9 +59,7 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device}, got {value.device}; move it with .to({str(device)!r})")
     if contiguous and not value.is_contiguous():
         strides = tuple(value.stride())
-        raise ValueError(
-            f"{name} must be contiguous, got strides {strides}; call .contiguous() once, outside the loop"
-        )
+        raise ValueError(f"{name} must be contiguous, got strides {strides}; call .contiguous() once, outside the loop")
     return value
 
 
@@ -154,9 +151,7 @@ def check_p_sample(
         fix = "pass one scale per sample"
         check_tensor("p_sample", "guidance", guidance, dtypes=f32, shape=(batch,), device=on, fix=fix)
     if history is not None:
-        check_tensor(
-            "p_sample", "history", history, dtypes=f32, shape=tuple(x.shape), device=on, contiguous=True
-        )
+        check_tensor("p_sample", "history", history, dtypes=f32, shape=tuple(x.shape), device=on, contiguous=True)
     if bound is not None:
         fix = "pass one per sample"
         check_tensor("p_sample", "bound", bound, dtypes=f32, shape=(batch,), device=on, fix=fix)
@@ -181,9 +176,7 @@ def check_q_sample(
     dtypes = (torch.float32, torch.uint8)
     check_tensor("q_sample", "x_start", x_start, dtypes=dtypes, shape=("B", "C", "H", "W"))
     batch, on = x_start.shape[0], x_start.device
-    check_tensor(
-        "q_sample", "t", t, dtypes=i64, shape=(batch,), device=on, fix="pass one timestep per sample"
-    )
+    check_tensor("q_sample", "t", t, dtypes=i64, shape=(batch,), device=on, fix="pass one timestep per sample")
     check_tensor("q_sample", "sqrt_alphas_cumprod", sqrt_alphas_cumprod, dtypes=f32, shape=("T",), device=on)
     name, shape = "sqrt_one_minus_alphas_cumprod", (sqrt_alphas_cumprod.shape[0],)
     check_tensor("q_sample", name, sqrt_one_minus_alphas_cumprod, dtypes=f32, shape=shape, device=on)
@@ -193,10 +186,6 @@ def check_q_sample(
         check_tensor("q_sample", "eps", eps, dtypes=f32, shape=tuple(x_start.shape), device=on)
         return
     if seed is None or sample_id is None:
-        raise ValueError(
-            "q_sample: seed and sample_id must be given without eps, got None; pass both, or eps"
-        )
+        raise ValueError("q_sample: seed and sample_id must be given without eps, got None; pass both, or eps")
     for name, value in (("seed", seed), ("sample_id", sample_id)):
-        check_tensor(
-            "q_sample", name, value, dtypes=i64, shape=(batch,), device=on, fix="pass one per sample"
-        )
+        check_tensor("q_sample", name, value, dtypes=i64, shape=(batch,), device=on, fix="pass one per sample")

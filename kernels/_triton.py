@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.library import triton_op
 
 try:
     import triton
@@ -42,6 +43,7 @@ __all__ = [
     "libdevice",
     "load_two_quads",
     "num_warps",
+    "register_op",
     "runs_triton",
     "store_quad",
     "tl",
@@ -57,6 +59,11 @@ GROUPS = 128
 def jit(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - a JITFunction has no useful static type
     """`triton.jit` where Triton is installed; elsewhere the function itself."""
     return triton.jit(function) if HAS_TRITON else function
+
+
+def register_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """`torch.library.triton_op` where Triton is installed; elsewhere nothing is registered, since nothing could run."""
+    return triton_op(name, mutates_args=mutates) if HAS_TRITON else lambda function: function
 
 
 def runs_triton(device_type: str) -> bool:
@@ -83,7 +90,8 @@ def load_two_quads(base: tl.tensor, group: tl.tensor, numel: tl.tensor) -> tl.te
     """Elements 8g ... 8g+3 and 8g+4 ... 8g+7 of each group g as two float32 tensors [groups, 4].
 
     A thread owns eight consecutive elements, whatever their dtype: with fewer, 16-bit loads would be narrow, or
-    would have to change layout through shared memory to meet the float32 state.
+    would have to change layout through shared memory to meet the float32 state. Where a sample's size is not
+    divisible by 16, its storage is aligned to nothing; Triton then loads narrowly and does take that detour.
     """
     if base.dtype.element_ty.primitive_bitwidth == 16:
         e = group[:, None] * 8 + tl.arange(0, 8)[None, :]

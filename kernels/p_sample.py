@@ -13,10 +13,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from ._checks import check_p_sample
-from ._triton import GROUPS, approximations, jit, load_two_quads, num_warps, runs_triton, store_quad, tl
+from ._triton import GROUPS, approximations, jit, load_two_quads, num_warps, register_op, runs_triton, store_quad, tl
 from .philox import MINUS_2_LN_2, normal_quad, normals_reference
 
 COLUMNS = ("a_x", "a_o", "c_0", "c_x", "c_o", "c_h", "sigma", "bound", "log_beta", "log_beta_tilde")
@@ -147,9 +147,7 @@ def _p_sample_kernel(
     H: tl.constexpr = history is not None
     B: tl.constexpr = bound is not None
     new_low, x0_low = _update(x_low, o_low, u_low, v_low, h_low, z_low, c, G, LEARNED, H, B, STOCHASTIC)
-    new_high, x0_high = _update(
-        x_high, o_high, u_high, v_high, h_high, z_high, c, G, LEARNED, H, B, STOCHASTIC
-    )
+    new_high, x0_high = _update(x_high, o_high, u_high, v_high, h_high, z_high, c, G, LEARNED, H, B, STOCHASTIC)
     # The identity row would turn -0 into +0 and spread a NaN of the network: a finished sample is not written.
     writable = tl.where(r < last, numel, 0)
     store_quad(x, e, new_low, writable)
@@ -159,7 +157,7 @@ def _p_sample_kernel(
         store_quad(history, e + 4, x0_high, writable)
 
 
-@triton_op("fastddpm::p_sample", mutates_args={"x", "history"})
+@register_op("fastddpm::p_sample", mutates=("x", "history"))
 def _p_sample_op(
     x: Tensor,
     out: Tensor,
@@ -325,9 +323,7 @@ def p_sample(
         ValueError: shapes, devices or memory layouts do not fit, or one of `out_uncond` and `guidance` is missing.
     """
     per_sample = {"step": step, "sample_id": sample_id, "seed": seed}
-    check_p_sample(
-        x, out, table, timesteps, per_sample, noise, out_uncond, guidance, history, bound, len(COLUMNS)
-    )
+    check_p_sample(x, out, table, timesteps, per_sample, noise, out_uncond, guidance, history, bound, len(COLUMNS))
     with torch.no_grad():
         if runs_triton(x.device.type):
             out, step, sample_id, seed = (tensor.contiguous() for tensor in (out, step, sample_id, seed))

@@ -45,9 +45,7 @@ the hardware by at most 5.3e-6.
 
 
 @jit
-def philox4x32(
-    c0: tl.tensor, c1: tl.tensor, c2: tl.tensor, c3: tl.tensor, k0: tl.tensor, k1: tl.tensor
-) -> tl.tensor:
+def philox4x32(c0: tl.tensor, c1: tl.tensor, c2: tl.tensor, c3: tl.tensor, k0: tl.tensor, k1: tl.tensor) -> tl.tensor:
     """The words of `philox4x32_reference`; uint32 in and out. Words that a whole sample shares may be scalars."""
     for _ in tl.static_range(_ROUNDS_IN_KERNEL):
         # One 64-bit product is one wide multiply-add, where a high and a low half are two instructions.
@@ -194,7 +192,5 @@ def normals_reference(seed: Tensor, sample_id: Tensor, t: Tensor, numel: int) ->
     u0, u1, u2, u3 = (word.to(torch.float32) * 2.0**-32 + 2.0**-33 for word in words)
     r0, r1 = torch.sqrt(torch.log(u0) * -2.0), torch.sqrt(torch.log(u2) * -2.0)
     a0, a1 = u1 * (2.0 * math.pi), u3 * (2.0 * math.pi)
-    lanes = torch.stack(
-        (r0 * torch.cos(a0), r0 * torch.sin(a0), r1 * torch.cos(a1), r1 * torch.sin(a1)), dim=-1
-    )
+    lanes = torch.stack((r0 * torch.cos(a0), r0 * torch.sin(a0), r1 * torch.cos(a1), r1 * torch.sin(a1)), dim=-1)
     return lanes.reshape(seed.shape[0], 4 * quads)[:, :numel]

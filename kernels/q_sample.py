@@ -2,10 +2,21 @@
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from ._checks import check_q_sample
-from ._triton import GROUPS, approximations, jit, load_two_quads, num_warps, runs_triton, store_quad, tl
+from ._triton import (
+    GROUPS,
+    HAS_TRITON,
+    approximations,
+    jit,
+    load_two_quads,
+    num_warps,
+    register_op,
+    runs_triton,
+    store_quad,
+    tl,
+)
 from .philox import MINUS_2_LN_2, normal_quad, normals_reference
 
 Q_SAMPLE_RTOL = 2.0**-21
@@ -96,7 +107,7 @@ def _q_sample_kernel(
         _noised(x1, e1, x_t, eps_out, e + 4, q + 1, c, numel, MAKE, APPROX)
 
 
-@triton_op("fastddpm::q_sample", mutates_args=())
+@register_op("fastddpm::q_sample")
 def _q_sample_op(
     x_start: Tensor,
     t: Tensor,
@@ -137,9 +148,7 @@ def _setup_context(
     ctx.save_for_backward(*(tensor for tensor in (t, signals, spreads) if tensor is not None))
 
 
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, grad_eps: Tensor
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, grad_eps: Tensor) -> tuple[Tensor | None, ...]:
     t, signals, spreads = ctx.saved_tensors  # type: ignore[attr-defined]
     needs_x, _, _, _, needs_eps, _, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
     of_x = signals.index_select(0, t).reshape(-1, 1, 1, 1) * grad if needs_x else None
@@ -147,7 +156,8 @@ def _backward(
     return of_x, None, None, None, of_eps, None, None
 
 
-_q_sample_op.register_autograd(_backward, setup_context=_setup_context)
+if HAS_TRITON:
+    _q_sample_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def q_sample_reference(
@@ -179,9 +189,7 @@ def q_sample_reference(
     """
     if eps is None:
         if seed is None or sample_id is None:
-            raise ValueError(
-                "q_sample: seed and sample_id must be given without eps, got None; pass both, or eps"
-            )
+            raise ValueError("q_sample: seed and sample_id must be given without eps, got None; pass both, or eps")
         eps = normals_reference(seed, sample_id, t, x_start[0].numel()).reshape(x_start.shape)
     if x_start.dtype == torch.uint8:
         x_start = x_start.float() / 127.5 - 1.0

@@ -37,7 +37,9 @@ def test_a_seed_keeps_its_64_bits(seed):
     assert int(id_bits([seed])[0]) % 2**64 == seed
 
 
-@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (2**64, ValueError), (1.0, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("value", "error"), [(-1, ValueError), (2**64, ValueError), (1.0, TypeError), (True, TypeError)]
+)
 def test_what_is_no_seed_is_refused(value, error):
     with pytest.raises(error, match="seed must be"):
         seed_bits(value)

@@ -115,8 +115,15 @@ class TestAgainstTheReference:
         x_T = seeded([0, 1], 0, X_T_COUNTER)
         y = torch.tensor([1, 2])
         expected = reference.ddim_sample_loop(
-            sampler.model, sampler.schedule, x_T, timesteps, eta=0.5, noise=z, y=y, rederive_eps=clipped_eps == "rederive"
-        )  # fmt: skip
+            sampler.model,
+            sampler.schedule,
+            x_T,
+            timesteps,
+            eta=0.5,
+            noise=z,
+            y=y,
+            rederive_eps=clipped_eps == "rederive",
+        )
         got = sampler.sample(2, timesteps=timesteps, eta=0.5, noise=z, class_labels=y, output="raw")
         assert float((got - expected).abs().max()) <= 1e-4
 

@@ -42,7 +42,9 @@ def test_the_engine_draws_the_reference_s_pictures_after_1000_steps(mnist):
     assert float((got - expected).abs().max()) <= 1e-4
 
 
-@pytest.mark.parametrize("run", [{"solver": "ddpm", "steps": 20}, {"solver": "ddim", "steps": 20}], ids=["ddpm", "ddim"])
+@pytest.mark.parametrize(
+    "run", [{"solver": "ddpm", "steps": 20}, {"solver": "ddim", "steps": 20}], ids=["ddpm", "ddim"]
+)
 def test_a_digit_does_not_depend_on_its_batch(mnist, run):
     labels = [i % 10 for i in range(64)]
     expected = mnist.sample(64, class_labels=labels, **run)

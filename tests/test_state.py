@@ -31,8 +31,7 @@ def test_samples_join_a_running_batch(solver, guidance):
     table = sampler.table(solver=solver, steps=9)
     denoiser = bind(sampler.model, sampler.spec, table)
     expected = {
-        i: finish(denoiser, table, start([i], [i % 3], guidance, history=table.uses_history)).clone()
-        for i in range(7)
+        i: finish(denoiser, table, start([i], [i % 3], guidance, history=table.uses_history)).clone() for i in range(7)
     }
     running = start([0, 1, 2, 3], [0, 1, 2, 0], guidance, history=table.uses_history)
     done = {}

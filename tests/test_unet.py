@@ -14,8 +14,14 @@ from fastddpm.blocks import Attention, Downsample, ResBlock, timestep_embedding
 from fastddpm.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(
-    sample_size=(8, 8), in_channels=2, out_channels=2, channels=(8, 16), layers=1, attention=(False, True), norm_groups=4
-)  # fmt: skip
+    sample_size=(8, 8),
+    in_channels=2,
+    out_channels=2,
+    channels=(8, 16),
+    layers=1,
+    attention=(False, True),
+    norm_groups=4,
+)
 
 OPTIONS = {
     "ho": {},
@@ -115,7 +121,10 @@ class TestOptions:
 
     def test_config_round_trip(self, options):
         config = dataclasses.replace(SMALL, **options)
-        assert UNetConfig.from_dict({k: list(v) if isinstance(v, tuple) else v for k, v in config.to_dict().items()}) == config
+        assert (
+            UNetConfig.from_dict({k: list(v) if isinstance(v, tuple) else v for k, v in config.to_dict().items()})
+            == config
+        )
 
 
 @pytest.mark.parametrize("order", ["sin_cos", "cos_sin", "interleaved"])

@@ -1,0 +1,152 @@
+"""`python -m fastddpm.kernels.report`: what the kernels compile to, and the times which that bounds.
+
+Nothing runs on a GPU here. The times are bounds, not measurements: bytes moved over a bandwidth, instructions over an
+issue rate.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from .aot import TARGETS, VARIANTS, Measured, measure, missed_bars
+
+DEFAULT_BANDWIDTH = 3.0
+"""TB/s: what an H100's memory was measured to give."""
+
+DEFAULT_ISSUE_RATE = 29.0
+"""10¹² lane-instructions/s: 132 multiprocessors × 128 lanes × 1.7 GHz, an H100."""
+
+DEFAULT_ELEMENTS = 64 * 3 * 32 * 32
+"""A batch of 64 CIFAR-10 pictures."""
+
+
+def bound_microseconds(measured: Measured, elements: int, bandwidth: float, issue_rate: float) -> tuple[float, float]:
+    """The least time that memory and instruction issue allow, each taken alone.
+
+    Args:
+        measured: a compiled kernel.
+        elements: elements of the whole batch.
+        bandwidth: of the memory, in TB/s.
+        issue_rate: in 10¹² lane-instructions/s.
+
+    Returns:
+        Microseconds bound by memory and by issue; a kernel can be no faster than the larger.
+    """
+    by_memory = measured.bytes_per_element * elements / (bandwidth * 1e6)
+    return by_memory, measured.sass_per_element * elements / (issue_rate * 1e6)
+
+
+def build_table(rows: Sequence[Measured], elements: int, bandwidth: float, issue_rate: float) -> Table:
+    """The report as a table, one line per compiled kernel."""
+    table = Table(
+        title="Kernels compiled ahead of time",
+        caption=(
+            f"Times are bounds for {elements:,} elements at {bandwidth:g} TB/s and {issue_rate:g}·10¹² "
+            "lane-instructions/s, not measurements: nothing ran on a GPU. Instructions are those of one thread per "
+            "element it owns (SASS; AMDGCN on gfx942), without the padding behind the last exit."
+        ),
+    )
+    for name in ("kernel", "variant", "target"):
+        table.add_column(name, overflow="fold")
+    titles = (
+        "instr/elem",
+        "registers",
+        "spill B",
+        "shared B",
+        "vector bits",
+        "B/elem",
+        "memory ≥ µs",
+        "issue ≥ µs",
+    )
+    for title in titles:
+        table.add_column(title, justify="right")
+    for row in rows:
+        memory, issue = bound_microseconds(row, elements, bandwidth, issue_rate)
+        table.add_row(
+            row.kernel,
+            row.variant,
+            row.target,
+            f"{row.sass_per_element:.1f}",
+            str(row.registers),
+            str(row.spill_bytes),
+            str(row.shared_bytes),
+            str(row.vector_bits),
+            f"{row.bytes_per_element:g}",
+            f"{memory:.3f}",
+            f"{issue:.3f}",
+        )
+    return table
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
+
+
+def _positive_integer(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastddpm.kernels.report", description=(__doc__ or "").split("\n\n")[1]
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this GPU; may be repeated")
+    parser.add_argument("--bandwidth", type=_positive, default=DEFAULT_BANDWIDTH, help="TB/s, for the bounds")
+    parser.add_argument(
+        "--issue-rate",
+        type=_positive,
+        default=DEFAULT_ISSUE_RATE,
+        help="10^12 lane-instructions/s, for the bounds",
+    )
+    parser.add_argument("--elements", type=_positive_integer, default=DEFAULT_ELEMENTS, help="B·C·H·W, for the bounds")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report.
+
+    Args:
+        arguments: the command line, without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0, 1 if a static bar is missed, 2 if the kernels cannot be compiled here.
+    """
+    options = _parser().parse_args(arguments)
+    rows: list[Measured] = []
+    missed: list[str] = []
+    try:
+        for target in options.target or TARGETS:
+            for variant in VARIANTS:
+                rows.append(measure(variant, target))
+                missed += missed_bars(variant, rows[-1])
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps([row.as_dict() for row in rows], indent=2))
+    else:
+        # Wide enough for every column when the output is a file or a pipe.
+        console = Console(width=None if sys.stdout.isatty() else 170)
+        console.print(build_table(rows, options.elements, options.bandwidth, options.issue_rate))
+        if not missed:
+            console.print("All static bars are met.")
+    for line in missed:
+        print(f"missed: {line}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

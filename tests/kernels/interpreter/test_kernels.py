@@ -1,0 +1,110 @@
+"""The Triton kernels, interpreted, against float64 and against the CPU's reference."""
+
+import pytest
+import torch
+
+from fastddpm.kernels import _triton, p_sample, p_sample_reference, q_sample
+from tests.kernels import checks
+from tests.kernels.cases import OPTIONS, S, make_case
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1, 1), (2, 1, 1, 3), (1, 1, 2, 2), (3, 1, 3, 341), (7, 1, 28, 28), (2, 3, 32, 32)]
+
+
+@pytest.fixture(autouse=True, params=["hardware's formulas", "portable formulas"])
+def approximations(request, monkeypatch):
+    """Both ways to make normals: NVIDIA's (with NumPy in the place of its instructions) and the portable one."""
+    nvidia = request.param.startswith("hardware")
+    for name in ("p_sample", "q_sample"):
+        module = __import__(f"fastddpm.kernels.{name}", fromlist=["approximations"])
+        monkeypatch.setattr(module, "approximations", lambda: nvidia)
+
+
+def test_cpu_tensors_reach_the_kernels():
+    assert _triton.INTERPRETED
+    assert _triton.runs_triton("cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_p_sample_options(options, dtype):
+    checks.check_p_sample(make_case((7, 3, 4, 4), dtype, options))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_p_sample_sizes(shape, dtype):
+    checks.check_p_sample(make_case(shape, dtype, ("learned", "history")))
+
+
+def test_p_sample_writes_nothing_beyond_the_state():
+    """The state is a slice of a larger buffer of NaN: what surrounds it must be as before."""
+    for numel in (1, 3, 7, 1023):
+        case = make_case((2, 1, 1, numel), torch.bfloat16)
+        buffer = torch.full((4 * numel,), torch.nan)
+        state = buffer[numel : 3 * numel].view(2, 1, 1, numel)
+        state.copy_(case.positional["x"])
+        case.positional["x"] = state
+        case.call(p_sample)
+        assert state.isfinite().all()
+        assert buffer[:numel].isnan().all() and buffer[3 * numel :].isnan().all()
+
+
+def test_p_sample_nan():
+    checks.check_nan()
+
+
+def test_p_sample_identity():
+    checks.check_identity()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("source", ["float", "uint8"])
+@pytest.mark.parametrize("given", [False, True], ids=["eps made", "eps given"])
+def test_q_sample(shape, source, given):
+    checks.check_q_sample(shape, source, given)
+
+
+def test_q_sample_gradients():
+    checks.check_gradients()
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["eps made", "eps given"])
+def test_q_sample_gives_nan_for_unknown_timesteps(given):
+    (x, t, signals, spreads), options = checks.q_arguments((3, 1, 2, 5), "uint8", given)
+    t[:] = torch.tensor([-1, 10, 4])
+
+    x_t, _ = q_sample(x, t, signals, spreads, **options)
+    assert x_t[:2].isnan().all() and x_t[2].isfinite().all()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_p_sample_schema(options):
+    """That the op changes what its schema says, and nothing else."""
+    case = make_case((2, 1, 2, 3), torch.float16, options)
+    if "history" in case.options:
+        case.options["history"].nan_to_num_()
+    names = ("noise", "out_uncond", "guidance", "history", "bound")
+    arguments = (*case.positional.values(), *(case.options.get(name) for name in names))
+    arguments += (case.options.get("stochastic", True),)
+    torch.library.opcheck(torch.ops.fastddpm.p_sample.default, arguments, test_utils="test_schema")
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["eps made", "eps given"])
+def test_q_sample_schema(given):
+    (x, t, signals, spreads), options = checks.q_arguments((2, 1, 2, 3), "float", given)
+    x.requires_grad_(True)
+    arguments = (x, t, signals, spreads, *(options.get(name) for name in ("eps", "seed", "sample_id")))
+    tests = ("test_schema", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.fastddpm.q_sample.default, arguments, test_utils=tests)
+
+
+def test_a_whole_run_with_the_same_arguments():
+    case, expected = (make_case((3, 2, 3, 3), options=("history",)) for _ in range(2))
+
+    for _ in range(S + 1):
+        expected.positional["x"], expected.options["history"] = expected.call(p_sample_reference)
+        expected.positional["step"] += 1
+        case.call(p_sample)
+        case.positional["step"] += 1
+    torch.testing.assert_close(case.positional["x"], expected.positional["x"], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,119 @@
+"""The static bars: every variant compiled for every target, and its machine code read."""
+
+import functools
+import re
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fastddpm.kernels import aot
+from fastddpm.kernels.aot import TARGETS, VARIANTS, Variant, compile_variant, measure, missed_bars
+
+measured = functools.cache(measure)
+NAMES = [f"{variant.kernel} {variant.name}" for variant in VARIANTS]
+BY_NAME = dict(zip(NAMES, VARIANTS, strict=True))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=NAMES)
+def test_bars(variant, target):
+    got = measured(variant, target)
+    assert missed_bars(variant, got) == []
+    assert got.spill_bytes == got.shared_bytes == 0
+    assert got.vector_bits >= 128
+    assert got.bytes_per_element == variant.minimum_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("p_sample bf16, noise made", 48),
+        ("p_sample bf16, noise supplied", 20),
+        ("p_sample bf16, noise none", 20),
+    ],
+)
+def test_instructions_per_element_on_sm_90(name, most):
+    assert 0 < measured(BY_NAME[name], "sm_90").sass_per_element <= most
+
+
+def test_nothing_runs_twice():
+    """No branch but the one behind the last EXIT: then the static count is the executed one."""
+    for variant in VARIANTS:
+        instructions, _, _ = aot._read_cubin(compile_variant(variant, "sm_90").asm["cubin"])
+        assert not [line for line in instructions if re.search(r"\b(BRA|BRX|CALL|JMP)\b", line)], variant
+        assert "EXIT" in instructions[-1]
+
+
+def test_one_philox_call_makes_four_normals():
+    instructions, _, _ = aot._read_cubin(compile_variant(Variant("p_sample", "bf16", "made"), "sm_90").asm["cubin"])
+    sines = sum("MUFU.SIN" in line for line in instructions)
+    logarithms = sum("MUFU.LG2" in line for line in instructions)
+    assert (sines, logarithms) == (4, 4), "eight normals are four pairs"
+    # Ten rounds of two products make a quad; a few products more are for the addresses.
+    assert sum(line.startswith("IMAD.WIDE.U32") for line in instructions) <= 2 * 20 + 6
+
+
+def test_the_clip_passes_nan_on():
+    for target, instruction in (("sm_80", "NaN"), ("sm_90", "NaN"), ("sm_100", "NaN")):
+        ptx = compile_variant(Variant("p_sample", "bf16", "none"), target).asm["ptx"]
+        clips = [line for line in ptx.splitlines() if re.search(r"\b(min|max)\.\S*f32", line)]
+        assert clips and all(instruction in line for line in clips)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("variant", "ones"),
+    [
+        (Variant("p_sample", "bf16", "made", ("learned", "history")), ("numel", "last")),
+        (Variant("p_sample", "fp32", "supplied"), ("noise_rows",)),
+        (Variant("q_sample", "u8", "made"), ("numel", "steps")),
+        (Variant("q_sample", "fp32", "supplied"), ("numel",)),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else value.kernel,
+)
+def test_arguments_that_are_one_compile(variant, ones, target):
+    """The launcher turns an integer 1 into a constant, which must not change what the kernel accepts."""
+    compiled = compile_variant(variant, target, ones=ones, aligned=False)
+    assert "cubin" in compiled.asm or "hsaco" in compiled.asm
+
+
+@pytest.mark.parametrize("variant", [BY_NAME["p_sample bf16, noise made"], BY_NAME["q_sample u8, noise made"]])
+def test_odd_sizes_compile_without_spills(variant):
+    compiled = compile_variant(variant, "sm_90", aligned=False)
+    _, _, spill = aot._read_cubin(compiled.asm["cubin"])
+    assert spill == 0
+
+
+def test_a_missed_bar_is_named():
+    variant = BY_NAME["p_sample bf16, noise made"]
+    got = measured(variant, "sm_90")
+    worse = replace(got, sass_per_element=48.1, spill_bytes=8, shared_bytes=16, vector_bits=64, bytes_per_element=11.0)
+    lines = missed_bars(variant, worse)
+    assert len(lines) == 5
+    for name in ("sass_per_element", "spill_bytes", "shared_bytes", "vector_bits", "bytes_per_element"):
+        assert sum(f": {name} must be at " in line for line in lines) == 1
+
+
+def test_unknown_targets_are_refused():
+    with pytest.raises(ValueError, match=r"^measure: target must be one of sm_80, .*, got sm_70; "):
+        measure(VARIANTS[0], "sm_70")
+
+
+@pytest.mark.parametrize(
+    ("line", "bits"),
+    [
+        ("LDG.E.128 R4, desc[UR10][R22.64]", 128),
+        ("@!P4 LDG.E.128 R4, [R8.64]", 128),
+        ("LDG.E.64 R2, desc[UR10][R2.64]", 64),
+        ("LDG.E R12, desc[UR10][R30.64+0x10]", 32),
+        ("LDG.E.U16 R1, [R8.64]", 16),
+        ("STG.E.U8 [R8.64], R1", 8),
+        ("STG.E [R8.64], R1", 32),
+        ("@P1 STG.E.128 [R20.64], R4", 128),
+        ("LDG.E.ENL2.256 R8, R4, desc[UR4][R2.64]", 256),
+    ],
+)
+def test_widths_of_accesses_are_read(line, bits):
+    assert aot._sass_bits(line) == bits

@@ -1,0 +1,193 @@
+"""`p_sample` on the CPU: its reference against float64, what it refuses, and how it can be traced."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastddpm.kernels import p_sample, p_sample_reference
+from tests.kernels.cases import OPTIONS, S, make_case, pretend_on_gpu
+from tests.kernels.checks import check_identity, check_nan, check_p_sample
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_against_float64(options, dtype):
+    check_p_sample(make_case((7, 3, 4, 4), dtype, options))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 1, 3), (2, 1, 2, 2), (1, 1, 3, 341), (7, 1, 28, 28)], ids=str)
+def test_odd_sizes(shape):
+    check_p_sample(make_case(shape, torch.bfloat16, ("learned", "history")))
+
+
+@given(options=st.sets(st.sampled_from(["learned", "guidance", "history", "bound", "noise", "deterministic"])))
+def test_any_combination_of_options(options):
+    check_p_sample(make_case((6, 2, 3, 3), torch.float32, tuple(options), seed=len(options)))
+
+
+def test_nan_of_the_network_is_not_clipped_away():
+    check_nan()
+
+
+def test_finished_samples_are_left_alone():
+    check_identity()
+
+
+def test_reference_changes_nothing_and_answers_what_the_op_writes():
+    case = make_case(options=("history", "guidance"))
+    before = case.clone()
+    new, x0 = case.call(p_sample_reference)
+    assert torch.equal(case.positional["x"], before.positional["x"])
+    assert torch.equal(case.options["history"].isnan(), before.options["history"].isnan())
+    case.call(p_sample)
+    assert torch.equal(case.positional["x"], new)
+    assert torch.equal(case.options["history"], x0)
+
+
+def test_negative_steps_count_as_the_first_row():
+    case, first = make_case(), make_case()
+    case.positional["step"][:] = -3
+    first.positional["step"][:] = 0
+    assert torch.equal(case.call(p_sample_reference)[0], first.call(p_sample_reference)[0])
+
+
+def test_other_memory_layouts_of_out_give_the_same():
+    case, other = make_case(dtype=torch.bfloat16), make_case(dtype=torch.bfloat16)
+    other.positional["out"] = other.positional["out"].contiguous(memory_format=torch.channels_last)
+    other.positional["seed"] = other.positional["seed"].repeat_interleave(2)[::2]
+    case.call(p_sample)
+    other.call(p_sample)
+    assert torch.equal(case.positional["x"], other.positional["x"])
+
+
+def test_inputs_that_need_gradients_are_not_tracked():
+    case = make_case()
+    case.positional["out"].requires_grad_(True)
+    case.call(p_sample)
+    assert not case.positional["x"].requires_grad
+
+
+def test_reference_is_differentiable():
+    case = make_case(options=("noise",))
+    case.positional["out"].requires_grad_(True)
+    case.call(p_sample_reference)[0].sum().backward()
+    assert case.positional["out"].grad.abs().sum() > 0
+
+
+def test_compiles_without_graph_breaks():
+    case, plain = make_case(options=("history",)), make_case(options=("history",))
+    torch.compile(p_sample, fullgraph=True, backend="aot_eager")(**case.positional, **case.options)
+    plain.call(p_sample)
+    torch.testing.assert_close(case.positional["x"], plain.positional["x"], rtol=0, atol=0)
+    torch.testing.assert_close(case.options["history"], plain.options["history"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [(), ("learned", "guidance", "history", "bound")], ids=["plain", "everything"])
+def test_reference_exports_with_any_batch_size(options):
+    case = make_case(options=options)
+
+    class Step(torch.nn.Module):
+        def forward(self, positional, options):
+            return p_sample_reference(**positional, **options)
+
+    batch = torch.export.Dim("batch", min=2)
+    free = {"table": None, "timesteps": None}
+    dynamic = (
+        {name: free.get(name, {0: batch}) if name not in free else None for name in case.positional},
+        {name: {0: batch} for name in case.options},
+    )
+    exported = torch.export.export(Step(), (case.positional, case.options), dynamic_shapes=dynamic, strict=False)
+    other = make_case((4, 3, 8, 8), options=options)
+    got = exported.module()(other.positional, other.options)
+    torch.testing.assert_close(got, other.call(p_sample_reference), equal_nan=True)
+
+
+OP_ORDER = ("x", "out", "table", "timesteps", "step", "sample_id", "seed", "noise", "out_uncond", "guidance")
+OP_ORDER += ("history", "bound")
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_op_on_a_pretended_gpu(options):
+    """The branch that CUDA tensors take, and the op's schema and shape propagation, without running the kernel."""
+    pytest.importorskip("triton")
+    case = make_case(options=options)
+    fakes = {k: pretend_on_gpu(v) for k, v in (case.positional | case.options).items() if isinstance(v, torch.Tensor)}
+    stochastic = case.options.get("stochastic", True)
+    assert p_sample(**fakes, stochastic=stochastic) is None
+    arguments = (*(fakes.get(name) for name in OP_ORDER), stochastic)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.fastddpm.p_sample.default, arguments, test_utils=tests)
+
+
+def test_op_declares_what_it_writes():
+    pytest.importorskip("triton")
+    schema = torch.ops.fastddpm.p_sample.default._schema
+    written = [argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    assert written == ["x", "history"]
+
+
+def _wrong(name, value, error, match):
+    return pytest.param(name, value, error, match, id=f"{name}: {match}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "match"),
+    [
+        _wrong("x", 3, TypeError, r"x must be a tensor, got int"),
+        _wrong("x", torch.zeros(2, 3, 4, 4).half(), TypeError, r"x must be float32, got float16"),
+        _wrong("x", torch.zeros(2, 3, 4), ValueError, r"x must be of shape \[B, C, H, W\], got \[2, 3, 4\]"),
+        _wrong("x", torch.zeros(0, 3, 4, 4), ValueError, r"x must be of shape .* got \[0, 3, 4, 4\]"),
+        _wrong("x", torch.zeros(2, 4, 4, 3).permute(0, 3, 1, 2), ValueError, r"x must be contiguous, got strides"),
+        _wrong("out", torch.zeros(2, 3, 4, 4).double(), TypeError, r"out must be float32 \| bfloat16 \| float16"),
+        _wrong("out", torch.zeros(2, 4, 4, 4), ValueError, r"out must be of 3 channels .* or 6 .* got 4"),
+        _wrong("out", torch.zeros(2, 3, 4, 5), ValueError, r"out must be of shape"),
+        _wrong("out", torch.zeros(2, 3, 4, 4, device="meta"), ValueError, r"out must be on cpu, got meta; move it"),
+        _wrong("table", torch.zeros(6, 9), ValueError, r"table must be of shape \[S\+1, 10\], got \[6, 9\]"),
+        _wrong("timesteps", torch.zeros(5).long(), ValueError, r"timesteps must be of shape \[6\], got \[5\]"),
+        _wrong("timesteps", torch.zeros(6), TypeError, r"timesteps must be int64, got float32"),
+        _wrong("step", torch.zeros(2).int(), TypeError, r"step must be int64, got int32"),
+        _wrong("step", 3, TypeError, r"step must be a tensor, got int"),
+        _wrong("sample_id", torch.zeros(1).long(), ValueError, r"sample_id must be of shape \[2\], got \[1\]"),
+        _wrong("seed", torch.zeros(2, 1).long(), ValueError, r"seed must be of shape \[2\], got \[2, 1\]"),
+        _wrong("noise", torch.zeros(2, 3, 4, 4), ValueError, r"noise must be of shape \[N, 2, 3, 4, 4\]"),
+        _wrong("noise", torch.zeros(5, 2, 3, 4, 4).mT, ValueError, r"noise must be contiguous"),
+        _wrong("guidance", torch.ones(2), ValueError, r"out_uncond must be given with guidance, got None"),
+        _wrong("out_uncond", torch.zeros(2, 3, 4, 4), ValueError, r"guidance must be given with out_uncond, got None"),
+        _wrong("history", torch.zeros(2, 3, 4, 5), ValueError, r"history must be of shape \[2, 3, 4, 4\]"),
+        _wrong("history", torch.zeros(2, 3, 4, 4).mT, ValueError, r"history must be contiguous"),
+        _wrong("bound", torch.ones(3), ValueError, r"bound must be of shape \[2\], got \[3\]"),
+        _wrong("bound", 1.0, TypeError, r"bound must be a tensor, got float"),
+    ],
+)
+def test_refuses(name, value, error, match):
+    case = make_case((2, 3, 4, 4))
+    before = case.positional["x"].clone()
+    arguments = case.positional | case.options | {name: value}
+    with pytest.raises(error, match=rf"^p_sample: {match}") as raised:
+        p_sample(**arguments)
+    assert "; " in str(raised.value), "the line must say how to mend it"
+    assert torch.equal(case.positional["x"], before)
+
+
+def test_refuses_unlike_halves_of_guidance():
+    case = make_case((2, 3, 4, 4), options=("guidance",))
+    case.options["out_uncond"] = case.options["out_uncond"].half()
+    with pytest.raises(TypeError, match=r"^p_sample: out_uncond must be float32, got float16; "):
+        case.call(p_sample)
+
+
+def test_steps_of_a_run_follow_each_other_with_the_same_arguments():
+    """Called again and again with the same objects, as a CUDA graph is replayed, it walks down the table."""
+    case = make_case((3, 2, 3, 3), options=("history",))
+    case.positional["step"][:] = torch.tensor([0, 1, S])
+    expected = case.clone()
+    for _ in range(S + 1):
+        new, x0 = expected.call(p_sample_reference)
+        expected.positional["x"], expected.options["history"] = new, x0
+        expected.positional["step"] = expected.positional["step"] + 1
+        case.call(p_sample)
+        case.positional["step"] += 1
+    assert torch.equal(case.positional["x"], expected.positional["x"])

@@ -1,0 +1,699 @@
+"""The command line: every option once, every bad input in one line, and nothing left half-done."""
+
+import json
+import os
+import pickle
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fastddpm import cli
+from fastddpm.sampler import Sampler
+from tests.tiny import CLASSES, SPEC, command, environment, pictures, save_checkpoint, unconditional
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("models") / "tiny", training={"data": "made up", "step": 7})
+
+
+@pytest.fixture(scope="module")
+def plain_model(tmp_path_factory):
+    """A checkpoint without classes."""
+    return save_checkpoint(tmp_path_factory.mktemp("models") / "plain", *unconditional())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Pictures to train on, as .npz."""
+    path = tmp_path_factory.mktemp("data") / "pictures.npz"
+    made = pictures(32)
+    np.savez(path, images=made.images.permute(0, 2, 3, 1).numpy(), labels=made.labels.numpy())
+    return path
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working folder."""
+    folder = tmp_path / "place"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+class Result:
+    """How a command ended."""
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def fastddpm(monkeypatch, capfd):
+    """Run the command line in this process."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("FASTDDPM_TRACEBACK", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(*arguments):
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["fastddpm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Result(ended.value.code, out, err)
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def good(result):
+    assert (result.code, result.err) == (0, "")
+    return result.out
+
+
+def refused(result, *phrases):
+    """Exit code 2 and one line that says all of `phrases`."""
+    assert result.code == 2, result.err
+    lines = result.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fastddpm: error: ") and len(lines[0]) > 40, result.err
+    for phrase in phrases:
+        assert phrase in result.err
+    return True
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def expected_pictures(model, n, **options):
+    labels = [i % CLASSES for i in range(n)]
+    return Sampler.from_pretrained(model).sample(n, class_labels=labels, output="uint8", progress=False, **options)
+
+
+# ---------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("name", ["sample", "train", "info"])
+def test_help_names_every_option(fastddpm, name):
+    import inspect
+
+    text = good(fastddpm(name, "--help"))
+    parameters = inspect.signature(getattr(sys.modules[f"fastddpm.cli.{name}"], name)).parameters
+    special = {"T": "--timesteps", "as_json": "--json", "conditional": "--classes", "model": "model", "data": "data"}
+    for parameter in parameters:
+        assert special.get(parameter, "--" + parameter.replace("_", "-")) in text
+    assert "…" not in "".join(re.findall(r"--[\w-]*…", text))
+
+
+def test_help_lists_the_commands_also_when_none_is_given(fastddpm):
+    assert good(fastddpm()).strip() == good(fastddpm("-h")).strip()
+    assert all(f" {name} " in good(fastddpm("--help")) for name in ("sample", "train", "info"))
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from fastddpm.cli import app; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+# ---------------------------------------------------------------------- sample
+
+
+def test_the_grid_is_the_default_output(fastddpm, place, model):
+    out = good(fastddpm("sample", model, "-n", 5))
+    assert out == "wrote samples/grid.png\n"
+    with Image.open(place / "samples" / "grid.png") as image:
+        assert image.mode == "L" and max(image.size) >= 480
+    assert files(place) == ["samples", "samples/grid.png"]
+
+
+def test_the_folder_holds_the_samplers_pictures(fastddpm, place, model):
+    assert good(fastddpm("sample", model, "--n", 4, "--folder", "out")) == "wrote 4 pictures to out/\n"
+    for i, picture in enumerate(expected_pictures(model, 4)):
+        assert np.array_equal(np.array(Image.open(place / "out" / f"{i:06d}.png")), picture[0].numpy())
+    assert files(place / "out") == [*(f"{i:06d}.png" for i in range(4)), "run.json"]
+
+
+def test_a_folder_is_continued(fastddpm, place, model):
+    good(fastddpm("sample", model, "-n", 3, "--folder", "out"))
+    (place / "out" / "000001.png").unlink()
+    Image.new("L", (8, 8), 77).save(place / "out" / "000000.png")
+    out = good(fastddpm("sample", model, "-n", 6, "--folder", "out", "--batch-size", 2))
+    assert out == "wrote 4 pictures to out/ (2 were there already)\n"
+    assert Image.open(place / "out" / "000000.png").getpixel((0, 0)) == 77  # it was not drawn again
+    for i, picture in list(enumerate(expected_pictures(model, 6)))[1:]:
+        difference = np.array(Image.open(place / "out" / f"{i:06d}.png")).astype(int) - picture[0].numpy()
+        assert abs(difference).max() <= 1  # a rounding, where batches differ
+    assert good(fastddpm("sample", model, "-n", 6, "--folder", "out")).startswith("wrote 0 pictures")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [(["--seed", 1], "seed was 0, is 1"), (["--steps", 3], "steps was None, is 3"), (["--solver", "ddpm"], "solver"),
+     (["--guidance", 2], "guidance was 1.0, is 2.0"), (["--classes", "1"], "classes was 'all', is '1'")],
+    ids=lambda value: value if isinstance(value, str) else None,
+)  # fmt: skip
+def test_a_folder_of_other_settings_is_refused(fastddpm, place, model, options, name):
+    good(fastddpm("sample", model, "-n", 2, "--folder", "out"))
+    before = files(place)
+    assert refused(fastddpm("sample", model, "-n", 4, "--folder", "out", *options), "other settings", name)
+    assert files(place) == before
+
+
+def test_a_folder_of_other_weights_is_refused_and_of_moved_ones_not(fastddpm, place, model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "copy")
+    good(fastddpm("sample", model, "-n", 2, "--folder", "out"))
+    good(fastddpm("sample", copy, "-n", 3, "--folder", "out"))
+    weights = load_file(copy / "model.safetensors")
+    save_file({**weights, "conv_out.bias": weights["conv_out.bias"] + 1}, copy / "model.safetensors")
+    refused(fastddpm("sample", copy, "-n", 4, "--folder", "out"), "other settings", "weights")
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "[]", "7", '"x"'])
+def test_a_damaged_run_file(fastddpm, place, model, text):
+    good(fastddpm("sample", model, "-n", 1, "--folder", "out"))
+    (place / "out" / "run.json").write_text(text)
+    refused(fastddpm("sample", model, "-n", 2, "--folder", "out"), "run")
+
+
+def test_npz_layout(fastddpm, place, model):
+    assert good(fastddpm("sample", model, "-n", 5, "--npz", "a.npz", "--batch-size", 5)) == "wrote a.npz\n"
+    with np.load(place / "a.npz", allow_pickle=False) as archive:
+        assert archive.files == ["arr_0", "arr_1"]
+        assert archive["arr_0"].dtype == np.uint8 and archive["arr_0"].shape == (5, 8, 8, 1)
+        assert archive["arr_1"].tolist() == [0, 1, 2, 0, 1]
+        assert np.array_equal(archive["arr_0"], expected_pictures(model, 5).permute(0, 2, 3, 1).numpy())
+
+
+def test_npz_without_classes(fastddpm, place, plain_model):
+    good(fastddpm("sample", plain_model, "-n", 2, "--npz", "a.npz"))
+    with np.load(place / "a.npz") as archive:
+        assert archive.files == ["arr_0"]
+
+
+def test_gif_shows_the_way_to_the_pictures(fastddpm, place, model):
+    good(fastddpm("sample", model, "-n", 4, "--gif", "a.gif", "--steps", 7))
+    with Image.open(place / "a.gif") as movie:
+        assert movie.n_frames == 7 and max(movie.size) >= 240
+        movie.seek(6)
+        last = movie.convert("L")
+    good(fastddpm("sample", model, "-n", 4, "--grid", "a.png", "--steps", 7))
+    grid = Image.open(place / "a.png").resize(last.size, Image.Resampling.NEAREST)
+    assert abs(np.array(last).astype(int) - np.array(grid)).max() <= 2
+
+
+def test_long_runs_make_short_gifs(fastddpm, place, plain_model, tmp_path):
+    from fastddpm.cli.job import GIF_FRAMES, Animation
+
+    animation = Animation(1000)
+    assert len(animation._parts) == GIF_FRAMES and max(animation._parts) == 1000
+    assert list(Animation(3)._parts) == [1, 2, 3]
+
+
+def test_all_outputs_together_show_the_same_pictures(fastddpm, place, model):
+    outputs = ["--grid", "deep/down/g.png", "--folder", "f", "--npz", "a.npz", "--gif", "m.gif"]
+    out = good(fastddpm("sample", model, "-n", 5, "--batch-size", 2, "--first-id", 1, *outputs))
+    assert out.splitlines() == ["wrote 5 pictures to f/", "wrote deep/down/g.png", "wrote a.npz", "wrote m.gif"]
+    with np.load(place / "a.npz") as archive:
+        for i in range(5):
+            assert np.array_equal(np.array(Image.open(place / "f" / f"{i + 1:06d}.png")), archive["arr_0"][i, :, :, 0])
+
+
+def test_a_large_grid_draws_only_what_it_shows(fastddpm, place, model):
+    out = good(fastddpm("sample", model, "-n", 401, "--steps", 1, "--grid", "g.png", "--gif", "m.gif"))
+    assert out == "wrote g.png (the first 400 of 401)\nwrote m.gif (the first 64 of 401)\n"
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels"),
+    [("all", [0, 1, 2, 0]), ("2", [2] * 4), ("2,0", [2, 0, 2, 0]), ("dot, bar", [1, 0, 1, 0]), ("none", [3] * 4)],
+)
+def test_classes(fastddpm, place, model, classes, labels):
+    good(fastddpm("sample", model, "-n", 4, "--classes", classes, "--folder", "out"))
+    expected = Sampler.from_pretrained(model).sample(4, class_labels=labels, output="uint8", progress=False)
+    for i in range(4):
+        assert np.array_equal(np.array(Image.open(place / "out" / f"{i:06d}.png")), expected[i, 0].numpy())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--solver", "ddpm"], ["--solver", "ddpm", "--steps", 5], ["--solver", "dpmpp_2m", "--steps", 4],
+     ["--timesteps", "5"], ["--timesteps", "ddim5"], ["--timesteps", "1,2,3"], ["--eta", 0.5], ["--guidance", 2.5],
+     ["--threshold", 0.9], ["--seed", 2**64 - 1], ["--device", "cpu"], ["--first-id", 2**63 - 2]],
+    ids=lambda options: " ".join(map(str, options)),
+)  # fmt: skip
+def test_options_reach_the_sampler(fastddpm, place, model, options):
+    """Each option changes the picture, in the same way as the sampler's argument of that name does."""
+    from fastddpm.solvers import DynamicThreshold
+
+    good(fastddpm("sample", model, "-n", 2, "--npz", "a.npz", *options))
+    arguments = {
+        name.lstrip("-").replace("-", "_"): value for name, value in zip(options[::2], options[1::2], strict=True)
+    }
+    first = arguments.pop("first_id", 0)
+    if "threshold" in arguments:
+        arguments["clip"] = DynamicThreshold(arguments.pop("threshold"))
+    arguments["guidance_scale"] = arguments.pop("guidance", 1.0)
+    sampler = Sampler.from_pretrained(model, device=arguments.pop("device", None))
+    ids = [first, first + 1]
+    labels = [i % CLASSES for i in ids]
+    expected = sampler.sample(2, sample_ids=ids, class_labels=labels, output="uint8", progress=False, **arguments)
+    with np.load(place / "a.npz") as archive:
+        assert np.array_equal(archive["arr_0"], expected.permute(0, 2, 3, 1).numpy())
+
+
+def test_quiet_is_silent(fastddpm, place, model):
+    assert good(fastddpm("sample", model, "-n", 1, "--quiet")) == ""
+    assert files(place) == ["samples", "samples/grid.png"]
+
+
+# ---------------------------------------------------------------------- info
+
+
+def test_info(fastddpm, model, plain_model):
+    text = good(fastddpm("info", model))
+    assert all(word in text for word in ("fastddpm", "eps", "bar, dot, 2", "linear", "made up", "1 × 8 × 8", "cpu"))
+    assert "none" in good(fastddpm("info", plain_model))
+    assert "mnist" in good(fastddpm("info"))
+
+
+def test_info_as_json(fastddpm, model):
+    facts = json.loads(good(fastddpm("info", model, "--json")))
+    assert facts["checkpoint"]["class names"] == list(SPEC.class_names)
+    assert facts["checkpoint"]["training"] == {"data": "made up", "step": 7}
+    assert facts["machine"]["versions"]["fastddpm"]
+    assert json.loads(good(fastddpm("info", "--json")))["shipped checkpoints"] == ["mnist"]
+
+
+# ---------------------------------------------------------------------- train
+
+TINY = ["--channels", "8,8", "--layers", 1, "--norm-groups", 4, "--batch-size", 16, "--timesteps", 20]
+
+
+def test_train_then_sample(fastddpm, place, data):
+    result = fastddpm("train", data, "--out", "run", "--epochs", 2, *TINY)
+    assert result.code == 0
+    assert result.out.splitlines()[0].startswith("32 pictures (1, 8, 8) from pictures.npz, 3 classes; ")
+    assert result.out.splitlines()[-1] == "wrote run; sample from it with: fastddpm sample run"
+    assert [line.split(":")[0] for line in result.err.splitlines()] == [
+        "epoch 1", "wrote run/samples/epoch_0001.png", "epoch 2", "wrote run/samples/epoch_0002.png"
+    ]  # fmt: skip
+    assert files(place / "run") == [
+        "config.json", "metrics.jsonl", "model.safetensors", "samples", "samples/epoch_0001.png",
+        "samples/epoch_0002.png", "train_state.safetensors",
+    ]  # fmt: skip
+    good(fastddpm("sample", "run", "-n", 2, "--guidance", 2))
+    assert "trained already" in good(fastddpm("train", data, "--out", "run", "--epochs", 2, *TINY))
+
+
+def test_every_option_of_train_once(fastddpm, place, data):
+    options = [
+        "--no-classes", "--lr", 1e-4, "--lr-schedule", "constant", "--warmup", 1, "--weight-decay", 0.01, "--ema", 0.5,
+        "--grad-clip", 0.5, "--label-dropout", 0.2, "--hflip", "--attention", "8,4", "--head-channels", 4,
+        "--scale-shift", "--dropout", 0.1, "--schedule", "cosine", "--prediction", "v", "--variance", "learned_range",
+        "--seed", 3, "--save-every", 1, "--bf16", "--weights", "fp16", "--gradient-checkpointing", "--no-grids",
+        "--stop-after", 1, "--device", "cpu",
+    ]  # fmt: skip
+    assert fastddpm("train", data, "--out", "run", *TINY, *options).code == 0
+    assert not (place / "run" / "samples").exists()
+    facts = json.loads((place / "run" / "config.json").read_text())
+    assert facts["unet"]["attention"] == [True, True] and facts["unet"]["head_channels"] == 4
+    assert facts["unet"]["scale_shift"] is True and facts["unet"]["dropout"] == 0.1
+    assert facts["unet"]["out_channels"] == 2 and facts["unet"]["num_classes"] is None
+    assert facts["schedule"]["name"] == "cosine" and facts["schedule"]["T"] == 20
+    assert facts["spec"]["prediction"] == "v" and facts["spec"]["variance"] == "learned_range"
+    wanted = {
+        "learning_rate": 1e-4, "lr_schedule": "constant", "warmup": 1, "weight_decay": 0.01, "ema_decay": 0.5,
+        "grad_clip": 0.5, "label_dropout": 0.2, "hflip": True, "seed": 3, "save_every": 1, "autocast": "bf16",
+        "weights_dtype": "fp16", "gradient_checkpointing": True, "step": 1, "epochs": 10, "batch_size": 16,
+    }  # fmt: skip
+    assert {name: facts["training"][name] for name in wanted} == wanted
+    good(fastddpm("sample", "run", "-n", 1, "--solver", "ddpm"))
+
+
+def test_without_label_dropout_there_is_no_guidance(fastddpm, place, data):
+    assert fastddpm("train", data, "--out", "run", *TINY, "--label-dropout", 0, "--stop-after", 1).code == 0
+    facts = json.loads((place / "run" / "config.json").read_text())
+    assert facts["spec"]["null_class"] is None and facts["unet"]["num_classes"] == CLASSES
+    refused(fastddpm("sample", "run", "--guidance", 2), "guidance_scale", "trained without dropping labels")
+
+
+def test_train_on_a_folder_of_images(fastddpm, place):
+    for i in range(4):
+        path = place / "pictures" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 12), (60 * i, 0, 0)).save(path)
+    options = ["--size", 8, *TINY[:-4], "--batch-size", 2, "--timesteps", 5, "--stop-after", 1]
+    assert fastddpm("train", "pictures", "--out", "run", *options).code == 0
+    facts = json.loads((place / "run" / "config.json").read_text())
+    assert facts["spec"]["shape"] == [3, 8, 8] and facts["spec"]["class_names"] == ["a", "b"]
+
+
+def test_train_resumes_with_the_same_command_only(fastddpm, place, data):
+    assert fastddpm("train", data, "--out", "run", *TINY, "--stop-after", 1).code == 0
+    refused(fastddpm("train", data, "--out", "run", *TINY, "--lr", 1), "config.learning_rate was 0.001, is 1.0")
+    result = fastddpm("train", data, "--out", "run", *TINY, "--stop-after", 1)
+    assert result.code == 0 and "run goes on at step 1 of 20" in result.out
+
+
+# ---------------------------------------------------------------------- bad input
+
+BAD_SAMPLE = {
+    "no model": ([], "Missing argument"),
+    "unknown option": (["{model}", "--nope"], "--nope"),
+    "unknown solver": (["{model}", "--solver", "euler"], "euler"),
+    "missing": (["nowhere"], "no checkpoint at nowhere"),
+    "empty name": ([""], "not a checkpoint"),
+    "a file": (["{model}/model.safetensors"], "is a file"),
+    "n 0": (["{model}", "-n", "0"], "--n must be in 1"),
+    "n negative": (["{model}", "-n", "-3"], "--n must be in 1"),
+    "n absurd": (["{model}", "-n", str(10**15)], "--n must be in 1", "--first-id"),
+    "n absurd, folder": (["{model}", "-n", str(10**15), "--folder", "f"], "--n must be in 1"),
+    "n no number": (["{model}", "-n", "many"], "--n", "valid integer"),
+    "n no integer": (["{model}", "-n", "1.5"], "--n", "valid integer"),
+    "steps 0": (["{model}", "--steps", "0"], "steps must be in 1 … 20", "got 0"),
+    "steps negative": (["{model}", "--steps", "-1"], "steps must be in 1"),
+    "steps > T": (["{model}", "--steps", "21"], "steps must be in 1 … 20", "got 21"),
+    "steps enormous": (["{model}", "--steps", str(10**30)], "steps must be in 1"),
+    "steps and timesteps": (["{model}", "--steps", "5", "--timesteps", "5"], "both"),
+    "timesteps empty": (["{model}", "--timesteps", ""], "--timesteps must be like"),
+    "timesteps blank": (["{model}", "--timesteps", " "], "--timesteps must be like"),
+    "timesteps commas": (["{model}", "--timesteps", ",,"], "respace"),
+    "timesteps 0": (["{model}", "--timesteps", "0"], "at least one step"),
+    "timesteps > T": (["{model}", "--timesteps", "21"], "at most 20"),
+    "timesteps enormous": (["{model}", "--timesteps", "9" * 5000], ""),
+    "timesteps words": (["{model}", "--timesteps", "ddim"], "respace"),
+    "timesteps negative": (["{model}", "--timesteps=-5"], "respace"),
+    "eta high": (["{model}", "--eta", "1.5"], "eta"),
+    "eta for ddpm": (["{model}", "--eta", "0.5", "--solver", "ddpm"], "eta"),
+    "eta nan": (["{model}", "--eta", "nan"], "eta"),
+    "class too high": (["{model}", "--classes", "3"], "0 … 2", "'3'"),
+    "class negative": (["{model}", "--classes=-1"], "0 … 2"),
+    "class enormous": (["{model}", "--classes", "9" * 40], "0 … 2"),
+    "class unknown": (["{model}", "--classes", "cat"], "'cat'", "bar"),
+    "class empty": (["{model}", "--classes", ""], "0 … 2"),
+    "classes of none": (["{plain}", "--classes", "1"], "no classes"),
+    "guidance of none": (["{plain}", "--guidance", "2"], "guidance_scale"),
+    "guidance nan": (["{model}", "--guidance", "nan"], "guidance_scale"),
+    "guidance without class": (["{model}", "--guidance", "2", "--classes", "none"], "guidance_scale"),
+    "threshold 0": (["{model}", "--threshold", "0"], "ratio must be in (0, 1]"),
+    "threshold nan": (["{model}", "--threshold", "nan"], "ratio"),
+    "seed negative": (["{model}", "--seed", "-1"], "seed must be in [0, 2**64)"),
+    "seed high": (["{model}", "--seed", str(2**64)], "seed must be in"),
+    "seed no number": (["{model}", "--seed", "x"], "x"),
+    "first id negative": (["{model}", "--first-id", "-1"], "--first-id must be in"),
+    "first id high": (["{model}", "--first-id", str(2**63)], "--first-id must be in"),
+    "batch size 0": (["{model}", "--batch-size", "0"], "batch_size must be a positive int"),
+    "batch size 0, folder": (["{model}", "--batch-size", "0", "--folder", "f"], "batch_size"),
+    "batch size negative": (["{model}", "--batch-size", "-4"], "batch_size"),
+    "steps, folder": (["{model}", "--steps", "0", "--folder", "f"], "steps must be in 1"),
+    "device unknown": (["{model}", "--device", "toaster"], "device must be cpu, cuda or cuda:N"),
+    "device meta": (["{model}", "--device", "meta"], "device must be cpu"),
+    "grid suffix": (["{model}", "--grid", "a.txt"], "must end in .png"),
+    "grid no suffix": (["{model}", "--grid", "a"], "no suffix"),
+    "npz suffix": (["{model}", "--npz", "a.npy"], "must end in .npz"),
+    "gif suffix": (["{model}", "--gif", "a.png"], "must end in .gif"),
+    "grid is a folder": (["{model}", "--grid", "{dir}"], "give a file name"),
+    "folder is a file": (["{model}", "--folder", "{file}"], "must be a folder"),
+    "grid below a file": (["{model}", "--grid", "{file}/a/b.png"], "must be a folder"),
+    "npz below a file": (["{model}", "--npz", "{file}/b.npz"], "must be a folder"),
+    "folder below a file": (["{model}", "--folder", "{file}/b"], "must be a folder"),
+    "name too long": (["{model}", "--folder", "x" * 300], "too long"),
+    "npz of terabytes": (["{large}", "-n", "10000000", "--npz", "a.npz"], "--npz must hold at most 64 GiB"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory):
+    import dataclasses
+
+    unet, spec = unconditional()
+    unet = dataclasses.replace(unet, sample_size=(256, 256))
+    return save_checkpoint(
+        tmp_path_factory.mktemp("models") / "large", unet, dataclasses.replace(spec, shape=(1, 256, 256))
+    )
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLE.values(), ids=BAD_SAMPLE.keys())
+def test_bad_input_to_sample(fastddpm, place, model, plain_model, large_model, tmp_path, case):
+    arguments, *phrases = case
+    (tmp_path / "dir.png").mkdir()
+    (tmp_path / "file").write_text("a file")
+    names = {"model": model, "plain": plain_model, "large": large_model}
+    names |= {"dir": tmp_path / "dir.png", "file": tmp_path / "file"}
+    before = files(tmp_path)
+    refused(fastddpm("sample", *(argument.format(**names) for argument in arguments)), *phrases)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(fastddpm, place, model):
+    refused(fastddpm("sample", model, "--device", "cuda"), "0 GPUs; use cpu")
+
+
+class Evil:
+    """Leaves a folder behind if it is ever unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def damage(checkpoint, kind):
+    weights, config = checkpoint / "model.safetensors", checkpoint / "config.json"
+    tensors = load_file(weights)
+    if kind == "PNG":
+        Image.new("L", (9, 9)).save(weights, "PNG")
+    elif kind == "pickle":
+        weights.write_bytes(pickle.dumps(Evil(checkpoint.parent / "trace")))
+    elif kind == "empty config":
+        config.write_bytes(b"")
+    elif kind == "list":
+        config.write_text("[1]")
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "NaN":
+        tensors["conv_out.bias"].fill_(float("nan"))
+        save_file(tensors, weights)
+    elif kind == "shape":
+        save_file({**tensors, "conv_out.bias": torch.zeros(9)}, weights)
+    elif kind == "huge numbers":
+        config.write_text(config.read_text().replace('"layers": 1', f'"layers": {10**4000}'))
+    else:
+        weights.write_bytes(weights.read_bytes()[: int(kind)])
+
+
+DAMAGES = [
+    "PNG", "pickle", "empty config", "list", "no weights", "NaN", "shape", "huge numbers", "0", "7", "500", "-1"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("name", ["sample", "info"])
+def test_damaged_checkpoints(fastddpm, place, model, tmp_path, name, kind):
+    damaged = shutil.copytree(model, tmp_path / "damaged")
+    damage(damaged, kind)
+    refused(fastddpm(name, damaged), "damaged")
+    assert files(place) == [] and not (tmp_path / "trace").exists()
+
+
+def test_a_pickle_by_itself(fastddpm, place, tmp_path):
+    (tmp_path / "model.pt").write_bytes(pickle.dumps(Evil(tmp_path / "trace")))
+    for name in ("sample", "info", "train"):
+        refused(fastddpm(name, tmp_path / "model.pt", *(["--out", "run"] if name == "train" else [])), "model.pt")
+    assert files(place) == [] and not (tmp_path / "trace").exists()
+
+
+def test_a_network_that_breaks_down_says_where(fastddpm, place, model, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["stem.weight"].fill_(3e38)
+    save_file(weights, broken / "model.safetensors")
+    refused(fastddpm("sample", broken, "-n", 1), "NaN or infinity from step 1 of 20")
+    assert files(place) == []
+
+
+BAD_TRAIN = {
+    "no out": (["{data}"], "--out"),
+    "missing data": (["nowhere", "--out", "run"], "training data nowhere does not exist"),
+    "empty folder": (["{dir}", "--out", "run"], "no images found"),
+    "foreign file": (["{file}", "--out", "run"], "not an idx file"),
+    "missing labels": (["{idx}", "--out", "run", "--labels", "nowhere"], "nowhere: no such file"),
+    "out below a file": (["{data}", "--out", "{file}/run"], "must be a folder"),
+    "out is a file": (["{data}", "--out", "{file}"], "must be a folder"),
+    "batch size": (["{data}", "--out", "run", "--batch-size", "33"], "at most the 32 pictures"),
+    "batch size 0": (["{data}", "--out", "run", "--batch-size", "0"], "batch_size must be in [1"),
+    "epochs": (["{data}", "--out", "run", "--epochs", "0"], "epochs must be in"),
+    "lr": (["{data}", "--out", "run", "--lr", "-1"], "learning_rate must be in"),
+    "lr nan": (["{data}", "--out", "run", "--lr", "nan"], "learning_rate must be in"),
+    "channels": (["{data}", "--out", "run", "--channels", "8;8"], "--channels must be whole numbers"),
+    "channels 0": (["{data}", "--out", "run", "--channels", "0"], "channels"),
+    "channels empty": (["{data}", "--out", "run", "--channels", ""], "--channels"),
+    "levels": (["{data}", "--out", "run", "--channels", "8,8,8,8,8"], "divisible by 16"),
+    "layers": (["{data}", "--out", "run", "--layers", str(10**9)], "layers must be"),
+    "groups": (["{data}", "--out", "run", "--norm-groups", "7"], "norm_groups=7"),
+    "attention": (["{data}", "--out", "run", "--attention", "5"], "--attention must be among"),
+    "heads": (["{data}", "--out", "run", "--channels", "8,8", "--head-channels", "3"], "head_channels"),
+    "timesteps": (["{data}", "--out", "run", "--timesteps", "0"], "T must be in"),
+    "timesteps enormous": (["{data}", "--out", "run", "--timesteps", str(10**15)], "T must be in"),
+    "seed": (["{data}", "--out", "run", "--seed", str(2**63)], "seed must be in"),
+    "size of npz": (["{data}", "--out", "run", "--size", "8"], "--size must be left out"),
+    "stop after": (["{data}", "--out", "run", "--stop-after", "0", *map(str, TINY)], "stop_after must be at least 1"),
+    "device": (["{data}", "--out", "run", "--device", "toaster"], "device must be"),
+    "enormous network": (["{data}", "--out", "run", "--channels", "65536,65536"], "not enough memory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_TRAIN.values(), ids=BAD_TRAIN.keys())
+def test_bad_input_to_train(fastddpm, place, data, tmp_path, case):
+    arguments, *phrases = case
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "idx").write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 2, 1, 2, 3, 4]))
+    names = {"data": data, "dir": tmp_path / "dir", "file": tmp_path / "file", "idx": tmp_path / "idx"}
+    before = files(tmp_path)
+    refused(fastddpm("train", *(argument.format(**names) for argument in arguments)), *phrases)
+    assert files(tmp_path) == before
+
+
+# ---------------------------------------------------------------------- full disks, Ctrl-C, two at once, terminals
+
+FULL_DISK = (
+    "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); from fastddpm.cli import main; main()"
+)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--grid=a.png", *(pytest.param(other, marks=pytest.mark.slow) for other in ("--npz=a.npz", "--gif=a.gif"))],
+)
+def test_a_full_disk(place, model, option):
+    """The largest size of a file stands in for the full disk."""
+    arguments = [sys.executable, "-c", FULL_DISK, "sample", str(model), "-n", "20", "--steps", "3", option]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), cwd=place, timeout=120)
+    refused(Result(done.returncode, done.stdout, done.stderr), f"{option[6:].lstrip('=')}: file too large; make room")
+    assert files(place) == []
+
+
+def stop(process, when):
+    """Press Ctrl-C as soon as `when` holds; returns what the process said."""
+    deadline = time.monotonic() + 60
+    while not when():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return Result(process.returncode, out, err)
+
+
+def start(*arguments, cwd):
+    return subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=cwd
+    )
+
+
+def test_ctrl_c_while_sampling_and_going_on(fastddpm, place, model):
+    arguments = ["sample", model, "-n", 60, "--folder", "out", "--batch-size", 1]
+    process = start(*arguments, cwd=place)
+    result = stop(process, lambda: (place / "out" / "000003.png").exists())
+    assert result.code == 130
+    assert result.err == "fastddpm: stopped; the same command continues\n"
+    names = files(place / "out")
+    assert 4 < len(names) < 61 and not [name for name in names if "tmp" in name]
+    good(fastddpm(*arguments))
+    assert len(files(place / "out")) == 61
+
+
+def test_ctrl_c_while_training_saves(fastddpm, place, data):
+    arguments = ["train", data, "--out", "run", *TINY, "--epochs", 40, "--no-grids", "--save-every", 1]
+    process = start(*arguments, cwd=place)
+    result = stop(process, lambda: (place / "run" / "train_state.safetensors").exists())
+    assert result.code == 130
+    last = result.err.splitlines()[-1]
+    step = int(re.fullmatch(r"fastddpm: stopped at step (\d+); the same command continues from there", last).group(1))
+    assert json.loads((place / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == step
+    assert not [name for name in files(place / "run") if "tmp" in name]
+    assert f"goes on at step {step} of 80" in fastddpm(*arguments, "--stop-after", 1).out
+
+
+@pytest.mark.slow
+def test_two_processes_may_share_a_folder(place, model):
+    arguments = ["sample", model, "-n", 8, "--folder", "out", "--batch-size", 2]
+    processes = [start(*arguments, cwd=place) for _ in range(2)]
+    results = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert files(place / "out") == [*(f"{i:06d}.png" for i in range(8)), "run.json"]
+    for i, picture in enumerate(expected_pictures(model, 8)):
+        difference = np.array(Image.open(place / "out" / f"{i:06d}.png")).astype(int) - picture[0].numpy()
+        assert abs(difference).max() <= 1
+
+
+def on_a_terminal(*arguments, cwd):
+    """What a command shows on a terminal, with its exit code."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=theirs, env=environment(TERM="xterm"), cwd=cwd
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # the other end was closed: the process has ended
+            break
+        if not piece:
+            break
+        shown += piece
+    process.communicate(timeout=60)
+    os.close(ours)
+    return process.returncode, re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+
+
+def test_progress_is_shown_on_terminals_as_one_bar(place, model):
+    code, shown = on_a_terminal("sample", model, "-n", 6, "--folder", "out", "--batch-size", 2, "--steps", 5, cwd=place)
+    assert code == 0
+    totals = set(re.findall(r"sampling (\d+) pictures.*?(\d+)/(\d+) steps", shown))
+    assert {(pictures, total) for pictures, _, total in totals} == {("6", "15")}
+    assert "15/15" in shown
+
+
+@pytest.mark.slow
+def test_quiet_on_a_terminal(place, model):
+    assert on_a_terminal("sample", model, "-n", 1, "--steps", 2, "-q", cwd=place) == (0, "")
+
+
+@pytest.mark.slow
+def test_training_shows_its_progress_on_terminals(place, data):
+    code, shown = on_a_terminal("train", data, "--out", "run", *TINY, "--epochs", 1, "--no-grids", cwd=place)
+    assert code == 0
+    assert re.search(r"2/2 steps · loss \d\.\d+ · \d+ images/s", shown) and "epoch 1: loss" in shown
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_is_no_error(place, model):
+    shell = f"{' '.join(command('info', model))} | head -c 1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.stderr == "" and len(done.stdout) == 1
+
+
+def test_defects_of_the_program_keep_their_traceback(monkeypatch):
+    from fastddpm.cli.errors import report
+
+    with pytest.raises(ZeroDivisionError):
+        report(ZeroDivisionError("a defect"))
+    monkeypatch.setenv("FASTDDPM_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="bad input"):
+        report(ValueError("bad input"))

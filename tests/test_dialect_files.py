@@ -1,0 +1,467 @@
+"""Files of other projects: every structure that their names allow, and all that can be wrong with a file or a flag."""
+
+import json
+import pickle
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from fastddpm import CheckpointError, Sampler, load_checkpoint
+from fastddpm.checkpoints import diffusers, openai, pesser, w86763777
+from tests.foreign import FLAGS, diffusers_config, foreign_network, foreign_state
+
+OPENAI = {"use_new_attention_order": False}
+STRUCTURES = [
+    ("openai", {}, {}),
+    ("openai", {"attention": (True, False), "layers": 2}, {"attention_resolutions": "8", "num_res_blocks": 2}),
+    ("openai", {"channels": (64, 32), "stem_channels": 64, "embedding_channels": 32}, {"channel_mult": "2,1"}),
+    ("openai", {"channels": (32,), "attention": (False,), "layers": 3}, {}),
+    ("openai", {"conv_resample": False}, {}),
+    ("openai", {"num_classes": 7, "out_channels": 6}, {"class_cond": True, "learn_sigma": True}),
+    ("openai", {"num_heads": 4, "up_num_heads": 2}, {"num_heads": 4, "num_heads_upsample": 2, **OPENAI}),
+    (
+        "openai",
+        {"resblock_updown": True, "scale_shift": True, "head_channels": 16, "attention_order": "qkv_heads"},
+        {"num_head_channels": 16, "use_new_attention_order": True, "resblock_updown": True},
+    ),
+    (
+        "openai",
+        {"resblock_updown": True, "channels": (32, 32, 32), "attention": (True, True, True), "layers": 2},
+        OPENAI,
+    ),
+    ("openai", {"resblock_updown": True, "channels": (32, 32, 64), "attention": (False,) * 3, "layers": 3}, OPENAI),
+    ("pesser", {}, {"attn_resolutions": [4]}),
+    ("pesser", {"channels": (64, 32, 32), "stem_channels": 32, "attention": (True, False, True)}, {"ch": 32}),
+    ("pesser", {"conv_resample": False, "attention": (False, False), "in_channels": 1, "out_channels": 1}, {}),
+    ("pesser", {"channels": (32,), "attention": (True,), "layers": 3}, {"ch_mult": [1]}),
+    ("w86763777", {}, {"attn": [1], "T": 1000}),
+    ("w86763777", {"channels": (64, 32, 32), "stem_channels": 32, "attention": (True, False, True), "layers": 2}, {}),
+    ("w86763777", {"channels": (32,), "attention": (False,), "layers": 3}, {"num_res_blocks": 3, "ch_mult": [1]}),
+]
+
+
+def save(path, dialect, **structure):
+    network = foreign_network(dialect, **structure)
+    torch.save(foreign_state(dialect, network), path)
+    return network
+
+
+def inputs(network):
+    shape = (2, network.config.in_channels, *network.config.sample_size)
+    y = None if network.config.num_classes is None else torch.tensor([0, network.config.num_classes - 1])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 99]), y
+
+
+@torch.no_grad()
+def same(checkpoint, network):
+    return torch.equal(checkpoint.network(*inputs(network)), network(*inputs(network)))
+
+
+# ------------------------------------------------------------------ what is right
+
+
+@pytest.mark.parametrize(("dialect", "structure", "flags"), STRUCTURES)
+def test_structure_follows_from_the_weights(tmp_path, dialect, structure, flags):
+    network = save(tmp_path / "model.pt", dialect, **structure)
+    checkpoint = load_checkpoint(tmp_path / "model.pt", **{**FLAGS[dialect], **flags})
+    assert checkpoint.dialect == dialect
+    assert not checkpoint.network.training
+    assert same(checkpoint, network)
+    assert checkpoint.spec.learned_variance == (network.config.out_channels == 6)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "old.pt", "model.safetensors", "parallel.pt", "parameters.pt"])
+def test_ways_of_storing(tmp_path, name):
+    network = foreign_network("openai")
+    state, path = foreign_state("openai", network), tmp_path / name
+    if name.endswith(".safetensors"):
+        save_file(state, path)
+    elif name == "parallel.pt":
+        torch.save({f"module.{key}": value for key, value in state.items()}, path)
+    elif name == "parameters.pt":
+        torch.save({key: torch.nn.Parameter(value) for key, value in state.items()}, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=name == "model.pt")
+    checkpoint = load_checkpoint(path, **FLAGS["openai"])
+    assert same(checkpoint, network)
+
+
+def save_folder(path, network, *, scheduler=True, weights="diffusion_pytorch_model.bin", old_names=False, **changes):
+    state = foreign_state("diffusers", network)
+    if old_names:
+        new = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+        for today, then in new.items():
+            state = {key.replace(today, then): value for key, value in state.items()}
+    path.mkdir(exist_ok=True)
+    save_file(state, path / weights) if weights.endswith("safetensors") else torch.save(state, path / weights)
+    (path / "config.json").write_text(json.dumps({**diffusers_config(network.config), **changes}))
+    if scheduler:
+        (path / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler", "clip_sample": False}))
+    return path
+
+
+@pytest.mark.parametrize("weights", diffusers.WEIGHTS_NAMES)
+@pytest.mark.parametrize("old_names", [False, True], ids=["names of today", "old names"])
+def test_diffusers_network_beside_its_scheduler(tmp_path, weights, old_names):
+    network = foreign_network("diffusers", num_classes=5, resblock_down=(True, False), resblock_up=(False, False))
+    folder = save_folder(tmp_path, network, weights=weights, old_names=old_names)
+    checkpoint = load_checkpoint(folder)
+    assert same(checkpoint, network)
+    assert (checkpoint.spec.num_classes, checkpoint.spec.clip, checkpoint.schedule.T) == (5, None, 1000)
+
+
+def test_diffusers_network_alone_asks_for_the_scheduler(tmp_path):
+    folder = save_folder(tmp_path / "unet", foreign_network("diffusers"), scheduler=False)
+    with pytest.raises(CheckpointError, match="does not say num_train_timesteps, beta_start, beta_end, beta_schedule"):
+        load_checkpoint(folder)
+    options = {"num_train_timesteps": 50, "beta_start": 1e-4, "beta_end": 0.03, "beta_schedule": "linear"}
+    options |= {"variance_type": "fixed_large", "clip_sample": True, "prediction_type": "sample"}
+    checkpoint = load_checkpoint(folder, **options)
+    assert (checkpoint.schedule.T, checkpoint.schedule.betas.dtype) == (50, torch.float32)
+    assert (checkpoint.spec.variance, checkpoint.spec.prediction) == ("fixed_large", "x_start")
+    (tmp_path / "other.json").write_text(json.dumps({"_class_name": "DDIMScheduler", "set_alpha_to_one": False}))
+    assert load_checkpoint(folder, scheduler=tmp_path / "other.json").spec.final_alpha_to_one is False
+    with pytest.raises(CheckpointError, match=r"beta_end stand in .*other\.json"):
+        load_checkpoint(folder, scheduler=tmp_path / "other.json", beta_end=0.01)
+
+
+def test_omitted_head_dim_is_eight_channels_per_head_and_null_is_one_head(tmp_path):
+    network = foreign_network("diffusers", head_channels=8)
+    assert same(load_checkpoint(save_folder(tmp_path / "given", network)), network)
+    folder = save_folder(tmp_path / "omitted", network)
+    config = json.loads((folder / "config.json").read_text())
+    del config["attention_head_dim"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert same(load_checkpoint(folder), network)
+    assert not same(load_checkpoint(save_folder(tmp_path / "null", network, attention_head_dim=None)), network)
+
+
+@pytest.mark.parametrize("preset", openai.PRESETS)
+def test_openai_presets_leave_nothing_open(tmp_path, preset):
+    size = openai.PRESETS[preset]["image_size"]
+    heads = {"channels": (64, 64), "attention": (False, False), "out_channels": 6}
+    save(tmp_path / "model.pt", "openai", **heads)
+    checkpoint = load_checkpoint(tmp_path / "model.pt", preset=preset)
+    assert checkpoint.spec.shape == (3, size, size)
+    assert checkpoint.schedule.T == openai.PRESETS[preset]["diffusion_steps"]
+
+
+@pytest.mark.parametrize("preset", pesser.PRESETS)
+def test_pesser_presets_leave_nothing_open(tmp_path, preset):
+    save(tmp_path / "model.ckpt", "pesser")
+    spec = load_checkpoint(tmp_path / "model.ckpt", preset=preset).spec
+    assert spec.variance == ("fixed_large" if preset.endswith("cifar10") else "fixed_small")
+
+
+def test_a_flag_wins_over_the_preset(tmp_path):
+    save(tmp_path / "model.ckpt", "pesser")
+    assert load_checkpoint(tmp_path / "model.ckpt", preset="cifar10", num_diffusion_timesteps=10).schedule.T == 10
+
+
+@pytest.mark.parametrize("kind", ["quad", "warmup10", "warmup50", "const", "jsd"])
+def test_pesser_schedules(tmp_path, kind):
+    save(tmp_path / "model.ckpt", "pesser")
+    flags = {**FLAGS["pesser"], "num_diffusion_timesteps": 100, "beta_schedule": kind}
+    betas = load_checkpoint(tmp_path / "model.ckpt", **flags).schedule.betas
+    expected = {
+        "quad": lambda i: (0.01 + i / 99 * (0.02**0.5 - 0.01)) ** 2,
+        "warmup10": lambda i: 1e-4 + i / 9 * 0.0199 if i < 10 else 0.02,
+        "warmup50": lambda i: 1e-4 + i / 49 * 0.0199 if i < 50 else 0.02,
+        "const": lambda i: 0.02,
+        "jsd": lambda i: 1 / (100 - i),
+    }[kind]
+    torch.testing.assert_close(betas, torch.tensor([expected(i) for i in range(100)], dtype=torch.float64))
+
+
+# ------------------------------------------------------------------ flags
+
+
+@pytest.mark.parametrize("dialect", FLAGS)
+def test_missing_flags_are_all_named(tmp_path, dialect):
+    save(tmp_path / "model.pt", dialect)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path / "model.pt")
+    assert all(flag in str(caught.value) for flag in FLAGS[dialect])
+    assert f"taken for {dialect}" in str(caught.value)
+    for flag in FLAGS[dialect]:
+        rest = {name: value for name, value in FLAGS[dialect].items() if name != flag}
+        with pytest.raises(CheckpointError, match=f"does not say .*{flag}"):
+            load_checkpoint(tmp_path / "model.pt", **rest)
+
+
+def test_attention_order_is_asked_for_where_it_matters(tmp_path):
+    save(tmp_path / "model.pt", "openai", head_channels=16)
+    flags = {name: value for name, value in FLAGS["openai"].items() if name not in ("num_heads", "sigma_small")}
+    with pytest.raises(CheckpointError, match="does not say use_new_attention_order"):
+        load_checkpoint(tmp_path / "model.pt", num_head_channels=16, **flags)
+    orders = [
+        load_checkpoint(tmp_path / "model.pt", num_head_channels=16, use_new_attention_order=new, **flags).network
+        for new in (False, True)
+    ]
+    x, t, _ = inputs(orders[0])
+    assert not torch.allclose(orders[0](x, t), orders[1](x, t))
+
+
+WRONG_FLAGS = [
+    ("openai", {"noise_shedule": "linear"}, "no flag noise_shedule for it; did you mean noise_schedule"),
+    ("openai", {"noise_schedule": "sigmoid"}, "noise_schedule must be one of linear, cosine, got 'sigmoid'"),
+    ("openai", {"diffusion_steps": "100"}, "diffusion_steps must be an integer of at least 1, got '100'"),
+    ("openai", {"rescale_timesteps": 1}, "rescale_timesteps must be True or False, got 1"),
+    ("openai", {"num_channels": 64}, "num_channels must be 32, as its weights have it, got 64"),
+    ("openai", {"channel_mult": "1,1"}, r"channel_mult must be \(1.0, 2.0\)"),
+    ("openai", {"channel_mult": "1,x"}, "channel_mult must be a list of numbers"),
+    ("openai", {"class_cond": True}, "class_cond must be False"),
+    ("openai", {"attention_resolutions": "8"}, r"attention_resolutions must be \[4.0\]"),
+    ("openai", {"num_heads": 5, **OPENAI}, "num_heads must divide the width"),
+    ("openai", {"num_head_channels": 0}, "num_head_channels must be −1 or at least 1"),
+    ("openai", {"timestep_respacing": "ddim33"}, "respace: spec must name a count"),
+    ("openai", {"preset": "imagenet"}, "preset must be one of imagenet64_uncond_100M_1500K"),
+    ("openai", {"image_size": 9}, "sample_size must be divisible by 2"),
+    ("pesser", {"model_var_type": "learned"}, "model_var_type must be one of fixedlarge, fixedsmall"),
+    ("pesser", {"beta_start": float("nan")}, "beta_start must be a finite number"),
+    ("pesser", {"beta_end": 2.0}, r"must be in \(0, 1\)"),
+    ("pesser", {"num_heads": 1}, "there is no flag num_heads"),
+    ("w86763777", {"mean_type": "xprev"}, "mean_type must be epsilon or xstart, got xprev"),
+    ("w86763777", {"T": 999}, "T must be 1000, as its weights have it, got 999"),
+    ("w86763777", {"model": "net_model"}, "model must be a network of the file, got net_model"),
+]
+
+
+@pytest.mark.parametrize(("dialect", "flags", "message"), WRONG_FLAGS)
+def test_wrong_flags(tmp_path, dialect, flags, message):
+    save(tmp_path / "model.pt", dialect)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "model.pt", **{**FLAGS[dialect], **flags})
+
+
+def test_own_checkpoints_and_diffusers_refuse_foreign_flags(tmp_path):
+    with pytest.raises(CheckpointError, match="take no flags, got num_heads"):
+        Sampler.from_pretrained("mnist", device="cpu", num_heads=4)
+    folder = save_folder(tmp_path, foreign_network("diffusers"))
+    with pytest.raises(CheckpointError, match="no flag schedulers for it; did you mean scheduler"):
+        load_checkpoint(folder, schedulers="ddim")
+
+
+def test_notes_are_not_flags(tmp_path):
+    save(tmp_path / "model.pt", "pesser")
+    assert load_checkpoint(tmp_path / "model.pt", _note="from a file of flags", **FLAGS["pesser"])
+
+
+# ------------------------------------------------------------------ files
+
+
+class RunsCode:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return subprocess.call, (["touch", str(self.marker)],)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
+def test_a_file_that_runs_code_is_refused(tmp_path, zipped):
+    state = {"time_embed.0.weight": torch.zeros(1), "evil": RunsCode(tmp_path / "ran")}
+    torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"refused, because .* run code of its own \(subprocess.call\)"):
+        load_checkpoint(tmp_path / "model.pt")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(RunsCode(tmp_path / "ran"), protocol=2))
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path / "plain.pt")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
+def test_truncated_files(tmp_path, zipped, share):
+    torch.save(foreign_state("pesser", foreign_network("pesser")), tmp_path / "model.pt",
+               _use_new_zipfile_serialization=zipped)  # fmt: skip
+    content = (tmp_path / "model.pt").read_bytes()
+    (tmp_path / "model.pt").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path / "model.pt", **FLAGS["pesser"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1, 2], "got list"),
+        ({"weight": torch.zeros(1)}, "got keys weight"),
+        ({"model": {}, "ema": {}, "step": 3}, "denoising-diffusion-pytorch, which is not supported yet"),
+        ({}, "of no kind that fastddpm reads"),
+        (torch.zeros(3), "got Tensor"),
+    ],
+)
+def test_foreign_contents(tmp_path, values, message):
+    torch.save(values, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG...", b"PK", b"\x80\x02", b"\x80\x02}q\x00."])
+def test_no_pytorch_file(tmp_path, content):
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "model.pt")
+
+
+def test_two_dialects_in_one_file(tmp_path):
+    state = {k: v for name in ("openai", "pesser") for k, v in foreign_state(name, foreign_network(name)).items()}
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="could be openai .* and pesser"):
+        load_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("dialect", FLAGS)
+def test_names_and_shapes_that_do_not_fit(tmp_path, dialect):
+    network = foreign_network(dialect)
+    path, state = tmp_path / "model.pt", foreign_state(dialect, network)
+
+    def refused(values, message):
+        torch.save(values, path)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(path, **FLAGS[dialect])
+
+    last = list(state)[-1]
+    some = [name for name in state if name.endswith("weight") and state[name].ndim == 4][3]
+    refused({**state, "extra.weight": torch.zeros(2)}, f"taken for {dialect}.*extra.weight is left over")
+    refused({name: value for name, value in state.items() if name != some}, "missing")
+    refused({**state, some: state[some][:, :1]}, f"{some} must have shape")
+    refused({**state, last: torch.full_like(state[last], torch.nan)}, "NaN")
+    refused({**state, last: state[last].long()}, "int64")
+
+
+def test_openai_relatives_are_named(tmp_path):
+    save(tmp_path / "sr.pt", "openai", in_channels=6, out_channels=6)
+    with pytest.raises(CheckpointError, match="super-resolution networks are not supported"):
+        load_checkpoint(tmp_path / "sr.pt", **FLAGS["openai"])
+    state = foreign_state("openai", foreign_network("openai"))
+    half = {name: value for name, value in state.items() if not name.startswith("output_blocks")}
+    torch.save(half, tmp_path / "classifier.pt")
+    with pytest.raises(CheckpointError, match="must hold output_blocks"):
+        load_checkpoint(tmp_path / "classifier.pt", **FLAGS["openai"])
+
+
+def test_other_time_tables_are_refused(tmp_path):
+    state = foreign_state("w86763777", foreign_network("w86763777"))
+    state[w86763777._TABLE] = state[w86763777._TABLE] + 0.01
+    torch.save(state, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="must hold the sinusoids"):
+        load_checkpoint(tmp_path / "ckpt.pt", **FLAGS["w86763777"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "must be a UNet2DModel, got UNet2DConditionModel"),
+        ({"down_block_types": ["SkipDownBlock2D", "DownBlock2D"]}, "got 'SkipDownBlock2D', which is not supported"),
+        ({"up_block_types": ["UpBlock2D"]}, "must have one entry per level, got 2, 2 and 1"),
+        ({"block_out_channels": 32}, "block_out_channels must be a list"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type must be 'positional', got 'fourier'"),
+        ({"class_embed_type": "timestep"}, "class_embed_type must be None, got 'timestep'"),
+        ({"mid_block_scale_factor": 1.4}, "mid_block_scale_factor must be 1"),
+        ({"act_fn": "gelu"}, "act_fn must be 'silu' or 'swish', got 'gelu'"),
+        ({"downsample_padding": 2}, "downsample_padding must be 0 or 1, got 2"),
+        ({"center_input_sample": True}, "center_input_sample must be False"),
+        ({"sample_size": None}, "does not say sample_size"),
+        ({"out_channels": 6}, "out_channels must be 3 for variance fixed_small, got 6"),
+        ({"norm_num_groups": 7}, "must be multiples of norm_groups=7"),
+        ({"attention_head_dim": 48}, "head_channels must divide"),
+        ({"layers_per_block": [1, 2]}, "layers must be an integer"),
+    ],
+)
+def test_diffusers_configurations_that_are_not_supported(tmp_path, changes, message):
+    folder = save_folder(tmp_path, foreign_network("diffusers"), **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"_class_name": "ScoreSdeVeScheduler"}, "got ScoreSdeVeScheduler, which is not supported"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type must be one of fixed_small"),
+        ({"_class_name": "DDPMScheduler", "beta_schedule": "exp"}, "beta_schedule must be one of linear"),
+        ({"_class_name": "DDPMScheduler", "prediction_type": "flow"}, "prediction_type must be one of epsilon"),
+        ({"_class_name": "DDPMScheduler", "timestep_spacing": "karras"}, "spacing must be one of"),
+        ({"_class_name": "DDPMScheduler", "trained_betas": [0.1, 0.2]}, "trained_betas must be a list of 1000"),
+        ({"_class_name": "DDPMScheduler", "clip_sample": "yes"}, "clip_sample must be true or false"),
+        ({"_class_name": "DDPMScheduler", "num_train_timesteps": 2.5}, "T must be an int"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order must be 2, got 3"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "use_karras_sigmas must be False"),
+        ([], "must hold a JSON object"),
+    ],
+)
+def test_schedulers_that_are_not_supported(tmp_path, values, message):
+    folder = save_folder(tmp_path, foreign_network("diffusers"))
+    (folder / "scheduler_config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(folder)
+
+
+def test_other_pipelines_are_named(tmp_path):
+    folder = save_folder(tmp_path, foreign_network("diffusers"))
+    (folder / "model_index.json").write_text('{"_class_name": "LDMPipeline"}')
+    with pytest.raises(CheckpointError, match="got LDMPipeline, which is not supported"):
+        load_checkpoint(folder)
+
+
+def test_folder_without_weights(tmp_path):
+    folder = save_folder(tmp_path, foreign_network("diffusers"))
+    (folder / "diffusion_pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match="there must be diffusion_pytorch_model.safetensors or"):
+        load_checkpoint(folder)
+
+
+# ------------------------------------------------------------------ anything
+
+ENTRIES = [name for name in diffusers._DEFAULTS] + ["_class_name", "beta_schedule", "trained_betas", "steps_offset"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 70) | st.floats() | st.sampled_from(["conv", "DownBlock2D", "x"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@given(changes=st.dictionaries(st.sampled_from(ENTRIES), JSON, min_size=1, max_size=3))
+@settings(max_examples=60)
+def test_any_configuration_loads_or_is_refused(tmp_path_factory, changes):
+    folder = save_folder(tmp_path_factory.mktemp("any"), foreign_network("diffusers"), **changes)
+    scheduler = {"_class_name": "DDPMScheduler", **{k: v for k, v in changes.items() if k != "_class_name"}}
+    (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
+    try:
+        load_checkpoint(folder)
+    except CheckpointError as error:
+        assert str(error)
+
+
+TENSORS = st.sampled_from(
+    [torch.zeros(3), torch.zeros(2, 2), torch.zeros(4, 4, 3, 3), torch.zeros(()), torch.ones(3).int()]
+)
+KEYS = [
+    "time_embed.0.weight", "input_blocks.0.0.weight", "input_blocks.7.0.op.weight", "output_blocks.0.0.in_layers.0.weight",
+    "out.2.weight", "temb.dense.0.weight", "down.0.block.0.norm1.weight", "down.99999999.attn.0.q.weight", "conv_in.weight",
+    "downblocks.0.block1.0.weight", "time_embedding.timembedding.0.weight", "head.weight", "downblocks.x.main.weight",
+]  # fmt: skip
+
+
+@given(
+    values=st.dictionaries(st.sampled_from(KEYS), TENSORS, max_size=8)
+    | st.dictionaries(
+        st.sampled_from(["net_model", "ema_model", *KEYS]), TENSORS | st.integers() | st.text(), max_size=5
+    ),
+    flags=st.sampled_from(list(FLAGS)),
+)
+@settings(max_examples=150)
+def test_any_contents_are_refused(tmp_path_factory, values, flags):
+    path = tmp_path_factory.mktemp("any") / "model.pt"
+    torch.save(values, path)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path, **FLAGS[flags])
+    assert "\n" not in str(caught.value)

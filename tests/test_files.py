@@ -1,0 +1,139 @@
+"""Files appear whole or not at all, with ordinary permissions, and leave nothing behind when writing fails."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastddpm.files import (
+    atomic_path,
+    check_writable,
+    make_folder,
+    remove_leftovers,
+    write_json,
+    write_tensors,
+    write_text,
+)
+
+
+@pytest.fixture
+def plain_umask():
+    previous = os.umask(0o022)
+    yield
+    os.umask(previous)
+
+
+def test_the_file_appears_when_the_block_ends(tmp_path):
+    target = tmp_path / "new" / "folder" / "a.txt"
+    with atomic_path(target) as temporary:
+        temporary.write_text("whole")
+        assert temporary.suffix == ".txt" and temporary.parent == target.parent
+        assert not target.exists()
+    assert target.read_text() == "whole"
+    assert os.listdir(target.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_a_failed_block_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(error), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("write", [lambda p: write_text(p, "x"), lambda p: write_tensors(p, {"a": torch.zeros(3)}, {})])
+def test_permissions_are_those_of_any_new_file(tmp_path, plain_umask, write):
+    write(tmp_path / "file")
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="give a file name"), atomic_path(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("below", ["f/a.txt", "f/deeper/a.txt"])
+def test_below_a_file_there_is_no_place(tmp_path, below):
+    (tmp_path / "f").write_text("a file")
+    for attempt in (lambda: write_text(tmp_path / below, "x"), lambda: check_writable((tmp_path / below).parent)):
+        with pytest.raises(NotADirectoryError, match="must be a folder, got a file"):
+            attempt()
+    assert (tmp_path / "f").read_text() == "a file"
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    with pytest.raises(OSError) as caught:
+        write_text(tmp_path / ("x" * 300), "text")
+    assert caught.value.filename.endswith("x" * 300)
+
+
+def test_checking_leaves_no_trace(tmp_path):
+    check_writable(tmp_path / "not" / "there" / "yet")
+    check_writable(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_make_folder_accepts_one_that_is_there(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path):
+    for name in (".a.12345678.tmp.png", ".tmpAb12Cd", "a.png", ".hidden", "b.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / ".tmp_cache").mkdir()
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".hidden", ".tmp_cache", "a.png", "b.tmp"]
+
+
+def test_json_and_tensors_come_back(tmp_path):
+    write_json(tmp_path / "a.json", {"π": [1, None]})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"π": [1, None]}
+    values = {"strided": torch.arange(12.0).reshape(3, 4).t(), "half": torch.ones(2, dtype=torch.float16)}
+    write_tensors(tmp_path / "a.safetensors", values, {"key": "value"})
+    back = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(back[name], value) and back[name].dtype == value.dtype for name, value in values.items())
+
+
+FULL_DISK = """
+import os, resource, sys
+import torch
+from fastddpm import files
+from fastddpm.images import save_gif, save_image, save_npz, make_grid
+folder = sys.argv[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+noise = torch.randint(0, 256, (20, 1, 32, 32), dtype=torch.uint8)
+grid = make_grid(noise)
+writers = {
+    "text": lambda p: files.write_text(p, "x" * 5000),
+    "tensors": lambda p: files.write_tensors(p, {"a": torch.zeros(5000)}, {}),
+    "image.png": lambda p: save_image(p, grid),
+    "image.jpg": lambda p: save_image(p, grid),
+    "movie.gif": lambda p: save_gif(p, [grid, grid.rotate(90)]),
+    "arrays.npz": lambda p: save_npz(p, noise),
+}
+for name, write in writers.items():
+    try:
+        write(os.path.join(folder, name))
+    except OSError as error:
+        print(name, "OSError")
+    else:
+        print(name, "written")
+"""
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    """The largest size of a file stands in for a full disk: the writers see the same kind of failing write."""
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    names = ["text", "tensors", "image.png", "image.jpg", "movie.gif", "arrays.npz"]
+    assert done.stdout.splitlines() == [f"{name} OSError" for name in names], done.stderr
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,69 @@
+"""Every command and every line of Python in the README runs, and the files that it names exist."""
+
+import gzip
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import mnist_dir
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.S | re.M)
+
+
+COMMANDS = [line.split("   #")[0].strip() for block in blocks("sh") for line in block.splitlines() if line.strip()]
+
+
+def test_the_two_commands_come_first():
+    assert COMMANDS[:2] == ["make sample", "make test"]
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A working folder with a little of MNIST in `mnist/`, as the README has it."""
+    (tmp_path / "mnist").mkdir()
+    for kind, header, count in (("images-idx3", 16, 200 * 784), ("labels-idx1", 8, 200)):
+        raw = gzip.decompress((mnist_dir() / f"t10k-{kind}-ubyte.gz").read_bytes())
+        short = raw[:4] + (200).to_bytes(4, "big") + raw[8 : header + count]
+        (tmp_path / "mnist" / f"train-{kind}-ubyte").write_bytes(short)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command, place):
+    words = shlex.split(command)
+    if words[0] == "make":  # these install and test everything: here it is enough that make knows them
+        done = subprocess.run([*words[:1], "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return
+    if words[:2] == ["pip", "install"]:  # tests/test_packaging.py builds and looks into what this installs
+        assert words[2:] == ["."] and (ROOT / "pyproject.toml").exists()
+        return
+    program = BIN / words[0] if (BIN / words[0]).exists() else shutil.which(words[0])
+    extra = ["--stop-after", "2", "--no-grids"] if words[:2] == ["fastddpm", "train"] else []
+    done = subprocess.run([program, *words[1:], *extra], cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for flag, path in zip(words, words[1:], strict=False):
+        if flag in ("--grid", "--gif", "--npz", "--folder", "--out"):
+            assert (place / path).exists()
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[-1][:30])
+def test_python(code, tmp_path):
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
