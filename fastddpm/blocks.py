@@ -35,8 +35,9 @@ def timestep_embedding(
         float32 [B, dim] on t's device.
     """
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / max(half - shift, 1e-9)
-    angles = t.to(torch.float32)[:, None] * torch.exp(-math.log(max_period) * exponent)[None]
+    # In the order of operations that networks are trained with elsewhere: near t = 1000 the rounding of ω_k shows.
+    exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.to(torch.float32)[:, None] * torch.exp(exponent / max(half - shift, 1e-9))[None]
     sin, cos = torch.sin(angles), torch.cos(angles)
     if order == "interleaved":
         features = torch.stack((sin, cos), dim=-1).flatten(1)
@@ -85,12 +86,15 @@ def _resample(x: Tensor, direction: Literal["down", "up"]) -> Tensor:
 class Attention(nn.Module):
     """Self-attention over the H·W positions with a residual connection (Ho et al. 2020, appendix B)."""
 
-    def __init__(self, config: UNetConfig, channels: int, heads: int, normalise: bool = True) -> None:
+    def __init__(
+        self, config: UNetConfig, channels: int, heads: int, normalise: bool = True, groups: int | None = None
+    ) -> None:
         """Make attention over `channels` channels; heads come from `config.head_channels` where that is set."""
         super().__init__()
         self.heads = heads if config.head_channels is None else channels // config.head_channels
         self.order = config.attention_order
-        self.norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps) if normalise else nn.Identity()
+        groups = config.norm_groups if groups is None else groups
+        self.norm = nn.GroupNorm(groups, channels, eps=config.norm_eps) if normalise else nn.Identity()
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
 

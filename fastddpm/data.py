@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import zipfile
+import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +18,10 @@ from torch import Tensor
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MAX_BYTES = 64 << 30
+_MAX_SIDE = 4096
+_MAX_CLASSES = 1 << 16
+
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +54,8 @@ def load_images(path: str | Path, *, labels: str | Path | None = None, size: int
 
     Args:
         path: The file or the folder.
-        labels: An idx file of labels to use instead of the one found by name.
-        size: Resize images of a folder to this many pixels (centre crop, then Lanczos).
+        labels: An idx file of labels to use instead of the one found by name; for idx files only.
+        size: Resize images to this many pixels (centre crop, then Lanczos); for folders of images only.
 
     Returns:
         The pictures in memory.
@@ -63,14 +69,18 @@ def load_images(path: str | Path, *, labels: str | Path | None = None, size: int
         raise FileNotFoundError(
             f"training data {source} does not exist; give an idx file, an .npz or a folder of images"
         )
-    if source.is_dir():
-        idx = sorted(source.glob("train-images*idx3-ubyte*"))
-        if not idx:
-            return _load_folder(source, size)
-        source = idx[0]
+    idx = sorted(source.glob("train-images*idx3-ubyte*")) if source.is_dir() else []
+    images_in_folder = source.is_dir() and not idx
+    if size is not None and not (images_in_folder and 1 <= size <= _MAX_SIDE):
+        expected = f"in 1 … {_MAX_SIDE}" if images_in_folder else "left out: only a folder of images is resized"
+        raise ValueError(f"{source}: --size must be {expected}, got {size}")
+    if labels is not None and (images_in_folder or source.suffix == ".npz"):
+        raise ValueError(f"{source}: --labels must be left out, got {labels}; it belongs to idx files only")
+    if images_in_folder:
+        return _load_folder(source, size)
     if source.suffix == ".npz":
         return _load_npz(source)
-    return _load_idx_pair(source, None if labels is None else Path(labels))
+    return _load_idx_pair(idx[0] if idx else source, None if labels is None else Path(labels))
 
 
 def read_idx(path: str | Path) -> NDArray[np.uint8]:
@@ -97,8 +107,7 @@ def read_idx(path: str | Path) -> NDArray[np.uint8]:
         raise ValueError(f"{path}: not an idx file of unsigned bytes (starts with {raw[:4].hex() or 'nothing'})")
     start = 4 + 4 * raw[3]
     shape = tuple(int(n) for n in np.frombuffer(raw[4:start], dtype=">u4")) if len(raw) >= start else ()
-    expected = int(np.prod(shape, dtype=np.uint64)) if shape else -1
-    if len(raw) - start != expected:
+    if not shape or len(raw) - start != math.prod(shape):
         raise ValueError(
             f"{path}: header states shape {shape}, but {max(0, len(raw) - start)} bytes follow; fetch it again"
         )
@@ -112,22 +121,24 @@ def _load_idx_pair(path: Path, labels_path: Path | None) -> ImageData:
             f"{path}: images must have shape [N, H, W] or [N, H, W, C], got {pictures.shape}; is it labels?"
         )
     if labels_path is None:
-        beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-        labels_path = beside if beside != path and beside.exists() else None
+        name = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+        beside = [path.with_name(name), path.with_name(f"{name}.gz")]
+        labels_path = next((file for file in beside if file != path and file.exists()), None)
     labels = None if labels_path is None else read_idx(labels_path).astype(np.int64)
     return _assemble(pictures if pictures.ndim == 4 else pictures[..., None], labels, None, path.name)
 
 
 def _load_npz(path: Path) -> ImageData:
+    wanted = {"images", "x", "x_train", "arr_0", "labels", "y", "y_train", "arr_1", "class_names"}
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a readable .npz of plain arrays ({error})") from error
+            arrays = {name: np.asarray(archive[name]) for name in wanted.intersection(archive.files)}
+    except Exception as error:  # a foreign file surfaces as errors of many types: zip, zlib, header, encoding …
+        raise ValueError(f"{path}: not a readable .npz of plain arrays ({error}); write it with numpy.savez") from error
     pictures = next((arrays[n] for n in ("images", "x", "x_train", "arr_0") if n in arrays), None)
     if pictures is None or pictures.dtype != np.uint8 or pictures.ndim not in (3, 4):
         found = {n: f"{a.dtype}{list(a.shape)}" for n, a in arrays.items()}
-        raise ValueError(f"{path}: needs an array images or arr_0, uint8 [N, H, W, C], got {found}")
+        raise ValueError(f"{path}: needs an array images or arr_0, uint8 [N, H, W, C], got {found or 'none'}")
     labels = next((arrays[n] for n in ("labels", "y", "y_train", "arr_1") if n in arrays), None)
     if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
         raise ValueError(f"{path}: labels must be integers [N], got {labels.dtype}{list(labels.shape)}")
@@ -136,15 +147,18 @@ def _load_npz(path: Path) -> ImageData:
 
 
 def _load_folder(folder: Path, size: int | None) -> ImageData:
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    files = sorted(
+        f
+        for f in folder.rglob("*")
+        if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".") and f.is_file()
+    )
     if not files:
         raise ValueError(f"{folder}: no images found (looked for {', '.join(IMAGE_SUFFIXES)} and idx files)")
     tops = [f.relative_to(folder).parts for f in files]
     in_classes = all(len(parts) > 1 for parts in tops)
     names = sorted({parts[0] for parts in tops}) if in_classes else None
     labels = np.array([names.index(parts[0]) for parts in tops]) if names else None
-    with Image.open(files[0]) as first:
-        mode = "L" if first.mode in ("L", "1", "I", "I;16", "LA") else "RGB"
+    mode = "L" if _opened(files[0], lambda image: image.mode) in ("L", "1", "I", "I;16", "LA") else "RGB"
     pictures = [_read_image(file, mode, size) for file in files]
     for file, picture in zip(files, pictures, strict=True):
         if picture.shape != pictures[0].shape:
@@ -155,18 +169,22 @@ def _load_folder(folder: Path, size: int | None) -> ImageData:
 
 
 def _read_image(file: Path, mode: str, size: int | None) -> NDArray[np.uint8]:
-    try:
-        with Image.open(file) as opened:
-            image = opened.convert(mode)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: not a readable image ({error}); remove or replace it") from error
+    image = _opened(file, lambda image: image.convert(mode))
     if size is not None:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+        image = image.crop(box).resize((size, size), Image.Resampling.LANCZOS)
     array = np.asarray(image, dtype=np.uint8)
     return array[..., None] if array.ndim == 2 else array
+
+
+def _opened(file: Path, read: Callable[[Image.Image], R]) -> R:
+    try:
+        with Image.open(file) as image:
+            return read(image)
+    except Exception as error:  # the decoders of damaged images raise what they please
+        raise ValueError(f"{file}: not a readable image ({error}); remove or replace it") from error
 
 
 def _assemble(
@@ -176,16 +194,22 @@ def _assemble(
         raise ValueError(
             f"{source}: needs between 1 picture and {_MAX_BYTES >> 30} GiB of pixels, got {pictures.shape}"
         )
+    if pictures.shape[3] not in (1, 3, 4) or 0 in pictures.shape:
+        raise ValueError(
+            f"{source}: pictures must be [N, H, W, C] with 1, 3 or 4 channels, got {pictures.shape}; move the axes"
+        )
     if labels is not None:
         if labels.shape != (len(pictures),):
             raise ValueError(
                 f"{source}: {len(pictures)} images but labels of shape {labels.shape}; files do not belong together"
             )
-        if labels.min() < 0:
-            raise ValueError(f"{source}: labels must be ≥ 0, got {labels.min()}")
-        names = names or [str(i) for i in range(int(labels.max()) + 1)]
-        if int(labels.max()) >= len(names):
-            raise ValueError(f"{source}: label {labels.max()} has no name; class_names has {len(names)} entries")
+        lowest, highest = int(labels.min()), int(labels.max())
+        if lowest < 0 or highest >= _MAX_CLASSES:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"{source}: labels must be in 0 … {_MAX_CLASSES - 1}, got {wrong}; number the classes")
+        names = names or [str(i) for i in range(highest + 1)]
+        if highest >= len(names):
+            raise ValueError(f"{source}: label {highest} has no name; class_names has {len(names)} entries")
     images = torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())
     integers = None if labels is None else torch.from_numpy(labels.astype(np.int64))
     return ImageData(images, integers, None if labels is None or names is None else tuple(names), source)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from fastddpm.files import atomic_path
 
 Output = Literal["unit", "raw", "uint8", "pil"]
+ToBytes = Literal["round", "truncate"]
 
 
 def to_unit(x: Tensor) -> Tensor:
@@ -23,26 +25,28 @@ def to_unit(x: Tensor) -> Tensor:
     return (x / 2 + 0.5).clamp(0, 1)
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """Map a state in [−1, 1] to bytes: the nearest of the 256 levels."""
+def to_uint8(x: Tensor, to_bytes: ToBytes = "round") -> Tensor:
+    """Map a state in [−1, 1] to bytes: the nearest of the 256 levels ("round") or the next lower one ("truncate")."""
+    if to_bytes == "truncate":
+        return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)
     return (to_unit(x) * 255).round().to(torch.uint8)
 
 
-def to_pil(x: Tensor) -> list[Image.Image]:
+def to_pil(x: Tensor, to_bytes: ToBytes = "round") -> list[Image.Image]:
     """Map states [n, C, H, W] in [−1, 1] to PIL images; C is 1, 3 or 4.
 
     Raises:
         ValueError: C is none of these.
     """
-    return [_image(picture) for picture in to_uint8(x)]
+    return [_image(picture) for picture in to_uint8(x, to_bytes)]
 
 
-def to_output(x: Tensor, output: Output) -> Tensor | list[Image.Image]:
+def to_output(x: Tensor, output: Output, to_bytes: ToBytes = "round") -> Tensor | list[Image.Image]:
     """The final state in the form that the caller of `Sampler.sample` asked for."""
     if output == "pil":
-        return to_pil(x)
+        return to_pil(x, to_bytes)
     if output == "uint8":
-        return to_uint8(x)
+        return to_uint8(x, to_bytes)
     return x if output == "raw" else to_unit(x)
 
 
@@ -92,10 +96,18 @@ def save_image(path: str | os.PathLike[str], image: Image.Image) -> None:
         OSError: the file cannot be written.
     """
     suffix = Path(path).suffix.lower()
-    if suffix not in Image.registered_extensions():
+    kind = Image.registered_extensions().get(suffix)
+    if kind not in Image.SAVE:
         raise ValueError(f"{path}: the file name must end like an image (.png), got {suffix or 'no suffix'!r}")
+    _write(path, image, str(kind))
+
+
+def _write(path: str | os.PathLike[str], image: Image.Image, kind: str, **options: Any) -> None:  # noqa: ANN401
+    # In memory first: writing to a file, Pillow's encoders overlook that a disk took only a part.
+    encoded = io.BytesIO()
+    image.save(encoded, kind, **options)
     with atomic_path(path) as temporary:
-        image.save(temporary)
+        temporary.write_bytes(encoded.getvalue())
 
 
 def save_folder(folder: str | os.PathLike[str], pictures: Tensor, names: Sequence[int]) -> None:
@@ -111,6 +123,33 @@ def save_folder(folder: str | os.PathLike[str], pictures: Tensor, names: Sequenc
     """
     for picture, name in zip(pictures, names, strict=True):
         save_image(folder_file(folder, name), _image(picture))
+
+
+def read_folder(folder: str | os.PathLike[str], names: Sequence[int]) -> Tensor:
+    """Read back what `save_folder` wrote.
+
+    Args:
+        folder: where.
+        names: the numbers of the pictures.
+
+    Returns:
+        uint8 [n, C, H, W].
+
+    Raises:
+        OSError: a file is missing or no image.
+        ValueError: the pictures differ in size or channels, or there are none.
+    """
+    pictures = []
+    for name in names:
+        with Image.open(folder_file(folder, name)) as image:
+            array = np.array(image)
+        pictures.append(torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy()))
+    shapes = {tuple(picture.shape) for picture in pictures}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"read_folder: pictures must have one shape, got {sorted(shapes)} in {folder}; mend the folder"
+        )
+    return torch.stack(pictures)
 
 
 def folder_file(folder: str | os.PathLike[str], name: int) -> Path:
@@ -152,5 +191,4 @@ def save_gif(path: str | os.PathLike[str], frames: Sequence[Image.Image], *, sec
         raise ValueError("save_gif: frames must be at least one, got none")
     each = max(20, round(1000 * seconds / max(1, len(frames) - 1)))
     durations = [each] * (len(frames) - 1) + [2000]
-    with atomic_path(path) as temporary:
-        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    _write(path, frames[0], "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextvars import ContextVar, Token
 from types import TracebackType
 
 from rich.console import Console
@@ -10,7 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class StepProgress:
-    """A bar over all steps of a run, on standard error, for terminals; silent elsewhere."""
+    """A bar over all steps of a run, on standard error, for terminals; silent elsewhere.
+
+    Within another one's block it shows nothing and adds its steps to that one, which is how several runs share a bar.
+    """
 
     def __init__(self, total: int, samples: int, show: bool | None = None) -> None:
         """Make the bar.
@@ -32,18 +36,32 @@ class StepProgress:
             disable=not visible,
         )
         self._task = self._progress.add_task("", total=total)
+        self._outer: StepProgress | None = None
+        self._token: Token[StepProgress | None] | None = None
 
     def step(self) -> None:
         """One step of one batch is done."""
-        self._progress.advance(self._task)
+        if self._outer is not None:
+            self._outer.step()
+        else:
+            self._progress.advance(self._task)
 
     def __enter__(self) -> StepProgress:
-        """Show the bar."""
-        self._progress.start()
+        """Show the bar, unless another one is shown around it."""
+        self._outer = _SHOWN.get()
+        if self._outer is None:
+            self._token = _SHOWN.set(self)
+            self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Take the bar down, leaving the terminal as it was, also on Ctrl-C."""
-        self._progress.stop()
+        if self._token is not None:
+            _SHOWN.reset(self._token)
+            self._token = None
+            self._progress.stop()
+
+
+_SHOWN: ContextVar[StepProgress | None] = ContextVar("fastddpm_step_progress", default=None)

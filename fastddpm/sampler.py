@@ -16,19 +16,19 @@ from fastddpm.engine import pick_device
 from fastddpm.images import Output, to_output
 from fastddpm.kernels.p_sample import COLUMNS
 from fastddpm.noise import NoiseFunction, NoiseSource, seed_bits
+from fastddpm.plan import DEFAULT_STEPS, plan
 from fastddpm.progress import StepProgress
 from fastddpm.request import Request, check_noise, make_request
 from fastddpm.schedule import NoiseSchedule
-from fastddpm.solvers import DynamicThreshold, Solver, make_table, respace, spaced_timesteps
-from fastddpm.spec import ModelSpec
+from fastddpm.solvers import ClippedEps, DynamicThreshold, Solver
+from fastddpm.spec import ModelSpec, Variance
 from fastddpm.state import State, advance
 from fastddpm.step_table import StepTable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DEFAULT_STEPS: dict[Solver, int | None] = {"ddpm": None, "ddim": 50, "dpmpp_2m": 20}
-"""Steps of each solver unless the caller says otherwise; None is all that the network was trained with."""
+__all__ = ["DEFAULT_STEPS", "Preview", "SampleOptions", "Sampler"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +60,11 @@ class SampleOptions(TypedDict, total=False):
     solver: Solver
     steps: int | None
     timesteps: str | Sequence[int] | Tensor | None
+    prev_timesteps: Sequence[int] | Tensor | None
     eta: float | None
     clip: float | DynamicThreshold | Literal["spec"] | None
+    clipped_eps: ClippedEps | Literal["spec"]
+    variance: Variance | Literal["spec"]
     class_labels: int | Sequence[int] | Tensor | None
     guidance_scale: float | Sequence[float] | Tensor
     batch_size: int | None
@@ -103,23 +106,24 @@ class Sampler:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], *, device: torch.device | str | None = None
+        cls, name_or_path: str | os.PathLike[str], *, device: torch.device | str | None = None, **flags: object
     ) -> Sampler:
         """Load a checkpoint that ships with the package ("mnist") or one on disk.
 
         Args:
-            name_or_path: a shipped name or a path.
+            name_or_path: a shipped name, a checkpoint folder, or another project's file of weights.
             device: where to sample; None takes the GPU if there is one.
+            flags: what the file does not determine, under its project's own names; see `load_checkpoint`.
 
         Returns:
             A sampler.
 
         Raises:
-            CheckpointError: there is no such checkpoint or it cannot be read.
+            CheckpointError: there is no such checkpoint, it cannot be read, or a flag is missing, unknown or wrong.
             ValueError: the device is not available.
         """
         target = pick_device(device)
-        checkpoint = load_checkpoint(name_or_path)
+        checkpoint = load_checkpoint(name_or_path, **flags)
         sampler = cls(checkpoint.network, checkpoint.schedule, checkpoint.spec, device=target)
         sampler.checkpoint = checkpoint
         return sampler
@@ -145,8 +149,11 @@ class Sampler:
         solver: Solver = "ddim",
         steps: int | None = None,
         timesteps: str | Sequence[int] | Tensor | None = None,
+        prev_timesteps: Sequence[int] | Tensor | None = None,
         eta: float | None = None,
         clip: float | DynamicThreshold | Literal["spec"] | None = "spec",
+        clipped_eps: ClippedEps | Literal["spec"] = "spec",
+        variance: Variance | Literal["spec"] = "spec",
     ) -> StepTable:
         """The coefficients of a run; `sample` explains the arguments.
 
@@ -154,38 +161,18 @@ class Sampler:
             TypeError: timesteps are not integers.
             ValueError: an argument is out of range.
         """
-        if solver not in DEFAULT_STEPS:
-            raise ValueError(f"sample: solver must be one of {', '.join(DEFAULT_STEPS)}, got {solver!r}; pick one")
-        chosen = self._timesteps(solver, steps, timesteps)
-        return make_table(
+        return plan(
             self.schedule,
-            chosen,
+            self.spec,
             solver=solver,
-            prediction=self.spec.prediction,
-            clip=self.spec.clip if clip == "spec" else clip,
-            variance=self.spec.variance if solver == "ddpm" else None,
+            steps=steps,
+            timesteps=timesteps,
+            prev_timesteps=prev_timesteps,
             eta=eta,
-            clipped_eps=self.spec.clipped_eps if solver == "ddim" else None,
+            clip=clip,
+            clipped_eps=clipped_eps,
+            variance=variance,
         ).to(self.device)
-
-    def _timesteps(
-        self, solver: Solver, steps: int | None, timesteps: str | Sequence[int] | Tensor | None
-    ) -> Tensor | Sequence[int]:
-        if steps is not None and timesteps is not None:
-            raise ValueError("sample: steps and timesteps must not both be given, got both; leave one out")
-        if isinstance(timesteps, str):
-            return respace(self.schedule.T, timesteps)
-        if timesteps is not None:
-            return timesteps
-        default = DEFAULT_STEPS[solver]
-        T = self.schedule.T
-        if steps is None:
-            steps = T if default is None else min(default, T)
-        if isinstance(steps, bool) or not isinstance(steps, int):
-            raise TypeError(f"sample: steps must be an int, got {type(steps).__name__}; convert it")
-        if not 1 <= steps <= T:
-            raise ValueError(f"sample: steps must be in 1 … {T} (the steps of training), got {steps}; ask for fewer")
-        return respace(T, steps) if solver == "ddpm" else spaced_timesteps(T, steps, "trailing")
 
     @overload
     def sample(
@@ -205,8 +192,11 @@ class Sampler:
         solver: Solver = "ddim",
         steps: int | None = None,
         timesteps: str | Sequence[int] | Tensor | None = None,
+        prev_timesteps: Sequence[int] | Tensor | None = None,
         eta: float | None = None,
         clip: float | DynamicThreshold | Literal["spec"] | None = "spec",
+        clipped_eps: ClippedEps | Literal["spec"] = "spec",
+        variance: Variance | Literal["spec"] = "spec",
         class_labels: int | Sequence[int] | Tensor | None = None,
         guidance_scale: float | Sequence[float] | Tensor = 1.0,
         batch_size: int | None = None,
@@ -229,8 +219,12 @@ class Sampler:
             steps: S, at most T; None is T for ddpm, 50 for ddim, 20 for dpmpp_2m.
             timesteps: instead of `steps`, the training timesteps to visit, descending, or OpenAI's respacing
                 string: "250", "ddim25", "10,15,20".
+            prev_timesteps: where the steps lead, each to a lower timestep or to −1, which is x_0. None is what the
+                checkpoint's own project does: mostly the next timestep, and x_0 after the last.
             eta: DDIM's η in [0, 1]; 0 (the default) draws no noise, 1 is ancestral sampling.
             clip: bound of |x̂_0|, None for none, a DynamicThreshold; "spec" is what the checkpoint says.
+            clipped_eps: DDIM: take ε from the clipped x̂_0 ("rederive") or as the network has it ("raw").
+            variance: ddpm: "fixed_small" or "fixed_large" instead of what the checkpoint says.
             class_labels: one class or n of them; None asks for no class, which needs a network trained for that.
             guidance_scale: w in ε_∅ + w (ε_y − ε_∅) (Ho & Salimans 2022), one or n of them; 1 is no guidance.
             batch_size: samples that run together; None chooses by device. It does not change the pictures.
@@ -256,7 +250,16 @@ class Sampler:
         if output not in ("unit", "raw", "uint8", "pil"):
             raise ValueError(f"sample: output must be unit, raw, uint8 or pil, got {output!r}; pick one")
         seed_bits(seed)
-        table = self.table(solver=solver, steps=steps, timesteps=timesteps, eta=eta, clip=clip)
+        table = self.table(
+            solver=solver,
+            steps=steps,
+            timesteps=timesteps,
+            prev_timesteps=prev_timesteps,
+            eta=eta,
+            clip=clip,
+            clipped_eps=clipped_eps,
+            variance=variance,
+        )
         check_noise(noise, table.S, n, self.spec.shape)
         denoiser = bind(self.model, self.spec, table, request.labels, request.guidance is not None)
         batches = list(request.batches())
@@ -264,7 +267,7 @@ class Sampler:
         with StepProgress(table.S * len(batches), n, progress) as bar:
             for batch in batches:
                 finished.append(self._run_batch(denoiser, table, batch, seed, noise, callback, bar.step))
-        return to_output(torch.cat(finished), output)
+        return to_output(torch.cat(finished), output, self.spec.to_bytes)
 
     def _run_batch(
         self,

@@ -10,6 +10,15 @@ from typing import Any, Literal
 Prediction = Literal["eps", "x_start", "v"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "clipped_eps": ("rederive", "raw"),
+    "noise_gate": ("final", "t0"),
+    "prev_timestep": ("next", "stride", "chain"),
+    "spacing": ("leading", "trailing", "linspace", None),
+    "lower_order_final": ("never", "short", "always"),
+    "to_bytes": ("round", "truncate"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
@@ -26,6 +35,19 @@ class ModelSpec:
         class_names: What the classes are called; None if that is not known.
         time_scale: The network is fed t · time_scale (OpenAI's rescale_timesteps: 1000 / T).
         clipped_eps: DDIM with clipping: "rederive" takes ε from the clipped x̂_0, "raw" keeps the network's.
+        threshold: (ratio, largest bound) of dynamic thresholding (Saharia et al. 2022), which then replaces `clip`.
+        noise_gate: Ancestral sampling adds no noise on the row that leads to x_0 ("final") or at t = 0 ("t0").
+        prev_timestep: Where a row leads. "next": to the next timestep, x_0 after the last. "stride": the same, but
+            DDIM's row to t − T // S, as in diffusers. "chain": the same, but an ancestral run over timesteps without
+            gaps is a piece of the whole chain, whose last row leads to t − 1 (pesser's Diffusion.denoise).
+        final_alpha_to_one: DDIM and DPM-Solver++ take ᾱ = 1 for x_0; if not, ᾱ_0.
+        spacing: How timesteps are spaced where only their number is given, in the terms of `spaced_timesteps`;
+            None leaves it to the sampler.
+        steps_offset: Is added to "leading" timesteps.
+        respacing: OpenAI's respacing string for runs that say neither steps nor timesteps; "" for none.
+        dpmpp_clips: Whether DPM-Solver++ clips x̂_0 like the other solvers; diffusers' does not.
+        lower_order_final: Whether DPM-Solver++'s last row is of first order: "short" in runs of less than 15 steps.
+        to_bytes: How [−1, 1] becomes 0 … 255: to the nearest ("round") or the next lower one ("truncate").
     """
 
     shape: tuple[int, int, int]
@@ -37,28 +59,42 @@ class ModelSpec:
     class_names: tuple[str, ...] | None = None
     time_scale: float = 1.0
     clipped_eps: Literal["rederive", "raw"] = "rederive"
+    threshold: tuple[float, float] | None = None
+    noise_gate: Literal["final", "t0"] = "final"
+    prev_timestep: Literal["next", "stride", "chain"] = "next"
+    final_alpha_to_one: bool = True
+    spacing: Literal["leading", "trailing", "linspace"] | None = None
+    steps_offset: int = 0
+    respacing: str = ""
+    dpmpp_clips: bool = True
+    lower_order_final: Literal["never", "short", "always"] = "never"
+    to_bytes: Literal["round", "truncate"] = "round"
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, expected: str) -> None:
             if not ok:
                 raise ValueError(f"ModelSpec: {name} must be {expected}, got {getattr(self, name)!r}")
 
-        is_shape = isinstance(self.shape, tuple) and len(self.shape) == 3 and all(_positive(n) for n in self.shape)
+        is_shape = isinstance(self.shape, tuple) and len(self.shape) == 3 and all(_integer(n, 1) for n in self.shape)
         require(is_shape, "shape", "three positive integers (C, H, W)")
         require(self.prediction in ("eps", "x_start", "v"), "prediction", "eps, x_start or v")
         require(self.variance in ("fixed_small", "fixed_large", "learned_range"), "variance", "a known kind")
         require(self.clip is None or _number(self.clip), "clip", "a positive number or null")
         require(
-            self.num_classes is None or _positive(self.num_classes),
+            self.num_classes is None or _integer(self.num_classes, 1),
             "num_classes",
             "a positive integer or null",
         )
-        null_ok = self.null_class is None or (isinstance(self.null_class, int) and self.null_class >= 0)
-        require(null_ok, "null_class", "a label or null")
-        names_ok = self.class_names is None or len(self.class_names) == self.num_classes
-        require(names_ok, "class_names", f"{self.num_classes} names or null")
+        require(self.null_class is None or _integer(self.null_class, 0), "null_class", "a label or null")
+        require(_are_names(self.class_names, self.num_classes), "class_names", f"{self.num_classes} names or null")
         require(_number(self.time_scale), "time_scale", "a positive number")
-        require(self.clipped_eps in ("rederive", "raw"), "clipped_eps", "rederive or raw")
+        for name, choices in _CHOICES.items():
+            require(getattr(self, name) in choices, name, f"one of {choices}")
+        require(self.threshold is None or _is_threshold(self.threshold), "threshold", "(ratio ≤ 1, bound ≥ 1) or null")
+        require(isinstance(self.final_alpha_to_one, bool), "final_alpha_to_one", "true or false")
+        require(isinstance(self.dpmpp_clips, bool), "dpmpp_clips", "true or false")
+        require(_integer(self.steps_offset, 0), "steps_offset", "an integer of at least 0")
+        require(isinstance(self.respacing, str), "respacing", "a string")
 
     @property
     def learned_variance(self) -> bool:
@@ -75,7 +111,10 @@ class ModelSpec:
 
         Raises:
             ValueError: If a key is unknown or missing, or a value is out of range.
+            TypeError: If it is not a mapping.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"ModelSpec: must be an object of named values, got {type(values).__name__}")
         names = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - names)
         if unknown or "shape" not in values:
@@ -84,9 +123,21 @@ class ModelSpec:
         return cls(**known)
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_threshold(value: object) -> bool:
+    if not isinstance(value, tuple) or len(value) != 2 or not all(_number(number) for number in value):
+        return False
+    return bool(value[0] <= 1 <= value[1])
+
+
+def _are_names(names: object, count: int | None) -> bool:
+    if names is None:
+        return True
+    return isinstance(names, tuple) and len(names) == count and all(isinstance(name, str) for name in names)

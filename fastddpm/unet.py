@@ -32,7 +32,7 @@ class UNet(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.time_mlp = nn.Sequential(
-            nn.Linear(config.stem, config.embedding_dim),
+            nn.Linear(config.sinusoids, config.embedding_dim),
             nn.SiLU(),
             nn.Linear(config.embedding_dim, config.embedding_dim),
         )
@@ -41,9 +41,10 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(config.in_channels, config.stem, 3, padding=1)
         self.down, skips = _down_stages(config)
         bottom = config.channels[-1]
-        attention = (
-            Attention(config, bottom, config.num_heads, config.mid_attention_norm) if config.mid_attention else None
-        )
+        attention = None
+        if config.mid_attention:
+            norm, groups = config.mid_attention_norm, config.mid_attention_groups
+            attention = Attention(config, bottom, config.num_heads, norm, groups)
         self.mid = Stage([ResBlock(config, bottom, bottom) for _ in range(2)], [attention, None], None)
         self.up = _up_stages(config, skips)
         self.norm_out = nn.GroupNorm(config.norm_groups, config.channels[0], eps=config.norm_eps)
@@ -84,7 +85,7 @@ class UNet(nn.Module):
             wanted = "labels y" if self.label_embedding is not None else "no labels"
             raise ValueError(f"UNet: y must be {wanted} for this network, got {'none' if y is None else 'labels'}")
         c = self.config
-        features = timestep_embedding(t, c.stem, order=c.embedding, shift=c.embedding_shift)
+        features = timestep_embedding(t, c.sinusoids, order=c.embedding, shift=c.embedding_shift)
         embedding = self.time_mlp(features.to(self.stem.weight.dtype))
         if y is not None and self.label_embedding is not None:
             embedding = embedding + self.label_embedding(y)
@@ -166,8 +167,8 @@ def _down_stages(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
             skips.append(width)
         resample: nn.Module | None = None
         if level + 1 < len(config.channels):
-            updown = config.resblock_updown
-            resample = ResBlock(config, width, width, "down") if updown else Downsample(config, width)
+            in_block = config.changes_in_resblock(level, "down")
+            resample = ResBlock(config, width, width, "down") if in_block else Downsample(config, width)
             skips.append(width)
         stages.append(Stage(blocks, attentions, resample))
     return stages, skips
@@ -188,6 +189,7 @@ def _up_stages(config: UNetConfig, skips: list[int]) -> nn.ModuleList:
             width = c_out
         resample: nn.Module | None = None
         if level > 0:
-            resample = ResBlock(config, width, width, "up") if config.resblock_updown else Upsample(config, width)
+            in_block = config.changes_in_resblock(level, "up")
+            resample = ResBlock(config, width, width, "up") if in_block else Upsample(config, width)
         stages.append(Stage(blocks, attentions, resample))
     return stages

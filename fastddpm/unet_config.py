@@ -16,12 +16,15 @@ class UNetConfig:
         in_channels: Channels C of x.
         out_channels: Channels of the output: C, or 2C where the variance is learned.
         channels: Width of each level, finest first.
-        stem_channels: Width of the first convolution and of the sinusoidal embedding; None is `channels[0]`.
+        stem_channels: Width of the first convolution; None is `channels[0]`.
+        embedding_channels: Width of the sinusoidal embedding; None is the first convolution's width.
+        time_channels: Width of the time embedding after its two linear layers; None is 4 × the sinusoids' width.
         layers: ResBlocks per level on the way down; the way up has one more.
         attention: For each level, whether its blocks on the way down are followed by self-attention.
         up_attention: The same for the way up; None repeats `attention`.
         mid_attention: Whether the bottom has self-attention between its two blocks.
         mid_attention_norm: Whether that attention normalises its input.
+        mid_attention_groups: Groups of that norm; None repeats `norm_groups`.
         num_heads: Attention heads, unless `head_channels` is given.
         up_num_heads: Heads on the way up; None repeats `num_heads`.
         head_channels: Channels per head; None means `num_heads` heads at every width.
@@ -32,6 +35,8 @@ class UNetConfig:
         dropout: Probability of the dropout before each ResBlock's second convolution.
         scale_shift: Whether the embedding scales and shifts the second norm (ADM) instead of being added (Ho et al.).
         resblock_updown: Whether resolution changes inside a ResBlock (ADM) instead of by a convolution.
+        resblock_down: The same for each level's way to the next coarser one; None repeats `resblock_updown`.
+        resblock_up: The same for each level's way to the next finer one; None repeats `resblock_updown`.
         conv_resample: Whether plain down- and upsampling has a convolution; otherwise it is pooling and repetition.
         downsample_padding: "symmetric" pads all sides by one before the strided convolution, "asymmetric" only the
             right and the bottom (Ho et al.'s "SAME").
@@ -45,11 +50,14 @@ class UNetConfig:
     out_channels: int = 3
     channels: tuple[int, ...] = (128, 256, 256, 256)
     stem_channels: int | None = None
+    embedding_channels: int | None = None
+    time_channels: int | None = None
     layers: int = 2
     attention: tuple[bool, ...] = (False, True, False, False)
     up_attention: tuple[bool, ...] | None = None
     mid_attention: bool = True
     mid_attention_norm: bool = True
+    mid_attention_groups: int | None = None
     num_heads: int = 1
     up_num_heads: int | None = None
     head_channels: int | None = None
@@ -59,6 +67,8 @@ class UNetConfig:
     dropout: float = 0.0
     scale_shift: bool = False
     resblock_updown: bool = False
+    resblock_down: tuple[bool, ...] | None = None
+    resblock_up: tuple[bool, ...] | None = None
     conv_resample: bool = True
     downsample_padding: Literal["symmetric", "asymmetric"] = "symmetric"
     num_classes: int | None = None
@@ -70,13 +80,23 @@ class UNetConfig:
 
     @property
     def stem(self) -> int:
-        """Width of the first convolution and of the sinusoidal embedding."""
+        """Width of the first convolution."""
         return self.channels[0] if self.stem_channels is None else self.stem_channels
+
+    @property
+    def sinusoids(self) -> int:
+        """Width of the sinusoidal embedding."""
+        return self.stem if self.embedding_channels is None else self.embedding_channels
 
     @property
     def embedding_dim(self) -> int:
         """Width of the time embedding after its two linear layers."""
-        return 4 * self.stem
+        return 4 * self.sinusoids if self.time_channels is None else self.time_channels
+
+    def changes_in_resblock(self, level: int, direction: Literal["down", "up"]) -> bool:
+        """Whether the way from `level` to the next coarser ("down") or finer ("up") one is a ResBlock."""
+        flags = self.resblock_down if direction == "down" else self.resblock_up
+        return self.resblock_updown if flags is None else flags[level]
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values."""
@@ -90,6 +110,8 @@ class UNetConfig:
             ValueError: If a key is unknown or a value is out of range.
             TypeError: If a value has the wrong type.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"UNetConfig: must be an object of named values, got {type(values).__name__}")
         names = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - names)
         if unknown:
@@ -98,8 +120,18 @@ class UNetConfig:
         return cls(**known)
 
 
+_MOST_LAYERS = 64  # far above any network's; building a million blocks would look like hanging
 _INTEGERS = ("in_channels", "out_channels", "layers", "num_heads", "norm_groups")
-_OPTIONAL_INTEGERS = ("stem_channels", "up_num_heads", "head_channels", "num_classes")
+_OPTIONAL_INTEGERS = (
+    "stem_channels",
+    "embedding_channels",
+    "time_channels",
+    "mid_attention_groups",
+    "up_num_heads",
+    "head_channels",
+    "num_classes",
+)
+_LEVEL_FLAGS = ("attention", "up_attention", "resblock_down", "resblock_up")
 _BOOLEANS = ("mid_attention", "mid_attention_norm", "scale_shift", "resblock_updown", "conv_resample")
 _CHOICES = {
     "attention_order": ("qkv_heads", "heads_qkv"),
@@ -111,7 +143,7 @@ _CHOICES = {
 def _validate(config: UNetConfig) -> None:
     _validate_types(config)
     levels = len(config.channels)
-    for name in ("attention", "up_attention"):
+    for name in _LEVEL_FLAGS:
         flags = getattr(config, name)
         if flags is not None and len(flags) != levels:
             raise ValueError(f"UNetConfig: {name} must have one entry per level ({levels}), got {len(flags)}")
@@ -126,10 +158,28 @@ def _validate(config: UNetConfig) -> None:
                 f"UNetConfig: channels must be multiples of norm_groups={config.norm_groups}, got {width}; "
                 "change one of the two"
             )
+    groups = config.mid_attention_groups
+    if groups is not None and config.channels[-1] % groups:
+        raise ValueError(
+            f"UNetConfig: mid_attention_groups must divide the coarsest level's width {config.channels[-1]}, "
+            f"got {groups}; change one of the two"
+        )
+    _validate_heads(config)
+
+
+def _validate_heads(config: UNetConfig) -> None:
+    for width in {width for width in config.channels if _uses_attention(config, width)}:
+        if config.head_channels is not None and width % config.head_channels:
+            raise ValueError(
+                f"UNetConfig: head_channels must divide the width of every attention, got {config.head_channels} "
+                f"for {width}; change one of the two"
+            )
         for heads in {config.num_heads, config.up_num_heads or config.num_heads}:
-            per_head = config.head_channels or max(1, width // heads)
-            if width in config.channels and _uses_attention(config, width) and width % per_head:
-                raise ValueError(f"UNetConfig: attention width {width} must be a multiple of its heads, got {per_head}")
+            if config.head_channels is None and width % heads:
+                raise ValueError(
+                    f"UNetConfig: num_heads must divide the width of every attention, got {heads} for {width}; "
+                    "change one of the two"
+                )
 
 
 def _uses_attention(config: UNetConfig, width: int) -> bool:
@@ -146,6 +196,8 @@ def _validate_types(config: UNetConfig) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**20:
             raise ValueError(f"UNetConfig: {name} must be an integer in [1, 2**20], got {value!r}")
+    if config.layers > _MOST_LAYERS:
+        raise ValueError(f"UNetConfig: layers must be at most {_MOST_LAYERS}, got {config.layers}; use fewer")
     for name in _BOOLEANS:
         if not isinstance(getattr(config, name), bool):
             raise TypeError(f"UNetConfig: {name} must be true or false, got {getattr(config, name)!r}")
@@ -157,7 +209,7 @@ def _validate_types(config: UNetConfig) -> None:
         ok = isinstance(value, tuple) and all(isinstance(v, int) and 1 <= v <= 2**16 for v in value)
         if not ok or not value or (length is not None and len(value) != length):
             raise ValueError(f"UNetConfig: {name} must be a list of positive integers, got {value!r}")
-    for name in ("attention", "up_attention"):
+    for name in _LEVEL_FLAGS:
         value = getattr(config, name)
         if value is not None and not (isinstance(value, tuple) and all(isinstance(v, bool) for v in value)):
             raise ValueError(f"UNetConfig: {name} must be a list of true/false, got {value!r}")

@@ -135,6 +135,10 @@ def check_p_sample(
             contiguous=True,
             fix="pass normals for N rows of the table",
         )
+        if noise.shape[0] * batch >= 2**32:  # the kernel counts pictures in 32 bits
+            raise ValueError(
+                f"p_sample: noise must hold fewer than 2**32 pictures, got {noise.shape[0]} × {batch}; pass fewer rows"
+            )
     if (out_uncond is None) != (guidance is None):
         missing, given = ("guidance", "out_uncond") if guidance is None else ("out_uncond", "guidance")
         raise ValueError(f"p_sample: {missing} must be given with {given}, got None; pass both or neither")

@@ -94,7 +94,7 @@ def _p_sample_kernel(
     # Unsigned, so that the product is one wide multiplication.
     first = tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(numel, tl.uint32).to(tl.int64)
     out_first = first * 2 if LEARNED else first
-    r = tl.minimum(tl.maximum(tl.load(step + b), 0), last).to(tl.int32)
+    r = tl.minimum(tl.maximum(tl.load(step + b).to(tl.int32), 0), last)
     row = table + r * _WIDTH
 
     x += first
@@ -125,8 +125,8 @@ def _p_sample_kernel(
             v_shift = (log_beta + log_beta_tilde) * _QUARTER_LOG2_E
             v_low, v_high = load_two_quads(out + out_first + numel, group, numel)
         if noise is not None:
-            line = tl.minimum(r, noise_rows - 1).to(tl.int64) * tl.num_programs(0) + b
-            z_low, z_high = load_two_quads(noise + line * numel, group, numel)
+            line = tl.cast(tl.minimum(r, noise_rows - 1) * tl.num_programs(0) + b, tl.uint32).to(tl.int64)
+            z_low, z_high = load_two_quads(noise + line * tl.cast(numel, tl.uint32).to(tl.int64), group, numel)
             z_low, z_high = z_low * sigma, z_high * sigma
         else:
             t, number, key = tl.load(timesteps + r), tl.load(sample_id + b), tl.load(seed + b)
@@ -304,7 +304,7 @@ def p_sample(
             f = (v+1)/2 (Nichol and Dhariwal 2021, eq. 15). Other memory layouts are copied first.
         table: float32 [S+1, len(COLUMNS)]: the solver's rows, all finite but for `bound`, σ ≥ 0; row S is the identity.
         timesteps: int64 [S+1]: the training timestep of each row, which is the noise's counter t.
-        step: int64 [B]: each sample's row, clamped to [0, S]. A sample at S is finished: it is not written.
+        step: int64 [B], below 2³¹: each sample's row, clamped to [0, S]. A sample at S is finished: it is not written.
         sample_id: int64 [B]: each sample's id.
         seed: int64 [B]: each sample's seed, a 64-bit pattern.
         noise: float32 [N, B, C, H, W], contiguous: normals used instead of Philox's, at row min(step, N-1).

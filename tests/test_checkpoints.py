@@ -112,9 +112,10 @@ def test_an_empty_folder(tmp_path):
         load_checkpoint(tmp_path)
 
 
-def test_a_file_in_place_of_the_folder(folder):
-    with pytest.raises(CheckpointError, match="is a file; a checkpoint is a folder"):
-        load_checkpoint(folder / "model.safetensors")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_in_place_of_the_folder(folder, name):
+    with pytest.raises(CheckpointError, match=f"{name} is a file of a checkpoint; give its folder"):
+        load_checkpoint(folder / name)
 
 
 def test_a_folder_in_place_of_a_file(folder):

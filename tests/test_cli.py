@@ -375,7 +375,7 @@ BAD_SAMPLE = {
     "unknown solver": (["{model}", "--solver", "euler"], "euler"),
     "missing": (["nowhere"], "no checkpoint at nowhere"),
     "empty name": ([""], "not a checkpoint"),
-    "a file": (["{model}/model.safetensors"], "is a file"),
+    "a file": (["{model}/model.safetensors"], "is a file of a checkpoint; give its folder"),
     "n 0": (["{model}", "-n", "0"], "--n must be in 1"),
     "n negative": (["{model}", "-n", "-3"], "--n must be in 1"),
     "n absurd": (["{model}", "-n", str(10**15)], "--n must be in 1", "--first-id"),
@@ -590,12 +590,15 @@ def test_a_full_disk(place, model, option):
 
 def stop(process, when):
     """Press Ctrl-C as soon as `when` holds; returns what the process said."""
-    deadline = time.monotonic() + 60
-    while not when():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 240
+        while not when():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     return Result(process.returncode, out, err)
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from fastddpm import CheckpointError, Sampler, load_checkpoint
 from fastddpm.checkpoints import diffusers, openai, pesser, w86763777
 from tests.foreign import FLAGS, diffusers_config, foreign_network, foreign_state
+from tests.tiny import save_checkpoint
 
 OPENAI = {"use_new_attention_order": False}
 STRUCTURES = [
@@ -240,8 +241,8 @@ def test_wrong_flags(tmp_path, dialect, flags, message):
 
 def test_own_checkpoints_and_diffusers_refuse_foreign_flags(tmp_path):
     with pytest.raises(CheckpointError, match="take no flags, got num_heads"):
-        Sampler.from_pretrained("mnist", device="cpu", num_heads=4)
-    folder = save_folder(tmp_path, foreign_network("diffusers"))
+        Sampler.from_pretrained(save_checkpoint(tmp_path / "own"), device="cpu", num_heads=4)
+    folder = save_folder(tmp_path / "theirs", foreign_network("diffusers"))
     with pytest.raises(CheckpointError, match="no flag schedulers for it; did you mean scheduler"):
         load_checkpoint(folder, schedulers="ddim")
 
@@ -266,7 +267,7 @@ class RunsCode:
 def test_a_file_that_runs_code_is_refused(tmp_path, zipped):
     state = {"time_embed.0.weight": torch.zeros(1), "evil": RunsCode(tmp_path / "ran")}
     torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"refused, because .* run code of its own \(subprocess.call\)"):
+    with pytest.raises(CheckpointError, match=r"refused, because .* run code of its own \(\w+\.call\)"):
         load_checkpoint(tmp_path / "model.pt")
     assert not (tmp_path / "ran").exists()
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(RunsCode(tmp_path / "ran"), protocol=2))
@@ -328,7 +329,7 @@ def test_names_and_shapes_that_do_not_fit(tmp_path, dialect):
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(path, **FLAGS[dialect])
 
-    last = list(state)[-1]
+    last = [name for name in state if not name.endswith("timembedding.0.weight")][-1]
     some = [name for name in state if name.endswith("weight") and state[name].ndim == 4][3]
     refused({**state, "extra.weight": torch.zeros(2)}, f"taken for {dialect}.*extra.weight is left over")
     refused({name: value for name, value in state.items() if name != some}, "missing")
@@ -430,7 +431,7 @@ JSON = st.recursive(
 
 
 @given(changes=st.dictionaries(st.sampled_from(ENTRIES), JSON, min_size=1, max_size=3))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_any_configuration_loads_or_is_refused(tmp_path_factory, changes):
     folder = save_folder(tmp_path_factory.mktemp("any"), foreign_network("diffusers"), **changes)
     scheduler = {"_class_name": "DDPMScheduler", **{k: v for k, v in changes.items() if k != "_class_name"}}
@@ -441,13 +442,13 @@ def test_any_configuration_loads_or_is_refused(tmp_path_factory, changes):
         assert str(error)
 
 
-TENSORS = st.sampled_from(
-    [torch.zeros(3), torch.zeros(2, 2), torch.zeros(4, 4, 3, 3), torch.zeros(()), torch.ones(3).int()]
-)
+SHAPES = [(3,), (2, 2), (4, 4, 3, 3), ()]
+TENSORS = st.sampled_from([torch.zeros(shape) for shape in SHAPES] + [torch.ones(3).int()])
 KEYS = [
-    "time_embed.0.weight", "input_blocks.0.0.weight", "input_blocks.7.0.op.weight", "output_blocks.0.0.in_layers.0.weight",
-    "out.2.weight", "temb.dense.0.weight", "down.0.block.0.norm1.weight", "down.99999999.attn.0.q.weight", "conv_in.weight",
-    "downblocks.0.block1.0.weight", "time_embedding.timembedding.0.weight", "head.weight", "downblocks.x.main.weight",
+    "time_embed.0.weight", "input_blocks.0.0.weight", "input_blocks.7.0.op.weight", "out.2.weight",
+    "output_blocks.0.0.in_layers.0.weight", "temb.dense.0.weight", "down.0.block.0.norm1.weight", "conv_in.weight",
+    "down.99999999.attn.0.q.weight", "downblocks.0.block1.0.weight", "time_embedding.timembedding.0.weight",
+    "head.weight", "downblocks.x.main.weight",
 ]  # fmt: skip
 
 
@@ -458,7 +459,7 @@ KEYS = [
     ),
     flags=st.sampled_from(list(FLAGS)),
 )
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_any_contents_are_refused(tmp_path_factory, values, flags):
     path = tmp_path_factory.mktemp("any") / "model.pt"
     torch.save(values, path)

@@ -360,6 +360,19 @@ def test_other_settings_do_not_resume(tmp_path, changes, name):
     assert (tmp_path / "train_state.safetensors").read_bytes() == before
 
 
+def test_a_state_from_before_an_option_existed_resumes_with_its_default(tmp_path):
+    trainer(tmp_path).run(stop_after=1)
+    path = tmp_path / "train_state.safetensors"
+    tensors, metadata = load_file(path), read_metadata(path)
+    settings = json.loads(metadata["fingerprint"])
+    for section, option in (("spec", "clipped_eps"), ("unet", "embedding_shift"), ("config", "hflip")):
+        del settings[section][option]
+    save_file(tensors, path, {**metadata, "fingerprint": json.dumps(settings)})
+    with pytest.raises(ValueError, match="config.hflip was False, is True"):
+        trainer(tmp_path, hflip=True)
+    assert trainer(tmp_path).step == 1
+
+
 @pytest.mark.parametrize("changes", [{"save_every": 1}, {"weights_dtype": "fp16"}, {"gradient_checkpointing": True}])
 def test_settings_that_do_not_change_the_run_may_change(tmp_path, changes):
     trainer(tmp_path).run(stop_after=1)

@@ -261,7 +261,7 @@ def test_labels_must_match_the_network():
         ({"sample_size": (9, 8)}, "sample_size must be divisible by 2"),
         ({"channels": (8, 18)}, "multiples of norm_groups"),
         ({"attention": (True,)}, "one entry per level"),
-        ({"head_channels": 5}, "multiple of its heads"),
+        ({"head_channels": 5}, "head_channels must divide the width"),
         ({"layers": 0}, "layers must be an integer"),
         ({"layers": True}, "layers must be an integer"),
         ({"embedding": "fourier"}, "embedding must be one of"),

@@ -48,26 +48,42 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
         source: The file's name for messages.
 
     Raises:
-        CheckpointError: If names or shapes differ or a value is not finite.
+        CheckpointError: If names or shapes differ, or a value is not a finite number.
     """
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is unknown" for name in weights if name not in expected]
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    network.load_state_dict(check_weights(shapes, weights, source), strict=True, assign=True)
+
+
+def check_weights(
+    shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """The weights as float32, in the order of `shapes`.
+
+    Args:
+        shapes: Which tensors there must be, and their shapes.
+        weights: Tensors of any floating-point type.
+        source: The file's name for messages.
+
+    Raises:
+        CheckpointError: If names or shapes differ, or a value is not a finite number.
+    """
+    problems = [f"{name} is missing" for name in shapes if name not in weights]
+    problems += [f"{name} is unknown" for name in weights if name not in shapes]
     problems += [
         f"{name} has shape {list(weights[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
+        for name, shape in shapes.items()
         if name in weights and tuple(weights[name].shape) != shape
     ]
+    problems += [f"{name} holds {value.dtype}" for name, value in weights.items() if not value.is_floating_point()]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
             f"{source}: weights do not fit the configuration: {'; '.join(problems[:3])}{more}; "
             "take both files from the same checkpoint"
         )
-    converted = {name: weights[name].to(torch.float32) for name in expected}
+    converted = {name: weights[name].to(torch.float32) for name in shapes}
     broken = [name for name, value in converted.items() if not bool(torch.isfinite(value).all())]
     if broken:
-        raise CheckpointError(
-            f"{source}: {len(broken)} tensors hold NaN or infinity, first {broken[0]}; fetch it again"
-        )
-    network.load_state_dict(converted, strict=True, assign=True)
+        noun = "tensor holds" if len(broken) == 1 else "tensors hold"
+        raise CheckpointError(f"{source}: {len(broken)} {noun} NaN or infinity, first {broken[0]}; fetch it again")
+    return converted

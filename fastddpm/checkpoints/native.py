@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,14 +23,16 @@ WEIGHTS_NAME = "model.safetensors"
 FORMAT = "fastddpm"
 FORMAT_VERSION = 1
 
+T = TypeVar("T")
+
 
 def detect(path: Path) -> bool:
-    """Whether `path` is a folder in this format."""
-    try:
-        config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("format") == FORMAT
+    """Whether `path` is a folder in this format, perhaps a damaged one.
+
+    Raises:
+        CheckpointError: If its config.json cannot be read, so that nobody can tell.
+    """
+    return (path / CONFIG_NAME).is_file() and read_json(path / CONFIG_NAME).get("format") == FORMAT
 
 
 def load(path: Path) -> Checkpoint:
@@ -45,12 +47,17 @@ def load(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: If a file is missing, truncated or foreign, or the weights do not fit the configuration.
     """
-    config = _read_config(path / CONFIG_NAME)
+    config = read_json(path / CONFIG_NAME)
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path / CONFIG_NAME}: format_version must be {FORMAT_VERSION}, got {version!r}; update fastddpm"
+        )
     try:
         unet = UNetConfig.from_dict(config["unet"])
         schedule = NoiseSchedule.from_config(config["schedule"])
         spec = ModelSpec.from_dict(config["spec"])
-        _check_agreement(unet, spec)
+        check_agreement(unet, spec)
     except KeyError as error:
         raise CheckpointError(f"{path / CONFIG_NAME}: the entry {error} is missing; write the file again") from error
     except (ValueError, TypeError) as error:
@@ -58,10 +65,16 @@ def load(path: Path) -> Checkpoint:
     with torch.device("meta"):
         network = UNet(unet)
     load_weights(network, read_safetensors(path / WEIGHTS_NAME), str(path / WEIGHTS_NAME))
-    return Checkpoint(network.eval(), schedule, spec, "fastddpm", path, config.get("training") or {})
+    training = config.get("training")
+    return Checkpoint(network.eval(), schedule, spec, FORMAT, path, training if isinstance(training, dict) else {})
 
 
-def _check_agreement(unet: UNetConfig, spec: ModelSpec) -> None:
+def check_agreement(unet: UNetConfig, spec: ModelSpec) -> None:
+    """Check that a network's structure fits the conventions.
+
+    Raises:
+        ValueError: If shape, output channels or classes do not agree.
+    """
     channels, height, width = spec.shape
     expected = channels * (2 if spec.learned_variance else 1)
     if (unet.in_channels, *unet.sample_size) != (channels, height, width) or unet.out_channels != expected:
@@ -120,12 +133,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: If it is missing, truncated or foreign.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; the checkpoint folder is incomplete")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from error
+    return _opened(path, lambda: load_file(path))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -134,21 +142,35 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: If it is missing, truncated or foreign.
     """
-    try:
+
+    def read() -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
+
+    return _opened(path, read)
+
+
+def _opened(path: Path, read: Callable[[], T]) -> T:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; the checkpoint folder is incomplete")
+    try:
+        return read()
+    except Exception as error:  # the library lets a damaged header surface as errors of many types
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: If it is missing, damaged, or holds something else.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; the checkpoint folder is incomplete") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable JSON ({error}); write the file again") from error
-    version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}; update fastddpm")
-    return dict(config)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable JSON ({error}); fetch or write the file again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, got {type(config).__name__}; fetch it again")
+    return config

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from fastddpm.cli.errors import report
+from fastddpm.cli.errors import INTERRUPTED, report
 from fastddpm.cli.info import info
 from fastddpm.cli.sample import sample
 from fastddpm.cli.train import train
@@ -14,12 +14,21 @@ from fastddpm.cli.train import train
 app = typer.Typer(
     name="fastddpm",
     help="Sample from trained DDPM checkpoints, fast and reproducibly. Each picture is a function of (seed, id).",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def help_without_command(context: typer.Context) -> None:
+    """Explain the commands to whoever names none."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
 app.command()(sample)
 app.command()(train)
 app.command()(info)
@@ -31,4 +40,7 @@ def main() -> None:
         code = app(standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:
         code = report(error)
+    else:
+        if code == INTERRUPTED:  # by Ctrl-C where no command had anything to say about it
+            report(KeyboardInterrupt())
     sys.exit(code if isinstance(code, int) else 0)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
-USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, MemoryError)
+USER_ERRORS = (ValueError, TypeError, OSError, OverflowError, FloatingPointError)
+REMEDIES = {
+    errno.ENOENT: "check the path",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there or choose another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may use"),
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+INTERRUPTED = 130
 DEBUG_VARIABLE = "FASTDDPM_TRACEBACK"
+
+
+class Stopped(Exception):
+    """Ctrl-C, with a word on how to go on; the library for options would swallow a KeyboardInterrupt's."""
 
 
 def report(error: BaseException) -> int:
@@ -20,9 +32,9 @@ def report(error: BaseException) -> int:
     Raises:
         BaseException: `error` itself, if it is a defect of the program and not of its input.
     """
-    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
-        print("fastddpm: stopped", file=sys.stderr)
-        return 130
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        print(_one_line(f"fastddpm: stopped{error}"), file=sys.stderr)
+        return INTERRUPTED
     if os.environ.get(DEBUG_VARIABLE):
         raise error
     if isinstance(error, BrokenPipeError):
@@ -41,12 +53,13 @@ def _message(error: BaseException) -> str | None:
     usage = getattr(error, "format_message", None)
     if callable(usage):  # an unknown option, a number that is none: the library for options words it
         return f"{_one_line(usage())} (fastddpm --help explains)"
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
+        return "not enough memory for this request; use a smaller --batch-size or fewer pictures"
     if isinstance(error, OSError) and error.strerror is not None:
-        return f"{error.filename or 'file'}: {error.strerror.lower()}"
+        remedy = REMEDIES.get(error.errno or 0, "choose another place")
+        return f"{error.filename or 'writing'}: {error.strerror.lower()}; {remedy}"
     if isinstance(error, USER_ERRORS):
         return _one_line(str(error)) or type(error).__name__
-    if isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error)):
-        return "not enough memory for this request; use a smaller --batch-size or fewer pictures"
     return None
 
 

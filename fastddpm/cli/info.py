@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ def info(
     model: Annotated[str | None, typer.Argument(help="A shipped checkpoint or a checkpoint folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show what a checkpoint is, and what this machine would use to sample from it."""
+    """Show what a checkpoint is, and what this machine would use to sample from it.
+
+    Without a checkpoint: the machine, and the checkpoints that ship with the package.
+    """
     from fastddpm.checkpoints import SHIPPED, load_checkpoint  # late, for --help: see `sample`
     from fastddpm.engine import describe_machine
 
@@ -31,25 +35,27 @@ def info(
         return
     console = Console(highlight=False)
     for title, values in facts.items():
-        table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+        console.print(title, style="bold underline")
+        table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
-        for name, value in values.items() if isinstance(values, dict) else [("", ", ".join(values))]:
-            table.add_row(str(name), _text(value))
-        console.print(table)
-        console.print()
+        for name, value in values.items() if isinstance(values, dict) else [(name, "") for name in values]:
+            table.add_row(escape(str(name)), escape(_text(value)))
+        console.print(table, "")
 
 
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a person wants to know about a checkpoint, in reading order."""
+    from fastddpm.checkpoints.native import WEIGHTS_NAME
+
     spec, schedule = checkpoint.spec, checkpoint.schedule
     config = schedule.to_config()
     config.pop("betas", None)
-    files = sorted(checkpoint.path.iterdir()) if checkpoint.path.is_dir() else [checkpoint.path]
+    weights = checkpoint.path / WEIGHTS_NAME if checkpoint.path.is_dir() else checkpoint.path
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.dialect,
-        "size": f"{sum(f.stat().st_size for f in files if f.is_file()) / 1e6:.2f} MB",
+        "size": f"{weights.stat().st_size / 1e6:.2f} MB",
         "parameters": f"{sum(p.numel() for p in checkpoint.network.parameters()):,}",
         "picture": "{} × {} × {} (channels, height, width)".format(*spec.shape),
         "predicts": spec.prediction,

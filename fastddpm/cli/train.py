@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from fastddpm.cli.sample import probe_folder
+from fastddpm.cli.errors import Stopped
 
 if TYPE_CHECKING:
     from fastddpm.data import ImageData
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 GRID_SAMPLES = 64
 GRID_STEPS = 25
+DATA, LEARNING, NETWORK = "Pictures in, checkpoint out", "Learning", "Network"
+DIFFUSION, RUN = "Diffusion", "Running"
 
 
 def train(
@@ -27,63 +29,111 @@ def train(
         Path,
         typer.Argument(help="MNIST-style idx file (or the folder with them), .npz, or a folder of images."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the run. If it holds one already, that run is resumed.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder of the run. If it holds one already, that run is resumed.", rich_help_panel=DATA),
+    ],
     labels: Annotated[
-        Path | None, typer.Option(help="idx file of labels, if it is not found beside the images.")
+        Path | None,
+        typer.Option(help="idx file of labels, if it is not found beside the images.", rich_help_panel=DATA),
     ] = None,
     conditional: Annotated[
-        bool, typer.Option("--classes/--no-classes", help="Learn the classes, where the data has any.")
+        bool,
+        typer.Option("--classes/--no-classes", help="Learn the classes, where the data has any.", rich_help_panel=DATA),
     ] = True,
-    size: Annotated[int | None, typer.Option(help="Resize a folder's images to this many pixels.")] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Pictures per step.")] = 64,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
-    lr_schedule: Annotated[Literal["cosine", "constant"], typer.Option(help="After the warm-up.")] = "cosine",
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 500,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
+    size: Annotated[
+        int | None, typer.Option(help="Resize a folder's images to this many pixels.", rich_help_panel=DATA)
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.", rich_help_panel=LEARNING)] = 10,
+    batch_size: Annotated[int, typer.Option(help="Pictures per step.", rich_help_panel=LEARNING)] = 64,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.", rich_help_panel=LEARNING)] = 1e-3,
+    lr_schedule: Annotated[
+        Literal["cosine", "constant"], typer.Option(help="After the warm-up.", rich_help_panel=LEARNING)
+    ] = "cosine",
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.", rich_help_panel=LEARNING)] = 500,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.", rich_help_panel=LEARNING)] = 0.0,
     ema: Annotated[
-        float, typer.Option(help="Decay of the averaged weights, which are the ones that are sampled.")
+        float,
+        typer.Option(
+            help="Decay of the averaged weights, which are the ones that are sampled.", rich_help_panel=LEARNING
+        ),
     ] = 0.999,
-    grad_clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
-    label_dropout: Annotated[float, typer.Option(help="Share of pictures trained without class, for guidance.")] = 0.1,
-    hflip: Annotated[bool, typer.Option(help="Mirror pictures at random (not for digits or letters).")] = False,
-    channels: Annotated[str, typer.Option(help="Width of each resolution, finest first.")] = "64,128,128",
-    layers: Annotated[int, typer.Option(help="ResBlocks per resolution.")] = 2,
+    grad_clip: Annotated[float, typer.Option(help="Largest norm of the gradient.", rich_help_panel=LEARNING)] = 1.0,
+    label_dropout: Annotated[
+        float, typer.Option(help="Share of pictures trained without class, for guidance.", rich_help_panel=DIFFUSION)
+    ] = 0.1,
+    hflip: Annotated[
+        bool,
+        typer.Option("--hflip", help="Mirror pictures at random (not for digits or letters).", rich_help_panel=DATA),
+    ] = False,
+    channels: Annotated[
+        str, typer.Option(help="Width of each resolution, finest first.", rich_help_panel=NETWORK)
+    ] = "64,128,128",
+    layers: Annotated[int, typer.Option(help="ResBlocks per resolution.", rich_help_panel=NETWORK)] = 2,
     attention: Annotated[
-        str, typer.Option(help="Resolutions with self-attention, in pixels: `16,8`. [default: the lowest]")
+        str,
+        typer.Option(
+            help="Resolutions with self-attention, in pixels: `16,8`. [default: the lowest]", rich_help_panel=NETWORK
+        ),
     ] = "",
-    head_channels: Annotated[int | None, typer.Option(help="Channels per attention head. [default: one head]")] = None,
-    norm_groups: Annotated[int, typer.Option(help="Groups of the group norms.")] = 8,
-    scale_shift: Annotated[bool, typer.Option(help="Let the time scale and shift the norms (ADM).")] = False,
-    dropout: Annotated[float, typer.Option(help="Dropout in the ResBlocks.")] = 0.0,
-    T: Annotated[int, typer.Option("--timesteps", help="Training timesteps T.")] = 1000,
+    head_channels: Annotated[
+        int | None, typer.Option(help="Channels per attention head. [default: one head]", rich_help_panel=NETWORK)
+    ] = None,
+    norm_groups: Annotated[int, typer.Option(help="Groups of the group norms.", rich_help_panel=NETWORK)] = 8,
+    scale_shift: Annotated[
+        bool,
+        typer.Option("--scale-shift", help="Let the time scale and shift the norms (ADM).", rich_help_panel=NETWORK),
+    ] = False,
+    dropout: Annotated[float, typer.Option(help="Dropout in the ResBlocks.", rich_help_panel=NETWORK)] = 0.0,
+    T: Annotated[int, typer.Option("--timesteps", help="Training timesteps T.", rich_help_panel=DIFFUSION)] = 1000,
     schedule: Annotated[
-        Literal["linear", "scaled_linear", "cosine", "sigmoid"], typer.Option(help="β schedule.")
+        Literal["linear", "scaled_linear", "cosine", "sigmoid"],
+        typer.Option(help="How β grows with the timestep: the noise schedule.", rich_help_panel=DIFFUSION),
     ] = "linear",
-    prediction: Annotated[Literal["eps", "x_start", "v"], typer.Option(help="What the network predicts.")] = "eps",
+    prediction: Annotated[
+        Literal["eps", "x_start", "v"], typer.Option(help="What the network predicts.", rich_help_panel=DIFFUSION)
+    ] = "eps",
     variance: Annotated[
         Literal["fixed_small", "fixed_large", "learned_range"],
-        typer.Option(help="σ of ancestral sampling; learned_range trains it with the hybrid loss."),
+        typer.Option(
+            help="σ of ancestral sampling; learned_range trains it with the hybrid loss.", rich_help_panel=DIFFUSION
+        ),
     ] = "fixed_small",
-    seed: Annotated[int, typer.Option(help="Seed of all that is random.")] = 0,
-    save_every: Annotated[int, typer.Option(help="Steps between saved states: a kill loses at most these.")] = 500,
-    bf16: Annotated[bool, typer.Option(help="Run the network in bfloat16 where that is safe.")] = False,
-    weights: Annotated[Literal["fp32", "fp16"], typer.Option(help="How the averaged weights are stored.")] = "fp32",
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, a third more time.")] = False,
-    grids: Annotated[bool, typer.Option(help="Draw a grid of samples after each epoch.")] = True,
-    stop_after: Annotated[int | None, typer.Option(help="Stop after this many steps; run again to continue.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all that is random.", rich_help_panel=LEARNING)] = 0,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between saved states: a kill loses at most these.", rich_help_panel=RUN)
+    ] = 500,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Run the network in bfloat16 where that is safe.", rich_help_panel=RUN)
+    ] = False,
+    weights: Annotated[
+        Literal["fp32", "fp16"], typer.Option(help="How the averaged weights are stored.", rich_help_panel=RUN)
+    ] = "fp32",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.", rich_help_panel=RUN)
+    ] = False,
+    no_grids: Annotated[
+        bool, typer.Option("--no-grids", help="Draw no grid of samples after each epoch.", rich_help_panel=RUN)
+    ] = False,
+    stop_after: Annotated[
+        int | None, typer.Option(help="Stop after this many steps; run again to continue.", rich_help_panel=RUN)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]", rich_help_panel=RUN)
+    ] = None,
 ) -> None:
-    """Train a checkpoint on your own pictures: L_simple of Ho et al., with averaged weights, resumable at any time.
+    """Train a checkpoint on your own pictures; run the same command again to continue.
 
-    Example, small enough for two CPU cores:
+    Examples:
+    - `fastddpm train pictures/ --out runs/pictures --size 32` (sub-folders are classes)
 
-    - `fastddpm train mnist/ --out runs/mnist --channels 32,64,96 --layers 1 --scale-shift`
+    - `fastddpm train mnist/ --out runs/mnist --channels 32,64,96 --layers 1` (MNIST on two CPU cores)
     """
     import torch  # late, for --help: see `sample`
 
     from fastddpm.data import load_images
     from fastddpm.engine import pick_device
+    from fastddpm.files import check_writable
     from fastddpm.schedule import NoiseSchedule
     from fastddpm.spec import ModelSpec
     from fastddpm.training import TrainConfig, Trainer
@@ -104,17 +154,18 @@ def train(
         sample_size=shape[1:], in_channels=shape[0], out_channels=shape[0] * (2 if variance == "learned_range" else 1),
         channels=widths, layers=layers, attention=_attention(attention, shape[1], len(widths)),
         head_channels=head_channels, norm_groups=norm_groups, scale_shift=scale_shift, dropout=dropout,
-        num_classes=None if classes is None else classes + 1,
+        num_classes=None if classes is None else classes + (label_dropout > 0),
     )  # fmt: skip
     spec = ModelSpec(
-        shape=shape, prediction=prediction, variance=variance, num_classes=classes, null_class=classes,
+        shape=shape, prediction=prediction, variance=variance, num_classes=classes,
+        null_class=classes if label_dropout > 0 else None,  # without dropout nothing ever trains that row
         class_names=pictures.class_names if conditional else None,
     )  # fmt: skip
-    probe_folder(out)
+    check_writable(out)
     torch.manual_seed(seed)
     trainer = Trainer(out, UNet(unet), NoiseSchedule.by_name(schedule, T), spec, pictures, config, device=target)
     _announce(trainer, unet, spec, pictures)
-    _run(trainer, stop_after, grids)
+    _run(trainer, stop_after, not no_grids)
 
 
 def _announce(trainer: Trainer, unet: UNetConfig, spec: ModelSpec, pictures: ImageData) -> None:
@@ -124,11 +175,12 @@ def _announce(trainer: Trainer, unet: UNetConfig, spec: ModelSpec, pictures: Ima
         f"{len(pictures.images):,} pictures {spec.shape} from {pictures.source}, {classes}; {parameters:,} parameters"
     )
     if trainer.resumed:
-        print(f"resuming {trainer.folder} at step {trainer.step:,} of {trainer.total:,}")
+        news = "is trained already:" if trainer.step == trainer.total else "goes on at"
+        print(f"{trainer.folder} {news} step {trainer.step:,} of {trainer.total:,}")
 
 
 def _run(trainer: Trainer, stop_after: int | None, grids: bool) -> None:
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     bar = Bar(
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps · {task.fields[news]}"),
         TimeRemainingColumn(), console=console, disable=not console.is_terminal,
@@ -142,13 +194,16 @@ def _run(trainer: Trainer, stop_after: int | None, grids: bool) -> None:
         news = f"loss {sum(smooth) / len(smooth):.4f} · {progress.images_per_second:.0f} images/s"
         bar.update(task, completed=progress.step, news=news)
         if progress.epoch_ended or progress.step == progress.total:
-            bar.console.print(f"epoch {progress.epoch}: {news}", highlight=False)
+            bar.console.print(f"epoch {progress.epoch}: {news}")
             if grids:
-                bar.console.print(f"wrote {_draw_grid(trainer, progress.epoch)}", highlight=False)
+                bar.console.print(f"wrote {_draw_grid(trainer, progress.epoch)}")
 
-    with bar:
-        trainer.run(on_progress, stop_after)
-    print(f"wrote {trainer.folder}: fastddpm sample {trainer.folder}")
+    try:
+        with bar:
+            trainer.run(on_progress, stop_after)
+    except KeyboardInterrupt:
+        raise Stopped(f" at step {trainer.step}; the same command continues from there") from None
+    print(f"wrote {trainer.folder}; sample from it with: fastddpm sample {trainer.folder}")
 
 
 def _draw_grid(trainer: Trainer, epoch: int) -> Path:

@@ -1,0 +1,170 @@
+"""Options that a file of weights does not determine, under the names that the peer itself gives them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+
+from fastddpm.checkpoints.base import CheckpointError
+
+_NO_PRESETS: Mapping[str, Mapping[str, object]] = {}
+
+
+class Flags:
+    """The options that a caller gave for one checkpoint, checked as they are read.
+
+    Names that begin with an underscore are notes, as JSON files of flags have them, and are not looked at.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        given: Mapping[str, object],
+        known: Collection[str],
+        presets: Mapping[str, Mapping[str, object]] = _NO_PRESETS,
+    ) -> None:
+        """Collect the options; a preset fills in those that are not given.
+
+        Args:
+            source: The checkpoint and what it was taken for, to start messages with.
+            given: What the caller gave.
+            known: The names that the dialect has.
+            presets: Flags of published models by name; the flag `preset` picks one.
+
+        Raises:
+            CheckpointError: If a name or the preset is unknown.
+        """
+        self.source, self._presets = source, presets
+        names = {*known, "preset"} if presets else set(known)
+        values = {name: value for name, value in given.items() if not name.startswith("_")}
+        unknown = sorted(values.keys() - names)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], sorted(names), 1)
+            hint = (
+                f"did you mean {near[0]}?" if near else f"leave it out; there are {', '.join(sorted(names)) or 'none'}"
+            )
+            raise CheckpointError(f"{source}: there is no flag {', '.join(unknown)} for it; {hint}")
+        preset = values.pop("preset", None)
+        if preset is not None:
+            if not isinstance(preset, str) or preset not in presets:
+                raise CheckpointError(f"{source}: preset must be one of {', '.join(presets)}, got {preset!r}; pick one")
+            values = {**presets[preset], **values}
+        self._values = values
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def require(self, *names: str) -> None:
+        """Raise CheckpointError naming all of `names` that are not given."""
+        missing = [name for name in names if name.partition(" ")[0] not in self._values]
+        if missing:
+            presets = f", or preset= one of {', '.join(self._presets)}" if self._presets else ""
+            raise CheckpointError(
+                f"{self.source}: the file does not say {', '.join(missing)}; "
+                f"give them as they were in training, like {missing[0].partition(' ')[0]}=…{presets}"
+            )
+
+    def given(self, names: Collection[str]) -> dict[str, object]:
+        """Those of `names` that are given, unchecked."""
+        return {name: value for name, value in self._values.items() if name in names}
+
+    def wrong(self, name: str, expected: str) -> CheckpointError:
+        """The error for a flag whose value cannot be."""
+        return CheckpointError(f"{self.source}: {name} must be {expected}, got {self._values.get(name)!r}; correct it")
+
+    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """An int of at least `least`."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.wrong(name, f"an integer of at least {least}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self.wrong(name, "a finite number")
+        return float(value)
+
+    def boolean(self, name: str, default: bool | None = None) -> bool:
+        """True or false."""
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "True or False")
+        return value
+
+    def choice(self, name: str, choices: Sequence[str], default: str | None = None) -> str:
+        """One of `choices`."""
+        value = self._get(name, default)
+        if not isinstance(value, str) or value not in choices:
+            raise self.wrong(name, f"one of {', '.join(choices)}")
+        return value
+
+    def text(self, name: str, default: str) -> str:
+        """Any string."""
+        value = self._get(name, default)
+        if not isinstance(value, str):
+            raise self.wrong(name, "a string")
+        return value
+
+    def path(self, name: str) -> str | None:
+        """A path, or None if it is not given."""
+        value = self._values.get(name)
+        if value is not None and not isinstance(value, (str, os.PathLike)):
+            raise self.wrong(name, "a path")
+        return None if value is None else os.fspath(value)
+
+    def numbers(self, name: str) -> tuple[float, ...] | None:
+        """A list of numbers, which may also be written as a string with commas; None if it is absent or empty."""
+        value = self._values.get(name)
+        parts: object = value.split(",") if isinstance(value, str) and value else value
+        if parts is None or parts == "":
+            return None
+        if not isinstance(parts, Sequence) or isinstance(parts, str):
+            raise self.wrong(name, "a list of numbers")
+        try:
+            return tuple(float(part) for part in parts)
+        except (TypeError, ValueError) as error:
+            raise self.wrong(name, "a list of numbers") from error
+
+    def agree(self, **derived: object) -> None:
+        """Check that flags which the weights determine, where they are given at all, say the same.
+
+        Raises:
+            CheckpointError: If one does not.
+        """
+        for name, value in derived.items():
+            if isinstance(value, tuple):
+                numbers = self.numbers(name)
+                differs = numbers is not None and numbers != value
+            else:
+                differs = name in self._values and self._values[name] != value
+            if differs:
+                raise CheckpointError(
+                    f"{self.source}: {name} must be {value!r}, as its weights have it, got {self._values[name]!r}; "
+                    "leave the flag out"
+                )
+
+    def agree_attention(self, name: str, sizes: Sequence[float], attention: Sequence[bool]) -> None:
+        """Check that a list of the picture sizes with attention, where it is given, fits the weights.
+
+        Args:
+            name: The flag.
+            sizes: Each level's picture size, or whatever else the flag counts levels by.
+            attention: Whether the level has attention in the weights.
+
+        Raises:
+            CheckpointError: If it does not.
+        """
+        numbers = self.numbers(name)
+        derived = [size for size, attends in zip(sizes, attention, strict=True) if attends]
+        if numbers is not None and set(numbers) & set(sizes) != set(derived):
+            raise CheckpointError(
+                f"{self.source}: {name} must be {derived}, as its weights have it, got {self._values[name]!r}; "
+                "leave the flag out, or correct the picture's size"
+            )
+
+    def _get(self, name: str, default: object) -> object:
+        return self._values.get(name, default)

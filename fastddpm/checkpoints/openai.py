@@ -1,0 +1,240 @@
+"""OpenAI's improved-diffusion and guided-diffusion: a bare state dict, averaged weights in ema_*.pt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fastddpm.checkpoints.base import Checkpoint, CheckpointError
+from fastddpm.checkpoints.flags import Flags
+from fastddpm.checkpoints.openai_presets import PRESETS
+from fastddpm.checkpoints.reading import as_state_dict, highest_index
+from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
+from fastddpm.schedule import NoiseSchedule
+from fastddpm.spec import ModelSpec, Variance
+from fastddpm.timesteps import respace
+from fastddpm.unet import UNetConfig
+
+NAME = "openai"
+REASON = "keys time_embed and input_blocks"
+_GUIDED_ONLY = ("num_head_channels", "resblock_updown", "use_fp16")
+_REQUIRED = ("image_size", "diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart")
+# What the weights tell: accepted, and compared with them.
+_DERIVED = ("num_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "learn_sigma", "class_cond",
+            "use_scale_shift_norm", "resblock_updown")  # fmt: skip
+# What matters for training alone.
+_TRAINING = ("dropout", "use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas")
+_HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
+FLAGS = (*_REQUIRED, *_HEADS, "sigma_small", "timestep_respacing", *_DERIVED, *_TRAINING)
+
+
+def detect(values: object) -> bool:
+    """Whether the contents of a file are such weights."""
+    state = as_state_dict(values)
+    return state is not None and "time_embed.0.weight" in state and "input_blocks.0.0.weight" in state
+
+
+def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
+    """Make the network, its schedule and conventions from a file's contents and the flags.
+
+    Raises:
+        CheckpointError: If the weights are not whole, or flags are missing, unknown or wrong.
+    """
+    source = f"{path}, taken for {NAME} ({REASON})"
+    state = as_state_dict(values) or {}
+    _refuse_relatives(state, source)
+    flags = Flags(source, given, FLAGS, PRESETS)
+    learned = _learns_sigma(state, source)
+    _require(flags, state, learned)
+    config = _config(state, flags)
+    try:
+        T = flags.integer("diffusion_steps")
+        spec = ModelSpec(
+            (config.in_channels, *config.sample_size),
+            prediction="x_start" if flags.boolean("predict_xstart") else "eps",
+            variance="learned_range" if learned else _fixed_variance(flags),
+            num_classes=config.num_classes,
+            time_scale=1000.0 / T if flags.boolean("rescale_timesteps") else 1.0,
+            respacing=flags.text("timestep_respacing", ""),
+            to_bytes="truncate",
+        )
+        if spec.respacing:
+            respace(T, spec.respacing)
+        schedule = _schedule(flags.choice("noise_schedule", ("linear", "cosine")), T)
+    except (ValueError, TypeError) as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{source}: {error}") from error
+    return Checkpoint(load_renamed(config, _names(config), state, source), schedule, spec, NAME, path, {})
+
+
+def _schedule(name: str, T: int) -> NoiseSchedule:
+    if name == "cosine":
+        return NoiseSchedule.cosine(T)
+    return NoiseSchedule.linear(T, 1000.0 / T * 1e-4, 1000.0 / T * 0.02)
+
+
+def _fixed_variance(flags: Flags) -> Variance:
+    """guided-diffusion has no flag for it and always takes the large one."""
+    return "fixed_small" if flags.boolean("sigma_small", False) else "fixed_large"
+
+
+def _refuse_relatives(state: Mapping[str, Tensor], source: str) -> None:
+    if "output_blocks.0.0.in_layers.0.weight" not in state or "out.2.weight" not in state:
+        what = "a classifier or another half network" if "out.2.weight" not in state else "cut short"
+        raise CheckpointError(f"{source}: must hold output_blocks and out.2, got neither or one: {what}; give a U-Net")
+
+
+def _learns_sigma(state: Mapping[str, Tensor], source: str) -> bool:
+    """Whether the output has 2C channels.
+
+    Raises:
+        CheckpointError: If it has neither C nor 2C, as with super-resolution networks, whose input is twice as wide.
+    """
+    stem, out = state["input_blocks.0.0.weight"], state["out.2.weight"]
+    if stem.ndim != 4 or out.ndim != 4:
+        raise CheckpointError(f"{source}: the first and last layers must be 2-D convolutions, got others; give a U-Net")
+    c_in, c_out = stem.shape[1], out.shape[0]
+    if c_out not in (c_in, 2 * c_in) or c_in == 6:
+        raise CheckpointError(
+            f"{source}: the output must have as many channels as the input or twice as many, got {c_in} to {c_out}; "
+            "super-resolution networks are not supported"
+        )
+    return bool(c_out == 2 * c_in)
+
+
+def _require(flags: Flags, state: Mapping[str, Tensor], learned: bool) -> None:
+    """Ask for all that is missing at once."""
+    needed = list(_REQUIRED)
+    head_channels = flags.integer("num_head_channels", -1, least=-1)
+    if head_channels == 0:
+        raise flags.wrong("num_head_channels", "−1 or at least 1")
+    if head_channels == -1:
+        needed.append("num_heads (or num_head_channels)")
+    guided = any(name in flags for name in _GUIDED_ONLY) or _resblock_updown(state)
+    if not learned and not guided:
+        needed.append("sigma_small")
+    one_head = head_channels == -1 and "num_heads" in flags and flags.integer("num_heads") == 1
+    improved = "sigma_small" in flags and not guided
+    if not one_head and not improved:
+        needed.append("use_new_attention_order (False for improved-diffusion)")
+    flags.require(*needed)
+
+
+def _resblock_updown(state: Mapping[str, Tensor]) -> bool:
+    """Whether an entry of the way up ends with a second ResBlock."""
+    return any(key.startswith("output_blocks.") and key.split(".")[2:4] in (["1", "in_layers"], ["2", "in_layers"])
+               for key in state)  # fmt: skip
+
+
+def _layers(state: Mapping[str, Tensor], entries: int) -> int:
+    """ResBlocks per level on the way down.
+
+    Each level but the last ends with an entry that only changes the resolution: a convolution, nothing with weights
+    (pooling), or a ResBlock like the others, which then shows on the way up, where it shares an entry.
+    """
+    if _resblock_updown(state):
+        ups = range(highest_index(state, "output_blocks.") + 1)
+        return next(k for k in ups if any(f"output_blocks.{k}.{j}.in_layers.0.weight" in state for j in (1, 2)))
+    plain = [n for n in range(1, entries) if f"input_blocks.{n}.0.in_layers.0.weight" not in state]
+    return (plain[0] if plain else entries) - 1
+
+
+def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
+    """The structure, from the weights' names and shapes and the flags for the heads."""
+    entries = highest_index(state, "input_blocks.") + 1
+    layers = _layers(state, entries)
+    levels = max(1, entries // (layers + 1))
+    firsts = [1 + level * (layers + 1) for level in range(levels)]
+    size = flags.integer("image_size")
+    try:
+        stem, base = state["input_blocks.0.0.weight"].shape, state["time_embed.0.weight"].shape[1]
+        channels = tuple(state[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in firsts)
+        attention = tuple(f"input_blocks.{n}.1.qkv.weight" in state for n in firsts)
+        ups = highest_index(state, "output_blocks.") + 1
+        up_attention = tuple(f"output_blocks.{ups - 1 - level * (layers + 1)}.1.qkv.weight" in state
+                             for level in range(levels))  # fmt: skip
+        widths = state["input_blocks.1.0.emb_layers.1.weight"].shape[0], channels[0]
+        new_order = flags.boolean("use_new_attention_order", False)
+        up_heads = flags.integer("num_heads_upsample", -1, least=-1)
+        head_channels = flags.integer("num_head_channels", -1, least=-1)
+        config = UNetConfig(
+            sample_size=(size, size),
+            in_channels=stem[1],
+            out_channels=state["out.2.weight"].shape[0],
+            channels=channels,
+            stem_channels=stem[0],
+            embedding_channels=base,
+            time_channels=state["time_embed.0.weight"].shape[0],
+            layers=layers,
+            attention=attention,
+            up_attention=up_attention,
+            num_heads=1 if head_channels != -1 else flags.integer("num_heads"),
+            up_num_heads=None if up_heads == -1 or head_channels != -1 else up_heads,
+            head_channels=None if head_channels == -1 else head_channels,
+            attention_order="qkv_heads" if new_order else "heads_qkv",
+            norm_groups=32,
+            norm_eps=1e-5,
+            scale_shift=widths[0] == 2 * widths[1],
+            resblock_updown=_resblock_updown(state),
+            conv_resample=levels == 1 or f"input_blocks.{layers + 1}.0.op.weight" in state,
+            num_classes=state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None,
+            embedding="cos_sin",
+            embedding_shift=0.0,
+        )
+    except (KeyError, IndexError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{flags.source}: {what}; give the whole state dict and the flags of training") from error
+    flags.agree(
+        num_channels=base,
+        num_res_blocks=layers,
+        channel_mult=tuple(width / base for width in channels),
+        learn_sigma=config.out_channels != config.in_channels,
+        class_cond=config.num_classes is not None,
+        use_scale_shift_norm=config.scale_shift,
+        resblock_updown=config.resblock_updown,
+    )
+    flags.agree_attention("attention_resolutions", [size / 2**level for level in range(levels)], attention)
+    return config
+
+
+def _names(config: UNetConfig) -> Names:
+    levels, layers = len(config.channels), config.layers
+
+    def place(part: Part, level: int, i: int, kind: Kind) -> str:
+        if part == "mid":
+            return f"middle_block.{1 if kind == 'attention' else 2 * i}"
+        if part == "down":
+            return f"input_blocks.{1 + level * (layers + 1) + i}.{1 if kind == 'attention' else 0}"
+        entry = (levels - 1 - level) * (layers + 1)
+        if kind == "resample":  # shares the last block's entry, behind its attention if there is one
+            attends = (config.up_attention or config.attention)[level]
+            return f"output_blocks.{entry + layers}.{2 if attends else 1}"
+        return f"output_blocks.{entry + i}.{1 if kind == 'attention' else 0}"
+
+    return Names(
+        fixed={
+            "time_mlp.0": "time_embed.0",
+            "time_mlp.2": "time_embed.2",
+            "label_embedding": "label_emb",
+            "stem": "input_blocks.0.0",
+            "norm_out": "out.0",
+            "conv_out": "out.2",
+        },
+        block={
+            "norm1": "in_layers.0",
+            "conv1": "in_layers.2",
+            "time": "emb_layers.1",
+            "norm2": "out_layers.0",
+            "conv2": "out_layers.3",
+            "skip": "skip_connection",
+        },
+        norm="norm",
+        qkv=("qkv",),
+        out="proj_out",
+        down_conv="op",
+        up_conv="conv",
+        place=place,
+    )

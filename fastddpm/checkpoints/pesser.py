@@ -1,0 +1,156 @@
+"""Ho et al.'s networks in PyTorch, as pesser/pytorch_diffusion converts and stores them: a bare state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastddpm.checkpoints.base import Checkpoint, CheckpointError
+from fastddpm.checkpoints.flags import Flags
+from fastddpm.checkpoints.reading import as_state_dict, highest_index
+from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
+from fastddpm.schedule import NoiseSchedule
+from fastddpm.spec import ModelSpec
+from fastddpm.unet import UNetConfig
+
+NAME = "pesser"
+REASON = "keys temb.dense and down.0.block"
+_SCHEDULES = ("quad", "linear", "warmup10", "warmup50", "const", "jsd")
+_DIFFUSION = ("beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps", "model_var_type")
+_MODEL = ("resolution", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout")
+FLAGS = (*_MODEL, "resamp_with_conv", *_DIFFUSION)
+
+_LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_diffusion_timesteps": 1000}
+_LSUN = {**_LINEAR, "resolution": 256, "model_var_type": "fixedsmall"}
+PRESETS: dict[str, dict[str, object]] = {
+    "cifar10": {**_LINEAR, "resolution": 32, "model_var_type": "fixedlarge"},
+    "lsun_bedroom": _LSUN,
+    "lsun_cat": _LSUN,
+    "lsun_church": _LSUN,
+}
+PRESETS |= {f"ema_{name}": flags for name, flags in PRESETS.items()}
+
+
+def detect(values: object) -> bool:
+    """Whether the contents of a file are such weights."""
+    state = as_state_dict(values)
+    return state is not None and "temb.dense.0.weight" in state and "down.0.block.0.norm1.weight" in state
+
+
+def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
+    """Make the network, its schedule and conventions from a file's contents and the flags.
+
+    Raises:
+        CheckpointError: If the weights are not whole, or flags are missing, unknown or wrong.
+    """
+    source = f"{path}, taken for {NAME} ({REASON})"
+    state = as_state_dict(values) or {}
+    flags = Flags(source, given, FLAGS, PRESETS)
+    flags.require("resolution", *_DIFFUSION)
+    config = _config(state, flags)
+    try:
+        schedule = _schedule(flags)
+        variance = flags.choice("model_var_type", ("fixedlarge", "fixedsmall"))
+        spec = ModelSpec(
+            (config.in_channels, *config.sample_size),
+            variance="fixed_large" if variance == "fixedlarge" else "fixed_small",
+            prev_timestep="chain",
+            to_bytes="truncate",
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    return Checkpoint(load_renamed(config, _names(), state, source), schedule, spec, NAME, path, {})
+
+
+def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
+    """The structure, from the weights' names and shapes."""
+    size = flags.integer("resolution")
+    levels = highest_index(state, "down.") + 1
+    layers = highest_index(state, "down.0.block.") + 1
+    try:
+        ch, stem = state["temb.dense.0.weight"].shape[1], state["conv_in.weight"].shape
+        channels = tuple(state[f"down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
+        out = state["conv_out.weight"].shape[0]
+        config = UNetConfig(
+            sample_size=(size, size),
+            in_channels=stem[1],
+            out_channels=out,
+            channels=channels,
+            stem_channels=stem[0],
+            embedding_channels=ch,
+            layers=layers,
+            attention=tuple(f"down.{i}.attn.0.q.weight" in state for i in range(levels)),
+            norm_groups=32,
+            norm_eps=1e-6,
+            conv_resample=levels == 1 or "down.0.downsample.conv.weight" in state,
+            downsample_padding="asymmetric",
+            embedding="sin_cos",
+            embedding_shift=1.0,
+        )
+    except (KeyError, IndexError, ValueError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{flags.source}: {what}; give the whole state dict") from error
+    if out != stem[1]:
+        raise CheckpointError(f"{flags.source}: conv_out must have {stem[1]} channels, got {out}: not supported")
+    flags.agree(
+        in_channels=stem[1],
+        out_ch=out,
+        ch=ch,
+        ch_mult=tuple(width / ch for width in channels),
+        num_res_blocks=layers,
+        resamp_with_conv=config.conv_resample,
+    )
+    flags.agree_attention("attn_resolutions", [size / 2**i for i in range(levels)], config.attention)
+    return config
+
+
+def _schedule(flags: Flags) -> NoiseSchedule:
+    kind, T = flags.choice("beta_schedule", _SCHEDULES), flags.integer("num_diffusion_timesteps")
+    start, end = flags.number("beta_start"), flags.number("beta_end")
+    if kind == "linear":
+        return NoiseSchedule.linear(T, start, end)
+    if kind == "quad":
+        return NoiseSchedule.scaled_linear(T, start, end)
+    if kind == "jsd":
+        return NoiseSchedule.from_betas(1.0 / torch.linspace(T, 1, T, dtype=torch.float64))
+    betas = torch.full((T,), end, dtype=torch.float64)
+    if kind.startswith("warmup"):
+        warm = int(T * int(kind.removeprefix("warmup")) / 100)
+        betas[:warm] = torch.linspace(start, end, warm, dtype=torch.float64)
+    return NoiseSchedule.from_betas(betas)
+
+
+def _names() -> Names:
+    def place(part: Part, level: int, i: int, kind: Kind) -> str:
+        if part == "mid":
+            return f"mid.attn_{i + 1}" if kind == "attention" else f"mid.block_{i + 1}"
+        if kind == "resample":
+            return f"{part}.{level}.{part}sample"
+        return f"{part}.{level}.{'attn' if kind == 'attention' else 'block'}.{i}"
+
+    return Names(
+        fixed={
+            "time_mlp.0": "temb.dense.0",
+            "time_mlp.2": "temb.dense.1",
+            "stem": "conv_in",
+            "norm_out": "norm_out",
+            "conv_out": "conv_out",
+        },
+        block={
+            "norm1": "norm1",
+            "conv1": "conv1",
+            "time": "temb_proj",
+            "norm2": "norm2",
+            "conv2": "conv2",
+            "skip": "nin_shortcut",
+        },
+        norm="norm",
+        qkv=("q", "k", "v"),
+        out="proj_out",
+        down_conv="conv",
+        up_conv="conv",
+        place=place,
+    )

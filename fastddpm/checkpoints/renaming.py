@@ -1,0 +1,164 @@
+"""Another project's names for the parts of a U-Net, and the way of its weights into ours.
+
+All of them stack the same parts; what differs is how the parts are called, and that we keep each attention's q, k and
+v in one layer and all blocks' time projections in one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.blocks import Attention, ResBlock, Stage
+from fastddpm.checkpoints.base import CheckpointError, load_weights
+from fastddpm.unet import UNet, UNetConfig
+
+Part = Literal["down", "mid", "up"]
+Kind = Literal["block", "attention", "resample"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What a project calls the parts.
+
+    Args:
+        fixed: Its names of our time_mlp.0, time_mlp.2, label_embedding, stem, norm_out and conv_out.
+        block: Its names, within a ResBlock, of norm1, conv1, time, norm2, conv2 and skip.
+        norm: The norm within an attention.
+        qkv: The projections within an attention, one name if they are fused already.
+        out: The last layer within an attention.
+        down_conv: The convolution of a downsampler, within what `place` calls its resampling.
+        up_conv: The same for an upsampler.
+        place: (part, level, i, kind) → the prefix of that part. Levels count from the finest on both ways; i counts
+            the blocks of the level. A change of resolution has the i after the last block's.
+    """
+
+    fixed: Mapping[str, str]
+    block: Mapping[str, str]
+    norm: str
+    qkv: tuple[str, ...]
+    out: str
+    down_conv: str
+    up_conv: str
+    place: Callable[[Part, int, int, Kind], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """One of our tensors: the names of theirs that it is made of, and how many rows each has (None: equal parts)."""
+
+    theirs: tuple[str, ...]
+    rows: tuple[int, ...] | None = None
+
+
+def load_renamed(config: UNetConfig, names: Names, state: Mapping[str, Tensor], source: str) -> UNet:
+    """Build a U-Net and fill it with a project's weights.
+
+    Args:
+        config: The structure.
+        names: What the project calls the parts.
+        state: Its state dict.
+        source: The file and what it was taken for, for messages.
+
+    Returns:
+        The network in float32 on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: If tensors are missing or left over, or have other shapes or values than they must.
+    """
+    with torch.device("meta"):
+        network = UNet(config)
+    pieces = _pieces(network, names)
+    _check_names(pieces, state, source)
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    weights = {ours: _fuse(piece, state, shapes[ours], source) for ours, piece in pieces.items()}
+    load_weights(network, weights, source)
+    return network.eval()
+
+
+def _pieces(network: UNet, names: Names) -> dict[str, _Piece]:
+    """All of our tensors and what they are made of, block by block in the order of the time projections."""
+    pieces: dict[str, _Piece] = {}
+    projections: list[str] = []
+
+    def layer(ours: str, *theirs: str) -> None:
+        for kind in ("weight", "bias"):
+            pieces[f"{ours}.{kind}"] = _Piece(tuple(f"{name}.{kind}" for name in theirs))
+
+    def block(ours: str, theirs: str, module: ResBlock) -> None:
+        for part in ("norm1", "conv1", "norm2", "conv2"):
+            layer(f"{ours}.{part}", f"{theirs}.{names.block[part]}")
+        if isinstance(module.skip, nn.Conv2d):
+            layer(f"{ours}.skip", f"{theirs}.{names.block['skip']}")
+        projections.append(f"{theirs}.{names.block['time']}")
+
+    def attention(ours: str, theirs: str, module: Attention) -> None:
+        if isinstance(module.norm, nn.GroupNorm):
+            layer(f"{ours}.norm", f"{theirs}.{names.norm}")
+        layer(f"{ours}.qkv", *(f"{theirs}.{name}" for name in names.qkv))
+        layer(f"{ours}.out", f"{theirs}.{names.out}")
+
+    def stage(part: Part, ours: str, level: int, module: Stage) -> None:
+        pairs = module.pairs()
+        for i, (res, att) in enumerate(pairs):
+            block(f"{ours}.blocks.{i}", names.place(part, level, i, "block"), cast(ResBlock, res))
+            if isinstance(att, Attention):
+                attention(f"{ours}.attentions.{i}", names.place(part, level, i, "attention"), att)
+        place = names.place(part, level, len(pairs), "resample")
+        if isinstance(module.resample, ResBlock):
+            block(f"{ours}.resample", place, module.resample)
+        elif module.resample is not None and network.config.conv_resample:
+            conv = names.down_conv if part == "down" else names.up_conv
+            layer(f"{ours}.resample.conv", f"{place}.{conv}")
+
+    for ours, theirs in names.fixed.items():
+        if ours == "label_embedding":
+            if network.label_embedding is not None:
+                pieces["label_embedding.weight"] = _Piece((f"{theirs}.weight",))
+        else:
+            layer(ours, theirs)
+    levels = len(network.config.channels)
+    for level, module in enumerate(network.down):
+        stage("down", f"down.{level}", level, cast(Stage, module))
+    stage("mid", "mid", levels - 1, network.mid)
+    for i, module in enumerate(network.up):
+        stage("up", f"up.{i}", levels - 1 - i, cast(Stage, module))
+    for kind in ("weight", "bias"):
+        theirs_all = tuple(f"{name}.{kind}" for name in projections)
+        pieces[f"time_projection.{kind}"] = _Piece(theirs_all, tuple(network.projection_widths))
+    return pieces
+
+
+def _check_names(pieces: Mapping[str, _Piece], state: Mapping[str, Tensor], source: str) -> None:
+    wanted = [name for piece in pieces.values() for name in piece.theirs]
+    problems = [f"{name} is missing" for name in wanted if name not in state]
+    used = set(wanted)
+    problems += [f"{name} is left over" for name in state if name not in used]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{source}: weights do not fit: {'; '.join(problems[:3])}{more}; "
+            "give the whole state dict of that network, and no other's"
+        )
+
+
+def _fuse(piece: _Piece, state: Mapping[str, Tensor], shape: tuple[int, ...], source: str) -> Tensor:
+    """One of our tensors. Linear layers may come as 1×1 convolutions."""
+    rows = piece.rows or (shape[0] // len(piece.theirs),) * len(piece.theirs)
+    parts = []
+    for name, n in zip(piece.theirs, rows, strict=True):
+        value, wanted = state[name], (n, *shape[1:])
+        ones = (1,) * (value.ndim - len(wanted))
+        if tuple(value.shape) != (*wanted, *ones):
+            raise CheckpointError(
+                f"{source}: {name} must have shape {list(wanted)}, got {list(value.shape)}; "
+                "the file or its configuration belongs to another network"
+            )
+        if not value.is_floating_point():
+            raise CheckpointError(f"{source}: {name} must hold floats, got {value.dtype}; fetch it again")
+        parts.append(value.reshape(wanted))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

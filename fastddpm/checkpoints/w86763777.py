@@ -1,0 +1,165 @@
+"""Checkpoints of w86763777/pytorch-ddpm: a dict with net_model, ema_model, sched, optim, step and x_T."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastddpm.blocks import timestep_embedding
+from fastddpm.checkpoints.base import Checkpoint, CheckpointError
+from fastddpm.checkpoints.flags import Flags
+from fastddpm.checkpoints.reading import as_state_dict, highest_index
+from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
+from fastddpm.schedule import NoiseSchedule
+from fastddpm.spec import ModelSpec
+from fastddpm.unet import UNetConfig
+
+NAME = "w86763777"
+REASON = "keys time_embedding.timembedding and downblocks"
+_TABLE = "time_embedding.timembedding.0.weight"
+_REQUIRED = ("beta_1", "beta_T", "mean_type", "var_type", "img_size")
+FLAGS = (*_REQUIRED, "T", "ch", "ch_mult", "attn", "num_res_blocks", "dropout", "model")
+_MODELS = ("ema_model", "net_model")
+
+
+def detect(values: object) -> bool:
+    """Whether the contents of a file are such a checkpoint, or one of its two networks alone."""
+    return any(_TABLE in state and "downblocks.0.block1.0.weight" in state for state in _networks(values).values())
+
+
+def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
+    """Make the network, its schedule and conventions from a file's contents and the flags.
+
+    The flag `model` picks the averaged weights ("ema_model", which the project samples from) or "net_model".
+
+    Raises:
+        CheckpointError: If the weights are not whole, or flags are missing, unknown or wrong.
+    """
+    source = f"{path}, taken for {NAME} ({REASON})"
+    flags = Flags(source, given, FLAGS)
+    flags.require(*_REQUIRED)
+    networks = _networks(values)
+    model = flags.choice("model", _MODELS, "ema_model")
+    name = "" if "" in networks and "model" not in flags else model
+    if name not in networks:
+        raise CheckpointError(f"{source}: model must be a network of the file, got {model}, which it lacks; change it")
+    state = networks[name]
+    T = _check_times(state, source)
+    flags.agree(T=T)
+    mean = flags.choice("mean_type", ("epsilon", "xstart", "xprev"))
+    if mean == "xprev":
+        raise CheckpointError(f"{source}: mean_type must be epsilon or xstart, got xprev, which no solver here runs on")
+    variance = flags.choice("var_type", ("fixedlarge", "fixedsmall"))
+    config = _config(state, flags)
+    try:
+        betas = torch.linspace(flags.number("beta_1"), flags.number("beta_T"), T).double()
+        schedule = NoiseSchedule.from_betas(betas)
+        spec = ModelSpec(
+            (config.in_channels, *config.sample_size),
+            prediction="eps" if mean == "epsilon" else "x_start",
+            variance="fixed_large" if variance == "fixedlarge" else "fixed_small",
+            clip=None,  # its clipping of x_0 comes after the mean has been computed
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    training: dict[str, object] = {"model": name} if name else {}
+    if isinstance(values, Mapping) and isinstance(values.get("step"), int):
+        training["steps"] = values["step"]
+    weights = {name: value for name, value in state.items() if name != _TABLE}
+    return Checkpoint(load_renamed(config, _names(config), weights, source), schedule, spec, NAME, path, training)
+
+
+def _networks(values: object) -> dict[str, dict[str, Tensor]]:
+    """The state dicts in a file; a bare one stands under the empty name."""
+    bare = as_state_dict(values)
+    if bare is not None:
+        return {"": bare}
+    if not isinstance(values, Mapping):
+        return {}
+    found = {name: as_state_dict(values.get(name)) for name in _MODELS}
+    return {name: state for name, state in found.items() if state is not None}
+
+
+def _check_times(state: Mapping[str, Tensor], source: str) -> int:
+    """T, from the frozen table of time embeddings, which must be the one that we compute."""
+    table = state.get(_TABLE)
+    if table is None or table.ndim != 2 or not table.is_floating_point() or table.shape[1] % 2:
+        raise CheckpointError(f"{source}: {_TABLE} must be a table [T, even width]; fetch the file again")
+    ours = timestep_embedding(torch.arange(len(table)), table.shape[1], order="interleaved", shift=0.0)
+    # Sines of large arguments, rounded once differently: 1e-3 leaves room for a million steps.
+    if not bool(((ours - table.float()).abs() < 1e-3).all()):
+        raise CheckpointError(f"{source}: {_TABLE} must hold the sinusoids of 0 … T−1, got others; it was changed")
+    return len(table)
+
+
+def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
+    """The structure, from the weights' names and shapes."""
+    size = flags.integer("img_size")
+    count = highest_index(state, "downblocks.") + 1
+    strided = [i for i in range(count) if f"downblocks.{i}.main.weight" in state]
+    layers, levels = (strided[0] if strided else count), len(strided) + 1
+    firsts = [level * (layers + 1) for level in range(levels)]
+    try:
+        head = state["head.weight"].shape
+        ch = state[_TABLE].shape[1]
+        channels = tuple(state[f"downblocks.{i}.block1.2.weight"].shape[0] for i in firsts)
+        config = UNetConfig(
+            sample_size=(size, size),
+            in_channels=head[1],
+            out_channels=state["tail.2.weight"].shape[0],
+            channels=channels,
+            stem_channels=head[0],
+            embedding_channels=ch,
+            layers=layers,
+            attention=tuple(f"downblocks.{i}.attn.proj_q.weight" in state for i in firsts),
+            norm_groups=32,
+            norm_eps=1e-5,
+            embedding="interleaved",
+            embedding_shift=0.0,
+        )
+    except (KeyError, IndexError, ValueError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{flags.source}: {what}; give the whole checkpoint") from error
+    flags.agree(ch=ch, ch_mult=tuple(width / ch for width in channels), num_res_blocks=layers)
+    flags.agree_attention("attn", list(range(levels)), config.attention)
+    return config
+
+
+def _names(config: UNetConfig) -> Names:
+    levels, layers = len(config.channels), config.layers
+
+    def place(part: Part, level: int, i: int, kind: Kind) -> str:
+        if part == "mid":
+            prefix = f"middleblocks.{i}"
+        elif part == "down":
+            prefix = f"downblocks.{level * (layers + 1) + i}"
+        else:
+            prefix = f"upblocks.{(levels - 1 - level) * (layers + 2) + i}"
+        return f"{prefix}.attn" if kind == "attention" else prefix
+
+    return Names(
+        fixed={
+            "time_mlp.0": "time_embedding.timembedding.1",
+            "time_mlp.2": "time_embedding.timembedding.3",
+            "stem": "head",
+            "norm_out": "tail.0",
+            "conv_out": "tail.2",
+        },
+        block={
+            "norm1": "block1.0",
+            "conv1": "block1.2",
+            "time": "temb_proj.1",
+            "norm2": "block2.0",
+            "conv2": "block2.3",
+            "skip": "shortcut",
+        },
+        norm="group_norm",
+        qkv=("proj_q", "proj_k", "proj_v"),
+        out="proj",
+        down_conv="main",
+        up_conv="main",
+        place=place,
+    )

@@ -1,0 +1,155 @@
+"""RunFolder: what a training run leaves on the disk, and how the next session finds its place in it.
+
+    config.json, model.safetensors   the checkpoint to sample from (fastddpm's own format)
+    train_state.safetensors          weights, averaged weights, AdamW's moments, the step, the run's settings
+    metrics.jsonl                    a line for each saved state
+
+The state is written last: where it stands, all that belongs to its step stands too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastddpm.checkpoints import native
+from fastddpm.checkpoints.base import CheckpointError, check_weights
+from fastddpm.files import remove_leftovers, write_tensors, write_text
+from fastddpm.schedule import NoiseSchedule
+from fastddpm.spec import ModelSpec
+from fastddpm.train_config import TrainConfig
+from fastddpm.unet_config import UNetConfig
+
+STATE_NAME = "train_state.safetensors"
+METRICS_NAME = "metrics.jsonl"
+PARTS = ("model", "ema", "exp_avg", "exp_avg_sq")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a run needs to go on.
+
+    Args:
+        step: Optimiser steps done.
+        parts: For each of `PARTS` a tensor per parameter: the weights, their average, and AdamW's two moments.
+    """
+
+    step: int
+    parts: Mapping[str, Mapping[str, Tensor]]
+
+
+class RunFolder:
+    """The folder of one training run; one process at a time may write to it."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the folder; nothing is made or read yet."""
+        self.path = path
+
+    def save_state(self, state: TrainState, settings: Mapping[str, Any]) -> None:
+        """Write the state, atomically.
+
+        Args:
+            state: What to resume from.
+            settings: What must not change between the sessions of a run, as JSON-ready values.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        tensors = {f"{part}.{name}": value for part, named in state.parts.items() for name, value in named.items()}
+        facts = {"step": state.step, "fingerprint": settings}
+        write_tensors(self.path / STATE_NAME, tensors, {key: json.dumps(value) for key, value in facts.items()})
+
+    def load_state(self, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> TrainState | None:
+        """Read the state; None if there is none yet. What a killed session left half-written is removed.
+
+        Args:
+            settings: Those of this session.
+            shapes: Shape of each parameter.
+
+        Returns:
+            The state, float32 on the CPU.
+
+        Raises:
+            ValueError: If the state belongs to a run with other settings.
+            CheckpointError: If the state or the metrics are damaged.
+        """
+        remove_leftovers(self.path)
+        path = self.path / STATE_NAME
+        self._metrics()
+        if not path.exists():
+            return None
+        tensors, metadata = native.read_safetensors(path), native.read_metadata(path)
+        try:
+            step, theirs = json.loads(metadata["step"]), _completed(json.loads(metadata["fingerprint"]))
+            if not isinstance(step, int) or step < 0:
+                raise ValueError(f"step {step!r}")
+        except (KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: not a training state ({error!r}); remove it to start afresh") from error
+        different = _differences(*(json.loads(json.dumps(both)) for both in (theirs, dict(settings))))
+        if different:
+            raise ValueError(
+                f"{self.path} holds a run with other settings: {'; '.join(different)}; "
+                "give the same options to resume it, or another folder to start a new run"
+            )
+        parts = {
+            part: {name.partition(".")[2]: v for name, v in tensors.items() if name.startswith(f"{part}.")}
+            for part in PARTS
+        }
+        return TrainState(step, {part: check_weights(shapes, named, str(path)) for part, named in parts.items()})
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add a line; lines of the same step or later ones, which a kill has undone, are dropped.
+
+        Raises:
+            CheckpointError: If the file holds something else.
+            OSError: If the file cannot be written.
+        """
+        kept = [old for old in self._metrics() if old["step"] < line["step"]]
+        write_text(self.path / METRICS_NAME, "".join(json.dumps(entry) + "\n" for entry in [*kept, dict(line)]))
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        path = self.path / METRICS_NAME
+        if not path.exists():
+            return []
+        entries = []
+        try:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                entry = json.loads(line)
+                if not isinstance(entry["step"], int):
+                    raise ValueError(f"step {entry['step']!r}")
+                entries.append(entry)
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path}: line {len(entries) + 1} must be a JSON object with a step ({error}); move the file away"
+            ) from error
+        return entries
+
+
+def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an older fastddpm wrote, with the defaults of the options that it did not have yet.
+
+    Raises:
+        KeyError: If a part is missing.
+        TypeError: If a part is of another kind.
+        ValueError: If a newer fastddpm wrote them, or nothing of the kind.
+    """
+    return {
+        **settings,
+        "unet": UNetConfig.from_dict(settings["unet"]).to_dict(),
+        "schedule": NoiseSchedule.from_config(settings["schedule"]).to_config(),
+        "spec": ModelSpec.from_dict(settings["spec"]).to_dict(),
+        "config": TrainConfig(**settings["config"]).lasting(),
+    }
+
+
+def _differences(theirs: object, mine: object, name: str = "") -> list[str]:
+    """What differs between two nested settings, as readable phrases."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        keys = sorted({*theirs, *mine})
+        return [d for key in keys for d in _differences(theirs.get(key), mine.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if theirs == mine else [f"{name} was {theirs!r}, is {mine!r}"]
