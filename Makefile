@@ -62,7 +62,8 @@ bench: $(TEST) ## the benchmarks; figures go to benchmarks/results
 train: $(BASE) ## train on MNIST: make train DATA=<folder with the idx files>
 	@if [ -z "$(DATA)" ]; then \
 		echo "make train: DATA must be the folder with MNIST's idx files, got nothing; write make train DATA=<folder>" >&2; exit 2; fi
-	@$(BIN)/fastddpm train --data "$(DATA)" --out runs/mnist
+	@$(BIN)/fastddpm train "$(DATA)" --out runs/mnist --channels 32,64,96 --layers 1 --head-channels 32 \
+		--scale-shift --epochs 8 --weights fp16
 
 install: $(BASE) ## only make .venv and install the package there
 
