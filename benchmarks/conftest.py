@@ -14,9 +14,7 @@ _HERE = Path(__file__).parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Register ``--benchmark``."""
-    parser.addoption(
-        "--benchmark", action="store_true", help="run the benchmarks, and only them (skipped otherwise)"
-    )
+    parser.addoption("--benchmark", action="store_true", help="run the benchmarks, and only them (skipped otherwise)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -39,9 +37,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def pytest_benchmark_update_json(
-    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
-) -> None:
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
     """Add p20, p50 and p80 (seconds) to each result: with other work about, they say more than a mean."""
     for result in output_json["benchmarks"]:
         p20, p50, p80 = np.percentile(result["stats"]["data"], [20, 50, 80])

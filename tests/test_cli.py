@@ -583,7 +583,7 @@ FULL_DISK = (
 def test_a_full_disk(place, model, option):
     """The largest size of a file stands in for the full disk."""
     arguments = [sys.executable, "-c", FULL_DISK, "sample", str(model), "-n", "20", "--steps", "3", option]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), cwd=place, timeout=120)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), cwd=place, timeout=240)
     refused(Result(done.returncode, done.stdout, done.stderr), f"{option[6:].lstrip('=')}: file too large; make room")
     assert files(place) == []
 
@@ -596,7 +596,7 @@ def stop(process, when):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
     finally:
         process.kill()
     return Result(process.returncode, out, err)
@@ -636,7 +636,7 @@ def test_ctrl_c_while_training_saves(fastddpm, place, data):
 def test_two_processes_may_share_a_folder(place, model):
     arguments = ["sample", model, "-n", 8, "--folder", "out", "--batch-size", 2]
     processes = [start(*arguments, cwd=place) for _ in range(2)]
-    results = [process.communicate(timeout=120) for process in processes]
+    results = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     assert files(place / "out") == [*(f"{i:06d}.png" for i in range(8)), "run.json"]
     for i, picture in enumerate(expected_pictures(model, 8)):

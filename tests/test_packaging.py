@@ -54,9 +54,7 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     for name in BUILT_FROM:
         if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-            )
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, folder)
     return folder
@@ -93,9 +91,7 @@ def test_wheel_has_the_kernels_the_export_package_and_the_typing_marker(wheel: P
 
 def test_wheel_has_the_shipped_checkpoint(wheel: Path) -> None:
     folder = "fastddpm/pretrained/mnist"
-    assert {f"{folder}/{name}" for name in ("config.json", "model.safetensors", "README.md")} <= files_in(
-        wheel
-    )
+    assert {f"{folder}/{name}" for name in ("config.json", "model.safetensors", "README.md")} <= files_in(wheel)
 
 
 def test_wheel_from_the_sdist_is_the_same(copied: Path, wheel: Path, tmp_path: Path) -> None:
@@ -149,11 +145,7 @@ def test_installed_package_is_this_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", LINKED)
 def test_installation_adds_no_top_level_name(name: str, tmp_path: Path) -> None:
-    script = (
-        "import importlib.util as u, sys\n"
-        "spec = u.find_spec(sys.argv[1])\n"
-        "print(spec.origin if spec else None)"
-    )
+    script = "import importlib.util as u, sys\nspec = u.find_spec(sys.argv[1])\nprint(spec.origin if spec else None)"
     assert not run(sys.executable, "-c", script, name, cwd=tmp_path).startswith(str(ROOT))
 
 
@@ -200,9 +192,7 @@ def closure() -> dict[str, Requirement]:
         seen[name] = asked
         for text in metadata.requires(name) or []:
             needed = Requirement(text)
-            if needed.marker is None or any(
-                needed.marker.evaluate({"extra": e}) for e in ("", *asked.extras)
-            ):
+            if needed.marker is None or any(needed.marker.evaluate({"extra": e}) for e in ("", *asked.extras)):
                 needed.marker = None
                 todo.append(needed)
     return seen
