@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from fastddpm import CheckpointError, Sampler, load_checkpoint
 from fastddpm.checkpoints import diffusers, openai, pesser, w86763777
 from tests.foreign import FLAGS, diffusers_config, foreign_network, foreign_state
+from tests.helpers import peers_dir
 from tests.tiny import save_checkpoint
 
 OPENAI = {"use_new_attention_order": False}
@@ -466,3 +467,35 @@ def test_any_contents_are_refused(tmp_path_factory, values, flags):
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(path, **FLAGS[flags])
     assert "\n" not in str(caught.value)
+
+
+class TestFlagsOnTheCommandLine:
+    def test_values_are_json_or_words(self):
+        from fastddpm.cli.flags import parse_flags
+
+        texts = ["num_heads=4", "noise_schedule=cosine", "predict_xstart=False", "sigma=null", "path=a=b", 'mult="1,2"']
+        expected = {"num_heads": 4, "noise_schedule": "cosine", "predict_xstart": False, "sigma": None}
+        expected |= {"path": "a=b", "mult": "1,2"}
+        assert parse_flags(texts) == expected
+        assert parse_flags(None) == {}
+
+    @pytest.mark.parametrize("texts", [["num_heads"], ["=4"], ["a b=1"], ["device=cpu"], ["x=1", "x=2"]])
+    def test_what_is_no_flag_is_refused(self, texts):
+        from fastddpm.cli.flags import parse_flags
+
+        with pytest.raises(ValueError, match="--flag"):
+            parse_flags(texts)
+
+    def test_a_foreign_file_is_sampled_and_described(self, tmp_path, capsys):
+        from fastddpm.cli import app
+
+        folder = peers_dir() / "openai_guided"
+        values = json.loads((folder / "flags.json").read_text())
+        flags = [f"--flag={k}={json.dumps(v)}" for k, v in values.items() if not k.startswith("_")]
+        path, grid = str(folder / "ema_0.9999_010000.pt"), tmp_path / "grid.png"
+        app(["sample", path, "-n", "2", "--steps", "2", "--grid", str(grid), *flags], standalone_mode=False)
+        assert grid.exists()
+        capsys.readouterr()
+        app(["info", path, "--json", *flags], standalone_mode=False)
+        facts = json.loads(capsys.readouterr().out)["checkpoint"]
+        assert (facts["format"], facts["parameters"]) == ("openai", "319,558")

@@ -11,12 +11,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fastddpm.cli.flags import FlagOption, parse_flags
+
 if TYPE_CHECKING:
     from fastddpm.checkpoints import Checkpoint
 
 
 def info(
-    model: Annotated[str | None, typer.Argument(help="A shipped checkpoint or a checkpoint folder.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A shipped checkpoint, a checkpoint folder, or a file of weights.")
+    ] = None,
+    flag: FlagOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show what a checkpoint is, and what this machine would use to sample from it.
@@ -29,7 +34,7 @@ def info(
     machine = dataclasses.asdict(describe_machine())
     facts: dict[str, Any] = {"machine": machine, "shipped checkpoints": list(SHIPPED)}
     if model is not None:
-        facts = {"checkpoint": checkpoint_facts(load_checkpoint(model)), "machine": machine}
+        facts = {"checkpoint": checkpoint_facts(load_checkpoint(model, **parse_flags(flag))), "machine": machine}
     if as_json:
         print(json.dumps(facts, indent=2, default=str))
         return

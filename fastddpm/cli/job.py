@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ class Job:
 
     sampler: Sampler
     model: str
+    flags: Mapping[str, object]
     n: int
     solver: Solver
     steps: int | None
@@ -269,7 +270,7 @@ class Job:
 
     def _settings(self) -> dict[str, object]:
         """What determines a picture besides its id; the name of the model is for people, its weights count."""
-        names = ("model", "solver", "steps", "timesteps", "eta", "classes", "guidance", "threshold", "seed")
+        names = ("model", "flags", "solver", "steps", "timesteps", "eta", "classes", "guidance", "threshold", "seed")
         checksum = 0
         if self.sampler.checkpoint is not None:
             for value in self.sampler.checkpoint.network.state_dict().values():

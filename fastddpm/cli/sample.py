@@ -7,11 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
+from fastddpm.cli.flags import FlagOption, parse_flags
+
 WHAT, METHOD, OUTPUT, RUN = "What to draw", "How to draw", "Where to write (several may be given)", "Running"
 
 
 def sample(
-    model: Annotated[str, typer.Argument(help="A shipped checkpoint (`mnist`) or a checkpoint folder.")],
+    model: Annotated[
+        str, typer.Argument(help="A shipped checkpoint (`mnist`), a checkpoint folder, or a file of weights.")
+    ],
     n: Annotated[int, typer.Option("--n", "-n", help="How many pictures.", rich_help_panel=WHAT)] = 64,
     classes: Annotated[
         str,
@@ -91,6 +95,7 @@ def sample(
         str | None,
         typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]", rich_help_panel=RUN),
     ] = None,
+    flag: FlagOption = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress bar, no closing lines.", rich_help_panel=RUN)
     ] = False,
@@ -107,11 +112,12 @@ def sample(
     from fastddpm.cli.job import Job, Outputs  # late: PyTorch takes seconds to import, --help should not
     from fastddpm.sampler import Sampler
 
+    flags = parse_flags(flag)
     if not any((grid, folder, npz, gif)):
         grid = Path("samples/grid.png")
     job = Job(
-        Sampler.from_pretrained(model, device=device), model, n, solver, steps, timesteps, eta, classes, guidance,
-        threshold, seed, first_id, batch_size, quiet,
+        Sampler.from_pretrained(model, device=device, **flags), model, flags, n, solver, steps, timesteps, eta, classes,
+        guidance, threshold, seed, first_id, batch_size, quiet,
     )  # fmt: skip
     lines = job.run(Outputs(grid, folder, npz, gif))
     if not quiet:

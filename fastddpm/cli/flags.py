@@ -1,0 +1,40 @@
+"""`--flag NAME=VALUE`: what another project's file of weights does not say about itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+FlagOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--flag",
+        metavar="NAME=VALUE",
+        help="For other projects' files: an option of training that the file does not hold, under that project's own "
+        "name (`num_heads=4`, `noise_schedule=cosine`, `preset=cifar10`). May be repeated.",
+    ),
+]
+_WORDS = {"True": True, "False": False, "None": None}
+
+
+def parse_flags(texts: Sequence[str] | None) -> dict[str, object]:
+    """The flags as `load_checkpoint` takes them; a value is a JSON value, True, False, None, or else a word.
+
+    Raises:
+        ValueError: If an entry is not NAME=VALUE, or a name comes twice.
+    """
+    flags: dict[str, object] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or name in ("device", "name_or_path"):
+            raise ValueError(f"--flag must be NAME=VALUE, got {text!r}; write --flag num_heads=4, say")
+        if name in flags:
+            raise ValueError(f"--flag {name} must be given once, got it twice; keep one")
+        try:
+            flags[name] = _WORDS[value] if value in _WORDS else json.loads(value)
+        except ValueError:
+            flags[name] = value
+    return flags
