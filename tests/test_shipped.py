@@ -81,3 +81,12 @@ def test_the_judge_can_say_no(mnist):
     asked = torch.arange(20) % 10
     pictures = mnist.sample(20, class_labels=(asked + 1) % 10, guidance_scale=1.5)
     assert int((classify(network, pictures) == asked).sum()) <= 3
+
+
+def test_a_folder_of_the_same_name_does_not_hide_it(tmp_path, monkeypatch):
+    """People keep MNIST itself in a folder called mnist."""
+    (tmp_path / "mnist").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Sampler.from_pretrained("mnist", device="cpu").spec.num_classes == 10
+    with pytest.raises(fastddpm.CheckpointError, match="expected a folder"):
+        Sampler.from_pretrained("./mnist", device="cpu")

@@ -21,7 +21,8 @@ _FILES = (openai, pesser, w86763777)
 def load_checkpoint(name_or_path: str | os.PathLike[str], **flags: object) -> Checkpoint:
     """Load a checkpoint that ships with the package, by name, or one on disk, by path.
 
-    A path that exists wins over a shipped name. Which project wrote it is found out by its files and keys.
+    Which project wrote it is found out by its files and keys. A shipped name wins over a folder of that name in the
+    working directory: that is `./mnist`, or a `Path`.
 
     Args:
         name_or_path: One of `SHIPPED`, a checkpoint folder (fastddpm, diffusers), or a file of weights (OpenAI's
@@ -36,8 +37,8 @@ def load_checkpoint(name_or_path: str | os.PathLike[str], **flags: object) -> Ch
         CheckpointError: If there is no such checkpoint, it cannot be read, or a flag is missing, unknown or wrong.
     """
     path = Path(name_or_path)
-    if not os.path.exists(path) and str(name_or_path) in SHIPPED:
-        path = _PRETRAINED / str(name_or_path)
+    if isinstance(name_or_path, str) and name_or_path in SHIPPED:
+        path = _PRETRAINED / name_or_path
     if not os.path.exists(path):
         raise CheckpointError(
             f"no checkpoint at {path}; give a folder, or one of the shipped names: {', '.join(SHIPPED)}"
