@@ -97,7 +97,9 @@ def bind(
         if guided and spec.null_class is not None:
             wanted = torch.cat((wanted, torch.tensor([spec.null_class])))
         wanted = torch.tensor(sorted(set(wanted.tolist())), dtype=torch.int64, device=times.device)
-        slots = torch.zeros(model.config.num_classes, dtype=torch.int64, device=times.device)
+        # A label that was not announced must fail on indexing, not borrow another label's row.
+        nowhere = len(times) * len(wanted)
+        slots = torch.full((model.config.num_classes,), nowhere, dtype=torch.int64, device=times.device)
         slots[wanted] = torch.arange(len(wanted), device=times.device)
     if rows * (1 if wanted is None else len(wanted)) * width * 4 > TABLE_BYTES:
         return plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,6 +33,13 @@ def _bits(name: str, value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
+def _whole(value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"sample: sample_ids must be integers, got {value!r}; convert them") from error
+
+
 def id_bits(sample_ids: Tensor | Sequence[int]) -> Tensor:
     """Sample ids as an int64 tensor [n] on the CPU; ids of 2**63 and more become the negative number of the same bits.
 
@@ -44,7 +52,7 @@ def id_bits(sample_ids: Tensor | Sequence[int]) -> Tensor:
             raise TypeError(f"sample: sample_ids must be integers, got {sample_ids.dtype}; convert them to int64")
         ids = sample_ids.detach().to("cpu", torch.int64)
     else:
-        ids = torch.tensor([_bits("sample_ids", int(i)) for i in sample_ids], dtype=torch.int64)
+        ids = torch.tensor([_bits("sample_ids", _whole(i)) for i in sample_ids], dtype=torch.int64)
     if ids.ndim != 1 or ids.numel() == 0:
         raise ValueError(f"sample: sample_ids must be a list of at least one id, got shape {tuple(ids.shape)}")
     return ids

@@ -12,6 +12,7 @@ from fastddpm.schedule import NoiseSchedule
 from fastddpm.solvers import ClippedEps, DynamicThreshold, Solver, make_table, respace, spaced_timesteps
 from fastddpm.spec import ModelSpec, Variance
 from fastddpm.step_table import StepTable
+from fastddpm.timesteps import Spacing
 
 DEFAULT_STEPS: dict[Solver, int | None] = {"ddpm": None, "ddim": 50, "dpmpp_2m": 20}
 """Steps of each solver unless the caller says otherwise; None is all that the network was trained with."""
@@ -123,8 +124,17 @@ def _previous(T: int, spec: ModelSpec, solver: Solver, t: Tensor) -> Tensor | No
     """Where each row leads by the checkpoint's own rule, or None for the usual one."""
     if t.ndim != 1 or t.numel() == 0 or t.is_floating_point():
         return None  # the solver says what is wrong with it
-    if spec.prev_timestep == "stride" and solver == "ddim":
+    if spec.prev_timestep == "stride" and solver == "ddim" and _is_evenly_spaced(T, t):
         return (t - T // t.numel()).clamp(min=-1)
-    if spec.prev_timestep == "chain" and solver == "ddpm" and bool((t[:-1] - t[1:] == 1).all()):
+    if spec.prev_timestep == "chain" and solver == "ddpm" and t.numel() > 1 and bool((t[:-1] - t[1:] == 1).all()):
         return t - 1
     return None
+
+
+def _is_evenly_spaced(T: int, t: Tensor) -> bool:
+    """Whether a list is one that a spacing rule makes; only there does a fixed stride lead to where the next row is."""
+    S = t.numel()
+    if bool((t[:-1] - t[1:] == T // S).all()):
+        return True
+    rules: tuple[Spacing, ...] = ("trailing", "linspace")
+    return S <= T and any(torch.equal(t, spaced_timesteps(T, S, rule)) for rule in rules)

@@ -59,7 +59,7 @@ def make_request(
         guidance_scale: scales.
         x_T: states to start from.
         noise: supplied noise; only a tensor is kept, cut to batches with the rest.
-        batch_size: samples that run together; None is 64 on the CPU, 256 on a GPU.
+        batch_size: samples that run together; None is 64 on the CPU, 256 on a GPU, and n with a torch.Generator.
 
     Returns:
         The request.
@@ -84,7 +84,8 @@ def make_request(
     if x_T is not None and (not isinstance(x_T, Tensor) or tuple(x_T.shape) != (n, *spec.shape)):
         got = tuple(x_T.shape) if isinstance(x_T, Tensor) else type(x_T).__name__
         raise ValueError(f"sample: x_T must be a tensor {(n, *spec.shape)}, got {got}; it is the state to start from")
-    size = batch_size or (64 if device.type == "cpu" else 256)
+    by_device = 64 if device.type == "cpu" else 256
+    size = batch_size or (n if isinstance(noise, torch.Generator) else by_device)
     supplied = noise.to(device, torch.float32) if isinstance(noise, Tensor) else None
     if supplied is not None and (supplied.ndim != 5 or supplied.shape[1] != n):
         supplied = None  # `check_noise` says what is wrong with it
@@ -136,7 +137,8 @@ def _guidance(
         return None
     if spec.null_class is None or not has_labels:
         why = "it was trained without dropping labels" if spec.null_class is None else "no class_labels are given"
-        raise ValueError(f"sample: guidance_scale must be 1 for this request, got {float(scale[0]):g}: {why}")
+        got = float(scale[scale != 1.0][0])
+        raise ValueError(f"sample: guidance_scale must be 1 for this request, got {got:g}: {why}")
     return scale
 
 

@@ -91,7 +91,8 @@ class Sampler:
             model: (x, t[, y]) → output; x float32 [B, C, H, W], t [B], y int64 [B] where the spec has classes.
             schedule: the noise schedule it was trained with.
             spec: the conventions it was trained with.
-            device: where to sample; None takes the GPU if there is one. A module is moved there.
+            device: where to sample; None takes the GPU if there is one. A module is moved there, laid
+                out channels-last and put in evaluation mode.
 
         Raises:
             ValueError: the device is not available.
@@ -101,7 +102,7 @@ class Sampler:
         self.checkpoint: Checkpoint | None = None
         if isinstance(model, nn.Module):
             # Convolutions run fastest on channels-last weights, on CPUs and GPUs alike.
-            model = model.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = model.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = model
 
     @classmethod
@@ -227,10 +228,12 @@ class Sampler:
             variance: ddpm: "fixed_small" or "fixed_large" instead of what the checkpoint says.
             class_labels: one class or n of them; None asks for no class, which needs a network trained for that.
             guidance_scale: w in ε_∅ + w (ε_y − ε_∅) (Ho & Salimans 2022), one or n of them; 1 is no guidance.
-            batch_size: samples that run together; None chooses by device. It does not change the pictures.
+            batch_size: samples that run together; None chooses by device. It does not change the pictures, except
+                with a torch.Generator, whose draws go to one batch after the other: there None is all n.
             x_T: float [n, C, H, W] to start from instead of seeded noise.
             noise: z for each step instead of seeded noise: a tensor [S, n, C, H, W] in loop order, a function
-                (i, t, sample_ids) → [B, C, H, W], or a torch.Generator (which then draws x_T too, if none is given).
+                (i, t, sample_ids) → [B, C, H, W] that answers alike when asked again, or a torch.Generator (which
+                then draws x_T too, if none is given).
             output: "unit": float32 in [0, 1]; "raw": the final state, as the network has it; "uint8": bytes;
                 all three [n, C, H, W]. "pil": a list of n PIL images.
             callback: called with a `Preview` after each step of each batch.

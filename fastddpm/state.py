@@ -108,8 +108,17 @@ def advance(denoiser: Denoiser, table: StepTable, state: State, *, noise: Tensor
         table: the solver's rows, on the state's device.
         state: the samples; x, step and history are changed.
         noise: float32 [N, B, C, H, W] instead of Philox: row min(step, N−1) is used.
+
+    Raises:
+        ValueError: the table is for a learned variance and the network returns none.
     """
     out, out_uncond = denoiser.predict(state.x, state.step, state.labels, guided=state.guidance is not None)
+    channels = state.x.shape[1]
+    if table.variance == "learned_range" and out.shape[1] != 2 * channels:
+        raise ValueError(
+            f"advance: the network must return {2 * channels} channels for learned_range, got {out.shape[1]}; "
+            "use a fixed variance"
+        )
     bound = None
     if table.threshold is not None:
         combined = out

@@ -9,7 +9,7 @@ from scipy import stats
 from fastddpm.noise import id_bits, initial_noise, normals, seed_bits
 
 
-def test_known_answers_of_the_design():
+def test_known_answers():
     seed, ids, t = torch.tensor([0]), torch.tensor([0]), torch.tensor([0])
     got = normals(seed, ids, t, (1, 1, 4)).flatten().tolist()
     assert got == pytest.approx([0.9911378, -0.9246624, -0.6176090, -0.4820686], abs=1e-5)

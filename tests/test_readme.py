@@ -1,6 +1,5 @@
 """Every command and every line of Python in the README runs, and the files that it names exist."""
 
-import gzip
 import re
 import shlex
 import shutil
@@ -8,9 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-
-from tests.helpers import mnist_dir
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,12 +28,13 @@ def test_the_two_commands_come_first():
 
 @pytest.fixture
 def place(tmp_path):
-    """A working folder with a little of MNIST in `mnist/`, as the README has it."""
+    """A working folder with pictures in MNIST's format in `mnist/`, as the README has it."""
     (tmp_path / "mnist").mkdir()
-    for kind, header, count in (("images-idx3", 16, 200 * 784), ("labels-idx1", 8, 200)):
-        raw = gzip.decompress((mnist_dir() / f"t10k-{kind}-ubyte.gz").read_bytes())
-        short = raw[:4] + (200).to_bytes(4, "big") + raw[8 : header + count]
-        (tmp_path / "mnist" / f"train-{kind}-ubyte").write_bytes(short)
+    pictures = np.random.default_rng(0).integers(0, 256, (200, 28, 28), dtype=np.uint8)
+    labels = np.arange(200, dtype=np.uint8) % 10
+    for kind, array in (("images-idx3", pictures), ("labels-idx1", labels)):
+        header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+        (tmp_path / "mnist" / f"train-{kind}-ubyte").write_bytes(header + array.tobytes())
     return tmp_path
 
 

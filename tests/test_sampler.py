@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fastddpm import DynamicThreshold, ModelSpec, NoiseSchedule, Sampler, reference
+from fastddpm.denoiser import bind
 from fastddpm.kernels.philox import X_T_COUNTER
 from fastddpm.noise import normals
 from tests.networks import tiny_sampler
@@ -344,3 +345,41 @@ def test_time_scale_feeds_fractional_timesteps():
     spec = ModelSpec(shape=(1, 4, 4), time_scale=0.25)
     Sampler(model, NoiseSchedule.cosine(4000), spec, device="cpu").sample(2, timesteps=[3001, 3])
     assert [t.tolist() for t in fed] == [[750.25, 750.25], [0.75, 0.75]]
+
+
+class TestCallersObjects:
+    def test_a_module_keeps_its_gradients(self):
+        sampler = tiny_sampler()
+        assert all(p.requires_grad for p in sampler.model.parameters())
+
+    def test_a_generator_draws_for_all_samples_at_once(self):
+        sampler = tiny_sampler()
+        run = {"class_labels": 0, "solver": "ddpm", "steps": 2, "output": "raw"}
+        whole = sampler.sample(70, noise=torch.Generator().manual_seed(1), batch_size=70, **run)
+        default = sampler.sample(70, noise=torch.Generator().manual_seed(1), **run)
+        torch.testing.assert_close(default, whole, rtol=0, atol=1e-5)
+
+    def test_a_label_that_was_not_announced_fails(self):
+        sampler = tiny_sampler()
+        table = sampler.table(steps=3)
+        denoiser = bind(sampler.model, sampler.spec, table, torch.tensor([1]))
+        with pytest.raises(IndexError):
+            denoiser(torch.zeros(1, 1, 8, 8), torch.tensor([0]), torch.tensor([2]))
+
+    def test_a_learned_variance_needs_its_channels(self):
+        spec = ModelSpec(shape=(1, 4, 4), variance="learned_range")
+        sampler = Sampler(lambda x, t: x, NoiseSchedule.linear(10), spec, device="cpu")
+        with pytest.raises(ValueError, match="must return 2 channels for learned_range, got 1"):
+            sampler.sample(1, solver="ddpm")
+
+    def test_ids_that_are_no_integers_are_refused(self):
+        with pytest.raises(TypeError, match=r"sample_ids must be integers, got 1.5"):
+            tiny_sampler().sample(1, sample_ids=[1.5])
+
+
+def test_a_strided_convention_leaves_uneven_timesteps_alone():
+    """diffusers' DDIM leads from t to t − T // S; on a list that is not evenly spaced the next row is not there."""
+    strided, plain = tiny_sampler(T=1000, prev_timestep="stride"), tiny_sampler(T=1000)
+    for timesteps, same in (([999, 500, 10], True), ("10,15,20", True), ([999, 666, 333, 0], False)):
+        rows = [sampler.table(timesteps=timesteps, clip=None).rows for sampler in (strided, plain)]
+        assert torch.equal(*rows) == same

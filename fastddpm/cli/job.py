@@ -15,6 +15,7 @@ from torch import Tensor
 from fastddpm.cli.errors import Stopped
 from fastddpm.files import check_writable, write_json
 from fastddpm.images import (
+    ToBytes,
     folder_file,
     make_grid,
     read_folder,
@@ -107,7 +108,7 @@ class Job:
         """
         steps = self.check(outputs)
         ids = range(self.first_id, self.first_id + outputs.wanted(self.n))
-        animation = Animation(steps) if outputs.gif else None
+        animation = Animation(steps, self.sampler.spec.to_bytes) if outputs.gif else None
         batches = list(self._batches(ids, outputs))
         drawn = sum(map(len, batches))
         kept = self._room(len(ids)) if outputs.folder is None else None
@@ -117,6 +118,7 @@ class Job:
                     animated = animation if batch[0] < self.first_id + GIF_LIMIT else None
                     pictures = self._draw(batch, animated)
                     if outputs.folder is not None:
+                        self._begin_folder(outputs.folder)
                         save_folder(outputs.folder, pictures, batch)
                     if kept is not None:
                         kept[batch[0] - ids[0] : batch[-1] + 1 - ids[0]] = pictures
@@ -250,11 +252,10 @@ class Job:
         return lines
 
     def _check_folder(self, folder: Path) -> None:
-        """Begin a folder's run, or see that it is the same one: pictures of two settings must not mix."""
+        """See that a folder's run is the same one: pictures of two settings must not mix."""
         settings = self._settings()
         path = folder / RUN_FILE
         if not path.exists():
-            write_json(path, settings)
             return
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -267,6 +268,10 @@ class Job:
         ]
         if different:
             raise ValueError(f"{folder} holds a run with other settings: {'; '.join(different)}; use another folder")
+
+    def _begin_folder(self, folder: Path) -> None:
+        if not (folder / RUN_FILE).exists():
+            write_json(folder / RUN_FILE, self._settings())
 
     def _settings(self) -> dict[str, object]:
         """What determines a picture besides its id; the name of the model is for people, its weights count."""
@@ -281,15 +286,16 @@ class Job:
 class Animation:
     """Keeps pictures of some of the states on the way, evenly spread, over all batches that it is shown."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, to_bytes: ToBytes = "round") -> None:
         """Choose at most GIF_FRAMES of the steps, the last one included."""
+        self._to_bytes = to_bytes
         count = min(GIF_FRAMES, steps)
         self._parts: dict[int, list[Tensor]] = {round((i + 1) * steps / count): [] for i in range(count)}
 
     def __call__(self, preview: Preview) -> None:
         """Take in the state after a step."""
         if preview.step in self._parts:
-            self._parts[preview.step].append(to_uint8(preview.x).cpu())
+            self._parts[preview.step].append(to_uint8(preview.x, self._to_bytes).cpu())
 
     def frames(self) -> list[Tensor]:
         """The pictures of each chosen step, uint8 [n, C, H, W]."""
