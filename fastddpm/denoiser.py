@@ -86,7 +86,7 @@ def bind(
     Returns:
         The network at the table's rows.
     """
-    times = table.timesteps if spec.time_scale == 1.0 else table.timesteps.to(torch.float32) * spec.time_scale
+    times = spec.times_fed(table.timesteps)
     plain = Denoiser(model, times, spec.null_class)
     if not isinstance(model, UNet):
         return plain

@@ -37,6 +37,11 @@ class Request:
             )
 
 
+def default_batch_size(device: torch.device) -> int:
+    """How many samples run together unless the caller says otherwise."""
+    return 64 if device.type == "cpu" else 256
+
+
 def make_request(
     spec: ModelSpec,
     device: torch.device,
@@ -84,8 +89,7 @@ def make_request(
     if x_T is not None and (not isinstance(x_T, Tensor) or tuple(x_T.shape) != (n, *spec.shape)):
         got = tuple(x_T.shape) if isinstance(x_T, Tensor) else type(x_T).__name__
         raise ValueError(f"sample: x_T must be a tensor {(n, *spec.shape)}, got {got}; it is the state to start from")
-    by_device = 64 if device.type == "cpu" else 256
-    size = batch_size or (n if isinstance(noise, torch.Generator) else by_device)
+    size = batch_size or (n if isinstance(noise, torch.Generator) else default_batch_size(device))
     supplied = noise.to(device, torch.float32) if isinstance(noise, Tensor) else None
     if supplied is not None and (supplied.ndim != 5 or supplied.shape[1] != n):
         supplied = None  # `check_noise` says what is wrong with it

@@ -7,6 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 Prediction = Literal["eps", "x_start", "v"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
@@ -100,6 +103,10 @@ class ModelSpec:
     def learned_variance(self) -> bool:
         """Whether the network's output has 2C channels."""
         return self.variance == "learned_range"
+
+    def times_fed(self, t: Tensor) -> Tensor:
+        """What the network is fed for training steps t: t · time_scale, and t itself, integers, where that is 1."""
+        return t if self.time_scale == 1.0 else t.to(torch.float32) * self.time_scale
 
     def to_dict(self) -> dict[str, Any]:
         """The conventions as JSON-ready values."""

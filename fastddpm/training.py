@@ -177,7 +177,7 @@ class Trainer:
         seed = torch.full_like(numbers, self.config.seed)
         x_t, eps = q_sample(x_start, t, *self.alphas, seed=seed, sample_id=numbers)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bf16"):
-            out = self.network(x_t, t * self.spec.time_scale if self.spec.time_scale != 1.0 else t, labels)
+            out = self.network(x_t, self.spec.times_fed(t), labels)
         out, clean = out.float(), x_start.float() / 127.5 - 1
         if self.spec.learned_variance:
             return hybrid_loss(self.schedule, clean, x_t, t, eps, out, self.spec.prediction, self.config.vlb_weight)

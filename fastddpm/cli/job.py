@@ -27,7 +27,7 @@ from fastddpm.images import (
 )
 from fastddpm.noise import seed_bits
 from fastddpm.progress import StepProgress
-from fastddpm.request import make_request
+from fastddpm.request import default_batch_size, make_request
 from fastddpm.sampler import Preview, Sampler
 from fastddpm.solvers import DynamicThreshold, Solver
 
@@ -203,7 +203,7 @@ class Job:
 
     def _batches(self, ids: range, outputs: Outputs) -> Iterator[list[int]]:
         """The ids that must be drawn: those that are animated come first, and in batches of their own."""
-        size = self.batch_size or (64 if self.sampler.device.type == "cpu" else 256)
+        size = self.batch_size or default_batch_size(self.sampler.device)
         split = min(len(ids), GIF_LIMIT) if outputs.gif else 0
         for part, animated in ((ids[:split], True), (ids[split:], False)):
             missing = [i for i in part if animated or not outputs.folder or not folder_file(outputs.folder, i).exists()]
