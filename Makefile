@@ -92,5 +92,6 @@ $(TEST): $(BASE)
 	@touch $(BUSY)
 	@echo "Installing what the tests need into $(VENV)"
 	@$(INSTALL) --no-build-isolation -e '.[test]'
+	@$(INSTALL) --no-deps denoising-diffusion-pytorch
 	@rm -f $(BUSY)
 	@touch $@
