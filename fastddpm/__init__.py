@@ -7,6 +7,12 @@ if TYPE_CHECKING:
     from fastddpm.checkpoints import Checkpoint as Checkpoint
     from fastddpm.checkpoints import CheckpointError as CheckpointError
     from fastddpm.checkpoints import load_checkpoint as load_checkpoint
+    from fastddpm.integrations import accelerate as accelerate
+    from fastddpm.integrations.diffusers_schedulers import FastDDIMScheduler as FastDDIMScheduler
+    from fastddpm.integrations.diffusers_schedulers import FastDDPMScheduler as FastDDPMScheduler
+    from fastddpm.integrations.diffusers_schedulers import (
+        FastDPMSolverMultistepScheduler as FastDPMSolverMultistepScheduler,
+    )
     from fastddpm.sampler import Preview as Preview
     from fastddpm.sampler import Sampler as Sampler
     from fastddpm.schedule import NoiseSchedule as NoiseSchedule
@@ -26,6 +32,9 @@ _HOME = {
     "Checkpoint": "checkpoints",
     "CheckpointError": "checkpoints",
     "DynamicThreshold": "step_table",
+    "FastDDIMScheduler": "integrations.diffusers_schedulers",
+    "FastDDPMScheduler": "integrations.diffusers_schedulers",
+    "FastDPMSolverMultistepScheduler": "integrations.diffusers_schedulers",
     "ModelSpec": "spec",
     "NoiseSchedule": "schedule",
     "Preview": "sampler",
@@ -34,6 +43,7 @@ _HOME = {
     "StepTable": "step_table",
     "UNet": "unet",
     "UNetConfig": "unet",
+    "accelerate": "integrations",
     "advance": "state",
     "load_checkpoint": "checkpoints",
     "make_table": "solvers",

@@ -68,7 +68,7 @@ class ResBlock(nn.Module):
         """Map x [B, c_in, H, W] with this block's slice of the time projection [B, projection_width]."""
         h = F.silu(self.norm1(x))
         if self.resample is not None:
-            h, x = _resample(h, self.resample), _resample(x, self.resample)
+            h, x = resample(h, self.resample), resample(x, self.resample)
         h = self.conv1(h)
         projection = projection[:, :, None, None]
         if self.scale_shift:
@@ -79,7 +79,8 @@ class ResBlock(nn.Module):
         return torch.as_tensor(self.conv2(self.dropout(F.silu(h))) + self.skip(x))
 
 
-def _resample(x: Tensor, direction: Literal["down", "up"]) -> Tensor:
+def resample(x: Tensor, direction: Literal["down", "up"]) -> Tensor:
+    """Halve the resolution of x [B, C, H, W] by averaging, or double it by repetition."""
     return F.avg_pool2d(x, 2) if direction == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
@@ -102,13 +103,18 @@ class Attention(nn.Module):
         """Map x [B, C, H, W] to the same shape."""
         b, c, height, width = x.shape
         rows = self.norm(x).permute(0, 2, 3, 1).reshape(b, height * width, c)
+        h = self.out(self.mixed(self.qkv(rows)))
+        return x + torch.as_tensor(h).reshape(b, height, width, c).permute(0, 3, 1, 2)
+
+    def mixed(self, qkv: Tensor) -> Tensor:
+        """Attention proper: queries, keys and values [B, H·W, 3C] of the fused projection, mixed to [B, H·W, C]."""
+        b, positions, width = qkv.shape
         axes = (3, self.heads) if self.order == "qkv_heads" else (self.heads, 3)
-        qkv = self.qkv(rows).unflatten(2, (*axes, c // self.heads))
+        parts = qkv.unflatten(2, (*axes, width // (3 * self.heads)))
         if self.order == "heads_qkv":
-            qkv = qkv.transpose(2, 3)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, height * width, c)
-        return x + torch.as_tensor(self.out(h)).reshape(b, height, width, c).permute(0, 3, 1, 2)
+            parts = parts.transpose(2, 3)
+        q, k, v = (part.transpose(1, 2) for part in parts.unbind(2))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, positions, width // 3)
 
 
 class Downsample(nn.Module):
@@ -123,9 +129,14 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, C, H, W] to [B, C, H/2, W/2]."""
+        h = self.before(x)
+        return h if self.conv is None else torch.as_tensor(self.conv(h))
+
+    def before(self, x: Tensor) -> Tensor:
+        """What the convolution is fed; without one, the result."""
         if self.conv is None:
             return F.avg_pool2d(x, 2)
-        return torch.as_tensor(self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x))
+        return F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x
 
 
 class Upsample(nn.Module):
@@ -138,7 +149,11 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, C, H, W] to [B, C, 2H, 2W]."""
-        return torch.as_tensor(self.conv(_resample(x, "up")))
+        return torch.as_tensor(self.conv(self.before(x)))
+
+    def before(self, x: Tensor) -> Tensor:
+        """What the convolution is fed; without one, the result."""
+        return resample(x, "up")
 
 
 class Stage(nn.Module):

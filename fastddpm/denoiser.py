@@ -27,6 +27,7 @@ class Denoiser:
         unet: set together with `projections`.
         projections: [(S+1) · L, D], all time projections of the U-Net: row r, label slot s at r · L + s.
         slots: int64 [num_classes rows], label → slot, or None without classes.
+        self_condition: whether the model takes the previous x̂_0 too, as `x_self_cond`.
     """
 
     model: Callable[..., Tensor]
@@ -35,34 +36,46 @@ class Denoiser:
     unet: UNet | None = None
     projections: Tensor | None = None
     slots: Tensor | None = None
+    self_condition: bool = False
 
-    def __call__(self, x: Tensor, step: Tensor, labels: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, step: Tensor, labels: Tensor | None, x_self_cond: Tensor | None = None) -> Tensor:
         """The network's output.
 
         Args:
             x: float32 [B, C, H, W].
             step: int64 [B], rows of the table.
             labels: int64 [B] or None.
+            x_self_cond: float32 [B, C, H, W], the previous step's x̂_0 or zeros, for networks with self-conditioning.
 
         Returns:
             [B, C or 2C, H, W].
         """
         if self.unet is None or self.projections is None:
             t = self.times[step]
-            return self.model(x, t) if labels is None else self.model(x, t, labels)
+            more = {"x_self_cond": x_self_cond} if self.self_condition else {}
+            return self.model(x, t, **more) if labels is None else self.model(x, t, labels, **more)
         index = step
         if self.slots is not None and labels is not None:
             index = step * (self.projections.shape[0] // self.times.shape[0]) + self.slots[labels]
         return self.unet.body(x, self.projections[index])
 
     def predict(
-        self, x: Tensor, step: Tensor, labels: Tensor | None, *, guided: bool = False
+        self,
+        x: Tensor,
+        step: Tensor,
+        labels: Tensor | None,
+        *,
+        guided: bool = False,
+        x_self_cond: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The output and, where the run is guided, the output without class, from one call of twice the batch."""
+        if not self.self_condition:
+            x_self_cond = None
         if not guided or labels is None or self.null_class is None:
-            return self(x, step, labels), None
+            return self(x, step, labels, x_self_cond), None
         nulls = torch.full_like(labels, self.null_class)
-        both = self(torch.cat((x, x)), torch.cat((step, step)), torch.cat((labels, nulls)))
+        twice = None if x_self_cond is None else torch.cat((x_self_cond, x_self_cond))
+        both = self(torch.cat((x, x)), torch.cat((step, step)), torch.cat((labels, nulls)), twice)
         out, out_uncond = both.chunk(2)
         return out, out_uncond
 
@@ -87,7 +100,7 @@ def bind(
         The network at the table's rows.
     """
     times = spec.times_fed(table.timesteps)
-    plain = Denoiser(model, times, spec.null_class)
+    plain = Denoiser(model, times, spec.null_class, self_condition=spec.self_condition)
     if not isinstance(model, UNet):
         return plain
     rows, width = len(times), sum(model.projection_widths)

@@ -1,4 +1,14 @@
-"""What `advance` runs on: the device and, for people, what the machine offers."""
+"""How `advance` runs: eagerly, compiled, or as a CUDA graph; and, for people, what the machine offers.
+
+An `Engine` belongs to one network. It makes a `Runner` for each batch, which drives `advance` and nothing else:
+
+    eager       the Python function itself.
+    compiled    one ahead-of-time compiled package (CPU, see `fastddpm.compiled`) or `torch.compile` (GPU).
+    cuda_graph  the compiled step, captured K times over and replayed.
+    auto        whichever is quickest, the time to compile included: it compiles only where the run is long enough to
+                earn that back, or takes a package that is there already, and remembers what it measured per network,
+                batch and device.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +16,354 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor, nn
 
+from fastddpm.compiled import (
+    CompileError,
+    Measured,
+    StepCall,
+    cache_folder,
+    compile_step,
+    is_cacheable,
+    load_step,
+    package_path,
+    remember,
+    remembered,
+    weights_hash,
+)
+from fastddpm.cuda_graph import StepGraph
+from fastddpm.denoiser import Denoiser
 from fastddpm.kernels._triton import runs_triton
+from fastddpm.state import State, advance
+from fastddpm.step_table import StepTable
+
+EngineName = Literal["auto", "eager", "compiled", "cuda_graph"]
+MOST_GRAPH_STEPS = 64
+"""Runs of up to so many steps are one CUDA graph; longer ones are cut into graphs of `GRAPH_STEPS`."""
+GRAPH_STEPS = 50
+COMPILE_S = 45.0
+"""What compiling is taken to cost where it was never measured."""
+GAIN = 1 / 3
+"""The part of an eager step's time that compiling is taken to save where it was never measured."""
+_TRIALS = 3  # steps that are timed, after one that is not
+
+
+class Runner:
+    """Drives one batch: `run` makes one or more steps of `state`."""
+
+    def __init__(self, state: State, step: Callable[[Tensor | None], object], graph: StepGraph | None = None) -> None:
+        """Take a function that makes one step with the noise it is given, and perhaps a graph of several."""
+        self.state, self.step, self.graph = state, step, graph
+
+    def run(self, most: int, noise: Tensor | None) -> int:
+        """Make at most `most` steps, at least one; returns how many."""
+        if self.graph is not None and most >= self.graph.steps:
+            self.graph.replay()
+            return self.graph.steps
+        self.step(noise)
+        return 1
+
+
+class Engine:
+    """Runs one network's steps; see the module's docstring for the kinds."""
+
+    def __init__(self, name: EngineName, device: torch.device, *, graph_steps: int | None = None) -> None:
+        """Choose a kind.
+
+        Args:
+            name: "auto", "eager", "compiled" or "cuda_graph".
+            device: where the network is.
+            graph_steps: K of a CUDA graph; None captures all steps of runs of up to 64, and 50 of longer ones.
+
+        Raises:
+            ValueError: the name is unknown, "cuda_graph" is asked for on a CPU, or graph_steps is not positive.
+        """
+        if name not in get_args(EngineName):
+            raise ValueError(f"engine must be one of {', '.join(get_args(EngineName))}, got {name!r}; pick one")
+        if name == "cuda_graph" and device.type != "cuda":
+            raise ValueError(
+                f"engine must be auto, eager or compiled on a {device.type}, got cuda_graph; it is for GPUs"
+            )
+        if graph_steps is not None and (isinstance(graph_steps, bool) or graph_steps < 1):
+            raise ValueError(f"graph_steps must be a positive int or None, got {graph_steps!r}; leave it out")
+        self.name, self.device, self.graph_steps = name, device, graph_steps
+        self.used = "eager"
+        self.why = "nothing was sampled yet"
+        self._weights: str | None = None
+        self._steps: dict[str, Callable[..., Any]] = {}
+        self._failed: dict[str, str] = {}
+        self._captured: tuple[StepCall, Runner] | None = None
+
+    def weights(self, network: Callable[..., Tensor]) -> str:
+        """The digest of the engine's network; "" for one that is not a module."""
+        if self._weights is None:
+            self._weights = weights_hash(network) if isinstance(network, nn.Module) else ""
+        return self._weights
+
+    def compile(self, call: StepCall) -> float | None:
+        """Make sure that there is a package for such calls.
+
+        Returns:
+            Seconds that compiling took; None if it was there.
+
+        Raises:
+            CompileError: the step does not compile.
+            OSError: the package cannot be written.
+        """
+        path = package_path(call, self.weights(call.denoiser.model))
+        if path.exists():
+            return None
+        seconds = compile_step(call, path)
+        step = load_step(path)
+        self._compare(path.stem, call, step, None, seconds, keep=True)
+        return seconds
+
+    def padded(self, size: int, full: int) -> int:
+        """How many samples a batch of `size` is filled up to, where others of the run have `full`."""
+        loaded = self.name in ("compiled", "cuda_graph") or (self.used != "eager" and bool(self._steps))
+        worth = self.name != "auto" or size > full // 2
+        return full if loaded and worth else size
+
+    def runner(
+        self,
+        denoiser: Denoiser,
+        table: StepTable,
+        state: State,
+        noise: Tensor | None,
+        *,
+        to_come: int,
+        on_compile: Callable[[bool], None] = lambda _: None,
+    ) -> Runner:
+        """What drives a batch.
+
+        Args:
+            denoiser: the network at the table's rows.
+            table: the rows.
+            state: the samples, with a history; the runner may work on a copy, which is its `state`.
+            noise: a first example of what `Runner.run` will be given as noise.
+            to_come: steps of such batches that are to be made, this one's included.
+            on_compile: called with True before and False after compiling.
+
+        Raises:
+            CompileError: the engine is not "auto" and the step does not compile.
+        """
+
+        def eager(z: Tensor | None) -> None:
+            advance(denoiser, table, state, noise=z)
+
+        if self.name == "eager":
+            self.used, self.why = "eager", "asked for"
+            return Runner(state, eager)
+        if self.device.type == "cuda":
+            return self._gpu_runner(denoiser, table, state, noise, eager, to_come, on_compile)
+        call = StepCall(denoiser, table, state, noise)
+        step = self._package(call, eager, to_come, on_compile)
+        if step is None:
+            return Runner(state, eager)
+        self.used = "compiled"
+        return Runner(state, _bound(step, call))
+
+    # --- CPU ---
+
+    def _package(
+        self,
+        call: StepCall,
+        eager: Callable[[Tensor | None], None],
+        to_come: int,
+        on_compile: Callable[[bool], None],
+    ) -> Callable[..., Any] | None:
+        """The compiled step for such calls, or None where eager steps are the better choice."""
+        keep = is_cacheable(call.denoiser)
+        path = package_path(call, self.weights(call.denoiser.model))
+        if not keep:  # another network's code is not known to us, so its package is for this process alone
+            path = path.with_name(f"{os.getpid()}-{id(self):x}-{path.name}")
+        name = path.stem
+        if name in self._steps:
+            return self._steps[name]
+        known = remembered().get(name) if keep else None
+        auto = self.name == "auto"
+        if auto and name in self._failed:
+            self.used, self.why = "eager", self._failed[name]
+            return None
+        if auto and known and known.compiled_ms is not None and known.compiled_ms >= known.eager_ms:
+            self.used = "eager"
+            self.why = f"compiled steps are no quicker ({known.compiled_ms:.3g} against {known.eager_ms:.3g} ms)"
+            return None
+        there = keep and path.exists()
+        seconds: float | None
+        eager_ms = known.eager_ms if known else None
+        if not there:
+            if auto and to_come <= 2 * _TRIALS:
+                self.used, self.why = "eager", f"{to_come} steps are too few to earn the time to compile"
+                return None
+            if auto and eager_ms is None:
+                eager_ms = _milliseconds(_probe(call))
+            if auto and eager_ms is not None:
+                cost = COMPILE_S if known is None or known.compile_s is None else known.compile_s
+                saved = to_come * eager_ms / 1000 * GAIN
+                if saved < cost:
+                    self.used = "eager"
+                    self.why = f"compiling would take about {cost:.0f} s and save about {saved:.0f} s"
+                    return None
+            on_compile(True)
+            try:
+                seconds = compile_step(call, path)
+            except (CompileError, OSError) as error:
+                if not auto:
+                    raise
+                self._failed[name] = self.why = f"the step does not compile: {error}"
+                self.used = "eager"
+                return None
+            finally:
+                on_compile(False)
+        else:
+            seconds = None if known is None else known.compile_s
+        try:
+            step = load_step(path)
+        finally:
+            if not keep:
+                path.unlink(missing_ok=True)
+        self._steps[name] = step
+        if known is None or known.compiled_ms is None:
+            return self._compare(name, call, step, eager_ms, seconds, keep)
+        self.why = f"{known.compiled_ms:.3g} ms a step against {known.eager_ms:.3g} eager"
+        return step
+
+    def _compare(
+        self,
+        name: str,
+        call: StepCall,
+        step: Callable[..., Any],
+        eager_ms: float | None,
+        seconds: float | None,
+        keep: bool,
+    ) -> Callable[..., Any] | None:
+        """Measure a new package against eager steps, once, remember it, and return the quicker one (None: eager)."""
+        copies = _copy(call)
+        compiled_ms = _milliseconds(lambda: step(*copies.tensors().values()))
+        if eager_ms is None:
+            eager_ms = _milliseconds(_probe(call))
+        if keep:
+            batch, *shape = call.state.x.shape
+            label = (
+                f"batch {batch} of {' × '.join(map(str, shape))} on {self.device}, {torch.get_num_threads()} threads"
+            )
+            remember(name, Measured(round(eager_ms, 3), round(compiled_ms, 3), seconds, label))
+        self.why = f"{compiled_ms:.3g} ms a step against {eager_ms:.3g} eager"
+        if compiled_ms < eager_ms or self.name != "auto":
+            return step
+        self._failed[name] = f"compiled steps are no quicker ({compiled_ms:.3g} against {eager_ms:.3g} ms)"
+        self._steps.pop(name, None)
+        self.used, self.why = "eager", self._failed[name]
+        return None
+
+    # --- GPU ---
+
+    def _gpu_runner(
+        self,
+        denoiser: Denoiser,
+        table: StepTable,
+        state: State,
+        noise: Tensor | None,
+        eager: Callable[[Tensor | None], None],
+        to_come: int,
+        on_compile: Callable[[bool], None],
+    ) -> Runner:
+        """`torch.compile` and capture; noise that changes from step to step cannot be captured."""
+        step: Callable[[Tensor | None], object] = eager
+        call = StepCall(denoiser, table, state, noise)
+        if self._captured is not None and noise is None:
+            last, runner = self._captured
+            if last.denoiser is denoiser and last.table is table and last.signature() == call.signature():
+                runner.state.put(torch.arange(len(state.x), device=self.device), state)
+                return runner
+        compiling = self.name != "auto" or to_come * GAIN * _gpu_ms(call) / 1000 > COMPILE_S
+        if compiling:
+            module = call.module()
+            for tensor, shape in zip(call.tensors().values(), call.dynamic_shapes(), strict=True):
+                for axis in shape or ():
+                    torch._dynamo.maybe_mark_dynamic(tensor, axis)
+            compiled = torch.compile(module, fullgraph=True)
+            on_compile(True)
+            try:
+                compiled(*_copy(call).tensors().values())
+            except Exception as error:  # whatever the compiler raises
+                reason = (str(error).strip().splitlines() or [""])[0][:200]
+                if self.name != "auto":
+                    raise CompileError(
+                        f"engine: the network must compile as one graph, got {type(error).__name__}: {reason}; "
+                        "use engine='eager'"
+                    ) from error
+                self.why = f"the step does not compile: {reason}"
+            else:
+                step = _bound(compiled, call)
+                self.used, self.why = "compiled", "asked for" if self.name != "auto" else "the run is long"
+            finally:
+                on_compile(False)
+        graph = None
+        if self.name in ("cuda_graph", "auto") and (noise is None or len(noise) > 1):
+            K = self.graph_steps or (table.S if table.S <= MOST_GRAPH_STEPS else GRAPH_STEPS)
+            try:
+                graph = StepGraph(lambda: step(noise), state, min(K, table.S))
+                self.used, self.why = "cuda_graph", f"{graph.steps} {self.used} steps per launch from the host"
+            except RuntimeError as error:
+                if self.name != "auto":
+                    reason = str(error).splitlines()[0]
+                    raise CompileError(
+                        f"engine: the step must be one that a CUDA graph can hold, got {reason}; use engine='compiled'"
+                    ) from error
+                self.why = "the step cannot be captured in a CUDA graph"
+        runner = Runner(state, step, graph)
+        self._captured = (call, runner) if graph is not None and noise is None else None
+        return runner
+
+
+def _bound(step: Callable[..., Any], call: StepCall) -> Callable[[Tensor | None], object]:
+    """A compiled step on the tensors of one batch; where noise is supplied it changes from step to step."""
+    tensors = call.tensors()
+    names, fixed = list(tensors), tuple(tensors.values())
+    if "noise" not in names:
+        return lambda _: step(*fixed)
+    return lambda noise: step(*fixed[:-1], noise)
+
+
+def _copy(call: StepCall) -> StepCall:
+    """The same call on a copy of the samples."""
+    return dataclasses.replace(call, state=call.state.copy())
+
+
+def _probe(call: StepCall) -> Callable[[], None]:
+    """An eager step on a copy of the samples, to be timed."""
+    copy = _copy(call)
+    return lambda: advance(copy.denoiser, copy.table, copy.state, noise=copy.noise)
+
+
+def _milliseconds(function: Callable[[], object]) -> float:
+    """The least of a few timings, after one call that is not counted."""
+    function()
+    best = float("inf")
+    for _ in range(_TRIALS):
+        began = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - began)
+    return best * 1000
+
+
+def _gpu_ms(call: StepCall) -> float:
+    """An eager step's milliseconds on the GPU."""
+    step = _probe(call)
+
+    def timed() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    return _milliseconds(timed)
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:
@@ -44,8 +398,9 @@ class Machine:
 
     Attributes:
         device: the device that `pick_device(None)` takes, with its name.
-        precision: the arithmetic of the network.
-        engine: how `advance` runs.
+        precision: the arithmetic of the network, unless another is asked for.
+        engine: how `advance` runs, unless another is asked for.
+        cache: where compiled steps are kept, and how many there are.
         update: which implementation of the fused update runs.
         threads: CPU threads that PyTorch uses.
         versions: of what the result depends on.
@@ -54,6 +409,7 @@ class Machine:
     device: str
     precision: str
     engine: str
+    cache: str
     update: str
     threads: int
     versions: dict[str, str]
@@ -66,8 +422,6 @@ def describe_machine() -> Machine:
         name = f"{device} ({torch.cuda.get_device_name(device)})"
     else:
         name = f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
-    # cuDNN's convolutions take TF32 for float32 unless PyTorch is told otherwise.
-    reduced = device.type == "cuda" and torch.backends.cudnn.allow_tf32
     versions = {"python": platform.python_version()}
     for package in ("fastddpm", "torch", "triton"):
         try:
@@ -76,9 +430,33 @@ def describe_machine() -> Machine:
             versions[package] = "not installed"
     return Machine(
         device=name,
-        precision="fp32 (convolutions in TF32)" if reduced else "fp32",
-        engine="eager",
+        precision="fp32",
+        engine="auto: compiled steps, where they are there or the run earns the time to compile",
+        cache=_describe_cache(),
         update="Triton kernel" if runs_triton(device.type) else "PyTorch",
         threads=torch.get_num_threads(),
         versions=versions,
     )
+
+
+def _describe_cache() -> str:
+    files = list(cache_folder().glob("*.pt2"))
+    size = sum(file.stat().st_size for file in files) / 1e6
+    return f"{cache_folder()} ({len(files)} compiled steps, {size:.0f} MB)"
+
+
+def describe_choices(weights: str) -> dict[str, str]:
+    """What `auto` knows of a network: for each batch and device that was measured, what it takes and why.
+
+    Args:
+        weights: the network's `weights_hash`.
+    """
+    lines = {}
+    for name, measured in remembered().items():
+        if name.startswith(weights[:8]) and measured.compiled_ms is not None:
+            choice = "compiled" if measured.compiled_ms < measured.eager_ms else "eager"
+            kept = "" if Path(cache_folder(), f"{name}.pt2").exists() else ", not compiled at present"
+            lines[measured.label] = (
+                f"{choice}: {measured.compiled_ms:.3g} ms a step compiled, {measured.eager_ms:.3g} eager{kept}"
+            )
+    return lines

@@ -41,6 +41,11 @@ class ForwardProcess:
         return torch.cumprod(self.alphas, dim=0)
 
     @cached_property
+    def alphas_cumprod_exact(self) -> Tensor:
+        """ᾱ_t in float64: what solvers compute with. More digits than `alphas_cumprod` only where that is rounded."""
+        return self.alphas_cumprod.double()
+
+    @cached_property
     def alphas_cumprod_prev(self) -> Tensor:
         """ᾱ_{t−1}, with ᾱ_{−1} = 1 (Ho et al. 2020, eq. 7)."""
         return torch.cat([self.betas.new_ones(1), self.alphas_cumprod[:-1]])

@@ -18,36 +18,53 @@ from fastddpm.files import atomic_path
 
 Output = Literal["unit", "raw", "uint8", "pil"]
 ToBytes = Literal["round", "truncate"]
+ToUnit = Literal["clamp", "affine", "identity"]
 
 
-def to_unit(x: Tensor) -> Tensor:
-    """Map a state in [−1, 1] to [0, 1]: clamp(x/2 + ½, 0, 1)."""
-    return (x / 2 + 0.5).clamp(0, 1)
+def to_unit(x: Tensor, mapping: ToUnit = "clamp") -> Tensor:
+    """Map a state in [−1, 1] to [0, 1]: clamp(x/2 + ½, 0, 1).
+
+    What the state is clipped to in a run, it is also here; only without clipping do the other mappings leave [0, 1].
+
+    Args:
+        x: any shape.
+        mapping: "clamp"; "affine", x/2 + ½ alone; or "identity", x of networks whose range is [0, 1] already.
+    """
+    if mapping == "identity":
+        return x
+    return (x / 2 + 0.5).clamp(0, 1) if mapping == "clamp" else x / 2 + 0.5
 
 
-def to_uint8(x: Tensor, to_bytes: ToBytes = "round") -> Tensor:
-    """Map a state in [−1, 1] to bytes: the nearest of the 256 levels ("round") or the next lower one ("truncate")."""
+def to_uint8(x: Tensor, to_bytes: ToBytes = "round", mapping: ToUnit = "clamp") -> Tensor:
+    """Map a state to bytes: the nearest of the 256 levels ("round") or the next lower one ("truncate").
+
+    `mapping` is as in `to_unit`; pictures outside [0, 1] are clamped.
+    """
+    if mapping == "identity":
+        x = 2 * x - 1
     if to_bytes == "truncate":
         return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)
     return (to_unit(x) * 255).round().to(torch.uint8)
 
 
-def to_pil(x: Tensor, to_bytes: ToBytes = "round") -> list[Image.Image]:
-    """Map states [n, C, H, W] in [−1, 1] to PIL images; C is 1, 3 or 4.
+def to_pil(x: Tensor, to_bytes: ToBytes = "round", mapping: ToUnit = "clamp") -> list[Image.Image]:
+    """Map states [n, C, H, W] to PIL images, by way of `to_uint8`; C is 1, 3 or 4.
 
     Raises:
         ValueError: C is none of these.
     """
-    return [_image(picture) for picture in to_uint8(x, to_bytes)]
+    return [_image(picture) for picture in to_uint8(x, to_bytes, mapping)]
 
 
-def to_output(x: Tensor, output: Output, to_bytes: ToBytes = "round") -> Tensor | list[Image.Image]:
+def to_output(
+    x: Tensor, output: Output, to_bytes: ToBytes = "round", mapping: ToUnit = "clamp"
+) -> Tensor | list[Image.Image]:
     """The final state in the form that the caller of `Sampler.sample` asked for."""
     if output == "pil":
-        return to_pil(x, to_bytes)
+        return to_pil(x, to_bytes, mapping)
     if output == "uint8":
-        return to_uint8(x, to_bytes)
-    return x if output == "raw" else to_unit(x)
+        return to_uint8(x, to_bytes, mapping)
+    return x if output == "raw" else to_unit(x, mapping)
 
 
 def _image(picture: Tensor) -> Image.Image:

@@ -70,7 +70,7 @@ def plan(
         prev_timesteps=_previous(schedule.T, spec, solver, chosen) if prev_timesteps is None else prev_timesteps,
         variance=sigma,
         noise_gate=spec.noise_gate if solver == "ddpm" else None,
-        eta=eta,
+        eta=spec.ddim_eta if eta is None and solver == "ddim" else eta,
         clipped_eps=(spec.clipped_eps if clipped_eps == "spec" else clipped_eps) if solver == "ddim" else None,
         final_alpha_to_one=None if solver == "ddpm" else spec.final_alpha_to_one,
         lower_order_final=order == "always" or (order == "short" and chosen.numel() < _SHORT)
@@ -90,7 +90,7 @@ def _timesteps(
         return respace(T, timesteps)
     if timesteps is not None:
         return timesteps
-    default = DEFAULT_STEPS[solver]
+    default = spec.ddim_steps if solver == "ddim" and spec.ddim_steps is not None else DEFAULT_STEPS[solver]
     if steps is None:
         steps = T if default is None else min(default, T)
     if isinstance(steps, bool) or not isinstance(steps, int):
@@ -99,7 +99,7 @@ def _timesteps(
         raise ValueError(f"sample: steps must be in 1 … {T} (the steps of training), got {steps}; ask for fewer")
     if spec.spacing is None:
         return respace(T, steps) if solver == "ddpm" else spaced_timesteps(T, steps, "trailing")
-    if solver == "dpmpp_2m" and spec.spacing != "trailing" and steps < T:
+    if solver == "dpmpp_2m" and spec.spacing in ("leading", "linspace") and steps < T:
         return spaced_timesteps(T, steps + 1, spec.spacing, steps_offset=spec.steps_offset)[:-1]
     return spaced_timesteps(T, steps, spec.spacing, steps_offset=spec.steps_offset)
 

@@ -27,7 +27,7 @@ class StepProgress:
         visible = sys.stderr.isatty() if show is None else show
         noun = "picture" if samples == 1 else "pictures"
         self._progress = Progress(
-            TextColumn(f"sampling {samples} {noun}"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("steps"),
@@ -35,16 +35,38 @@ class StepProgress:
             console=Console(stderr=True),
             disable=not visible,
         )
-        self._task = self._progress.add_task("", total=total)
+        self._caption = f"sampling {samples} {noun}"
+        self._task = self._progress.add_task(self._caption, total=total)
+        self._total, self._done, self._in_batch = total, 0, 0
         self._outer: StepProgress | None = None
         self._token: Token[StepProgress | None] | None = None
 
+    @property
+    def remaining(self) -> int:
+        """Steps that are still to be made, those of the outermost bar."""
+        bar = self._outer or self
+        return bar._total - bar._done
+
+    def advance_to(self, step: int) -> None:
+        """So many steps of the batch under way are done."""
+        made, self._in_batch = step - self._in_batch, step
+        bar = self._outer or self
+        bar._done += made
+        bar._progress.advance(bar._task, made)
+
     def step(self) -> None:
-        """One step of one batch is done."""
-        if self._outer is not None:
-            self._outer.step()
-        else:
-            self._progress.advance(self._task)
+        """One step of the batch under way is done."""
+        self.advance_to(self._in_batch + 1)
+
+    def batch_done(self) -> None:
+        """The next step is the first of another batch."""
+        self._in_batch = 0
+
+    def compiling(self, under_way: bool) -> None:
+        """Say that the step is being compiled, or no longer is."""
+        bar = self._outer or self
+        caption = "compiling the step (once, about a minute)" if under_way else bar._caption
+        bar._progress.update(bar._task, description=caption)
 
     def __enter__(self) -> StepProgress:
         """Show the bar, unless another one is shown around it."""

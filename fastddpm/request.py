@@ -23,6 +23,19 @@ class Request:
     noise: Tensor | None
     batch_size: int
 
+    def padded(self, size: int) -> Request:
+        """The request with its last sample repeated until there are `size`, or as it is if there are as many."""
+        n = len(self.ids)
+        if n >= size:
+            return self
+        index = torch.arange(size).clamp(max=n - 1)
+
+        def fill(values: Tensor | None, axis: int = 0) -> Tensor | None:
+            return None if values is None else values.index_select(axis, index.to(values.device))
+
+        filled = (fill(self.labels), fill(self.guidance), fill(self.x_T), fill(self.noise, 1))
+        return Request(self.ids[index], *filled, self.batch_size)
+
     def batches(self) -> Iterator[Request]:
         """The request in pieces of `batch_size` samples, in order."""
         for first in range(0, len(self.ids), self.batch_size):
@@ -106,8 +119,8 @@ def _labels(spec: ModelSpec, n: int, class_labels: int | Sequence[int] | Tensor 
     if class_labels is None:
         if spec.null_class is None:
             raise ValueError(
-                f"sample: class_labels must be given (0 … {spec.num_classes - 1}), got None, and the network "
-                "was not trained to do without"
+                f"sample: class_labels must be given (0 … {spec.num_classes - 1}), got None, and no label "
+                "is known to stand for no class; if one does, load the checkpoint with null_class=N"
             )
         return torch.full((n,), spec.null_class, dtype=torch.int64)
     labels = torch.as_tensor(class_labels)
@@ -140,7 +153,12 @@ def _guidance(
     if bool((scale == 1.0).all()):
         return None
     if spec.null_class is None or not has_labels:
-        why = "it was trained without dropping labels" if spec.null_class is None else "no class_labels are given"
+        why = "no class_labels are given"
+        if spec.num_classes is None:
+            why = "the network has no classes"
+        elif spec.null_class is None:
+            why = "it was trained without dropping labels, as far as is known; if a label stands for no class, load it "
+            why += "with null_class=N"
         got = float(scale[scale != 1.0][0])
         raise ValueError(f"sample: guidance_scale must be 1 for this request, got {got:g}: {why}")
     return scale

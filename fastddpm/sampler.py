@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.checkpoints import Checkpoint, load_checkpoint
+from fastddpm.compiled import CompileError, StepCall
 from fastddpm.denoiser import Denoiser, bind
-from fastddpm.engine import pick_device
+from fastddpm.engine import Engine, EngineName, Runner, pick_device
 from fastddpm.images import Output, to_output
 from fastddpm.kernels.p_sample import COLUMNS
 from fastddpm.noise import NoiseFunction, NoiseSource, seed_bits
 from fastddpm.plan import DEFAULT_STEPS, plan
+from fastddpm.precision import Precision, check_precision, float32_kernels, in_precision
 from fastddpm.progress import StepProgress
 from fastddpm.request import Request, check_noise, make_request
 from fastddpm.schedule import NoiseSchedule
@@ -24,6 +26,7 @@ from fastddpm.solvers import ClippedEps, DynamicThreshold, Solver
 from fastddpm.spec import ModelSpec, Variance
 from fastddpm.state import State, advance
 from fastddpm.step_table import StepTable
+from fastddpm.unet import UNet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,6 +87,9 @@ class Sampler:
         spec: ModelSpec,
         *,
         device: torch.device | str | None = None,
+        engine: EngineName = "auto",
+        precision: Precision = "fp32",
+        graph_steps: int | None = None,
     ) -> None:
         """Wrap a network.
 
@@ -93,27 +99,45 @@ class Sampler:
             spec: the conventions it was trained with.
             device: where to sample; None takes the GPU if there is one. A module is moved there, laid
                 out channels-last and put in evaluation mode.
+            engine: how steps run: "auto", "eager", "compiled" or "cuda_graph" (see `fastddpm.engine`). "auto" takes a
+                compiled step where there is one or the run is long enough to earn the time to compile.
+            precision: the network's arithmetic: "fp32", "bf16", and on GPUs "tf32" and "fp16"; the state and its
+                update are float32 always.
+            graph_steps: steps that a CUDA graph holds; None is all of runs of up to 64, and 50 of longer ones.
 
         Raises:
-            ValueError: the device is not available.
+            ValueError: the device is not available, or it cannot do what engine or precision ask.
         """
         self.device = pick_device(device)
+        check_precision(precision, self.device)
+        self.engine = Engine(engine, self.device, graph_steps=graph_steps)
+        self.precision = precision
         self.schedule, self.spec = schedule, spec
         self.checkpoint: Checkpoint | None = None
         if isinstance(model, nn.Module):
             # Convolutions run fastest on channels-last weights, on CPUs and GPUs alike.
             model = model.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model = model
+        self.model = in_precision(model, precision, self.device)
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], *, device: torch.device | str | None = None, **flags: object
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        engine: EngineName = "auto",
+        precision: Precision = "fp32",
+        graph_steps: int | None = None,
+        **flags: object,
     ) -> Sampler:
         """Load a checkpoint that ships with the package ("mnist") or one on disk.
 
         Args:
             name_or_path: a shipped name, a checkpoint folder, or another project's file of weights.
             device: where to sample; None takes the GPU if there is one.
+            engine: as in `Sampler`, and so are precision and graph_steps.
+            precision: the network's arithmetic.
+            graph_steps: steps that a CUDA graph holds.
             flags: what the file does not determine, under its project's own names; see `load_checkpoint`.
 
         Returns:
@@ -125,24 +149,43 @@ class Sampler:
         """
         target = pick_device(device)
         checkpoint = load_checkpoint(name_or_path, **flags)
-        sampler = cls(checkpoint.network, checkpoint.schedule, checkpoint.spec, device=target)
+        sampler = cls(
+            checkpoint.network,
+            checkpoint.schedule,
+            checkpoint.spec,
+            device=target,
+            engine=engine,
+            precision=precision,
+            graph_steps=graph_steps,
+        )
         sampler.checkpoint = checkpoint
         return sampler
 
     @torch.no_grad()
-    def network(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def network(self, x: Tensor, t: Tensor, y: Tensor | None = None, x_self_cond: Tensor | None = None) -> Tensor:
         """The network's raw output.
 
         Args:
             x: float [B, C, H, W].
             t: [B], as the network is fed (a training step times `spec.time_scale`).
             y: int64 [B], classes, for networks that have them.
+            x_self_cond: float [B, C, H, W], an estimate of x_0, for networks with self-conditioning; None is zeros.
 
         Returns:
             float [B, C or 2C, H, W] on the sampler's device.
+
+        Raises:
+            ValueError: x_self_cond is given for a network without self-conditioning.
         """
         x, t = x.to(self.device), t.to(self.device)
-        return self.model(x, t) if y is None else self.model(x, t, y.to(self.device))
+        more = {}
+        if self.spec.self_condition:
+            more["x_self_cond"] = torch.zeros_like(x) if x_self_cond is None else x_self_cond.to(self.device)
+        elif x_self_cond is not None:
+            raise ValueError(
+                "network: x_self_cond must be None, got a tensor, but the network takes none; leave it out"
+            )
+        return self.model(x, t, **more) if y is None else self.model(x, t, y.to(self.device), **more)
 
     def table(
         self,
@@ -174,6 +217,35 @@ class Sampler:
             clipped_eps=clipped_eps,
             variance=variance,
         ).to(self.device)
+
+    @torch.no_grad()
+    def compile(self, batch_size: int, *, guided: bool = False) -> float | None:
+        """Compile the step for batches of one size ahead of time and keep it on disk (CPU).
+
+        Args:
+            batch_size: samples that run together.
+            guided: whether runs are guided.
+
+        Returns:
+            Seconds that it took, or None if it was there already.
+
+        Raises:
+            CompileError: the network does not compile, or its compiled form could not be told apart from others'.
+            ValueError: the device is no CPU, or there is no guidance for this network.
+            OSError: the package cannot be written.
+        """
+        if self.device.type != "cpu" or not isinstance(self.model, UNet):
+            raise CompileError(
+                "compile: the network must be a U-Net of fastddpm's own on a CPU, got "
+                f"{type(self.model).__name__} on {self.device}; it is compiled when sampling with engine='compiled'"
+            )
+        classes = self.spec.num_classes
+        labels = None if classes is None else torch.zeros(batch_size, dtype=torch.int64)
+        scale = 2.0 if guided else 1.0
+        request = make_request(self.spec, self.device, batch_size, None, labels, scale, None, None, batch_size)
+        table = self.table(steps=1)
+        denoiser = bind(self.model, self.spec, table, request.labels, guided)
+        return self.engine.compile(StepCall(denoiser, table, self._start(table, request, 0, None)))
 
     @overload
     def sample(
@@ -234,8 +306,9 @@ class Sampler:
             noise: z for each step instead of seeded noise: a tensor [S, n, C, H, W] in loop order, a function
                 (i, t, sample_ids) → [B, C, H, W] that answers alike when asked again, or a torch.Generator (which
                 then draws x_T too, if none is given).
-            output: "unit": float32 in [0, 1]; "raw": the final state, as the network has it; "uint8": bytes;
-                all three [n, C, H, W]. "pil": a list of n PIL images.
+            output: "unit": float32 in [0, 1] (an unclipped run may leave it where the checkpoint's own project does not
+                clamp); "raw": the final state, as the network has it; "uint8": bytes; all three [n, C, H, W].
+                "pil": a list of n PIL images.
             callback: called with a `Preview` after each step of each batch.
             progress: whether to show a progress bar; None shows it on terminals.
 
@@ -267,10 +340,10 @@ class Sampler:
         denoiser = bind(self.model, self.spec, table, request.labels, request.guidance is not None)
         batches = list(request.batches())
         finished = []
-        with StepProgress(table.S * len(batches), n, progress) as bar:
+        with StepProgress(table.S * len(batches), n, progress) as bar, float32_kernels(self.precision, self.device):
             for batch in batches:
-                finished.append(self._run_batch(denoiser, table, batch, seed, noise, callback, bar.step))
-        return to_output(torch.cat(finished), output, self.spec.to_bytes)
+                finished.append(self._run_batch(denoiser, table, batch, seed, noise, callback, bar))
+        return to_output(torch.cat(finished), output, self.spec.to_bytes, self.spec.to_unit)
 
     def _run_batch(
         self,
@@ -280,37 +353,58 @@ class Sampler:
         seed: int,
         noise: NoiseSource | None,
         callback: Callable[[Preview], None] | None,
-        on_step: Callable[[], None],
+        bar: StepProgress,
     ) -> Tensor:
         """The final states of one batch."""
         rewind = noise.get_state() if isinstance(noise, torch.Generator) else None
-        state = self._start(table, batch, seed, noise, previews=callback is not None)
-        for i, t in self._drive(denoiser, table, batch, state, noise):
+        n = len(batch.ids)
+        if noise is None or isinstance(noise, Tensor):
+            batch = batch.padded(self.engine.padded(n, batch.batch_size))
+        state = self._start(table, batch, seed, noise)
+        runner = self.engine.runner(
+            denoiser,
+            table,
+            state,
+            self._example(table, batch, noise, state),
+            to_come=max(bar.remaining, table.S),
+            on_compile=bar.compiling,
+        )
+        state = runner.state
+        for i, t in self._drive(runner, table, batch, noise, one_by_one=callback is not None):
             if callback is not None and state.history is not None:
-                callback(Preview(i + 1, table.S, t, state.sample_id, state.x.clone(), state.history.clone()))
-            on_step()
+                callback(Preview(i, table.S, t, state.sample_id[:n], state.x[:n].clone(), state.history[:n].clone()))
+            bar.advance_to(i)
+        bar.batch_done()
         if not bool(torch.isfinite(state.x).all()):
             if isinstance(noise, torch.Generator) and rewind is not None:
                 noise.set_state(rewind)
             self._explain_nan(denoiser, table, batch, seed, noise)
-        return state.x
+        return state.x[:n].clone()
 
     def _drive(
-        self, denoiser: Denoiser, table: StepTable, batch: Request, state: State, noise: NoiseSource | None
+        self, runner: Runner, table: StepTable, batch: Request, noise: NoiseSource | None, *, one_by_one: bool = True
     ) -> Iterator[tuple[int, int]]:
-        """Advance all samples in step; yields (i, t) after loop step i, which left training timestep t."""
+        """Advance all samples to the end; yields (i, t) where i steps are done and the last one left timestep t."""
+        drawn = table.uses_noise and noise is not None and not isinstance(noise, Tensor)
         adds_noise = (table.rows[:, COLUMNS.index("sigma")] != 0).tolist()
-        for i, t in enumerate(table.timesteps[:-1].tolist()):
-            supplied = batch.noise if isinstance(noise, Tensor) else None
-            if noise is not None and not isinstance(noise, Tensor) and table.uses_noise:
+        timesteps = table.timesteps.tolist()
+        i = 0
+        while i < table.S:
+            supplied = batch.noise if table.uses_noise else None
+            if drawn and noise is not None and not isinstance(noise, Tensor):
                 # Peers draw nothing where nothing is used, and so their generators stay in step with ours.
-                supplied = self._draw(noise, i, t, batch, state) if adds_noise[i] else torch.zeros_like(state.x)[None]
-            advance(denoiser, table, state, noise=supplied)
-            yield i, t
+                x = runner.state.x
+                supplied = self._draw(noise, i, timesteps[i], batch, x) if adds_noise[i] else torch.zeros_like(x)[None]
+            i += runner.run(1 if one_by_one or drawn else table.S - i, supplied)
+            yield i, timesteps[i - 1]
 
-    def _start(
-        self, table: StepTable, batch: Request, seed: int, noise: NoiseSource | None, *, previews: bool
-    ) -> State:
+    def _example(self, table: StepTable, batch: Request, noise: NoiseSource | None, state: State) -> Tensor | None:
+        """Noise of the form that each step will be given."""
+        if noise is None or not table.uses_noise:
+            return None
+        return batch.noise if isinstance(noise, Tensor) else torch.zeros_like(state.x)[None]
+
+    def _start(self, table: StepTable, batch: Request, seed: int, noise: NoiseSource | None) -> State:
         x_T = batch.x_T
         if x_T is None and isinstance(noise, torch.Generator):
             x_T = torch.randn((len(batch.ids), *self.spec.shape), generator=noise, device=noise.device)
@@ -322,31 +416,32 @@ class Sampler:
             x_T=x_T,
             labels=batch.labels,
             guidance=batch.guidance,
-            history=table.uses_history or previews,
+            history=True,
         )
 
-    def _draw(self, noise: NoiseFunction | torch.Generator, i: int, t: int, batch: Request, state: State) -> Tensor:
+    def _draw(self, noise: NoiseFunction | torch.Generator, i: int, t: int, batch: Request, x: Tensor) -> Tensor:
         """The caller's noise for loop step i, [1, B, C, H, W]."""
         if isinstance(noise, torch.Generator):
-            z = torch.randn(state.x.shape, generator=noise, device=noise.device)
+            z = torch.randn(x.shape, generator=noise, device=noise.device)
         else:
             z = noise(i, t, batch.ids)
-            if not isinstance(z, Tensor) or z.shape != state.x.shape:
+            if not isinstance(z, Tensor) or z.shape != x.shape:
                 got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
-                raise ValueError(f"sample: noise must return a tensor {tuple(state.x.shape)}, got {got}")
+                raise ValueError(f"sample: noise must return a tensor {tuple(x.shape)}, got {got}")
         return z.to(self.device, torch.float32).contiguous()[None]
 
     def _explain_nan(
         self, denoiser: Denoiser, table: StepTable, batch: Request, seed: int, noise: NoiseSource | None
     ) -> None:
         """Run the batch again, which noise as a pure function allows, and name the step where the trouble began."""
-        state = self._start(table, batch, seed, noise, previews=False)
-        for i, t in self._drive(denoiser, table, batch, state, noise):
+        state = self._start(table, batch, seed, noise)
+        runner = Runner(state, lambda z: advance(denoiser, table, state, noise=z))
+        for i, t in self._drive(runner, table, batch, noise):
             bad = ~torch.isfinite(state.x).flatten(1).all(1)
             if bool(bad.any()):
                 ids = state.sample_id[bad].tolist()
                 raise FloatingPointError(
-                    f"sample: the state must stay finite, got NaN or infinity from step {i + 1} of {table.S} (t = {t}) "
+                    f"sample: the state must stay finite, got NaN or infinity from step {i} of {table.S} (t = {t}) "
                     f"in {len(ids)} samples, first id {ids[0]}; the weights or the supplied noise are not usable"
                 )
         raise FloatingPointError(

@@ -49,12 +49,13 @@ _SMALLEST_VARIANCE = 1e-20
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The rows' ends: t and prev, int64 [S]; ᾱ at both, float64 [S]."""
+    """The rows' ends: t and prev, int64 [S]; ᾱ at both, and at t − 1 (1 before t = 0), float64 [S]."""
 
     t: Tensor
     prev: Tensor
     a_t: Tensor
     a_prev: Tensor
+    a_before: Tensor
 
 
 def ddpm_table(
@@ -168,9 +169,9 @@ def ddim_table(
     elif prediction == "v":  # ε = √ᾱ v + √(1−ᾱ) x
         columns["c_o"] = direction * signal
         columns["c_x"] = direction * noise
-    else:  # ε = (x − √ᾱ x_0)/√(1−ᾱ)
-        columns["c_o"] = -direction * signal / noise
-        columns["c_x"] = direction / noise
+    else:  # ε = (x − √ᾱ x_0)/√(1−ᾱ), with x_0 = a_x x + a_o out
+        columns["c_o"] = -direction * signal / noise * columns["a_o"]
+        columns["c_x"] = direction / noise * (1.0 - signal * columns["a_x"])
     return assemble("ddim_table", "ddim", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip)
 
 
@@ -336,20 +337,27 @@ def _pairs(
                 f"{prev.tolist()[:8]} for {t.tolist()[:8]}; use −1 for x_0"
             )
         prev = prev.to(torch.int64)
-    alpha_bar = schedule.alphas_cumprod.double()
+    alpha_bar = schedule.alphas_cumprod_exact
     final = 1.0 if final_alpha_to_one else float(alpha_bar[0])
     a_prev = torch.where(prev >= 0, alpha_bar[prev.clamp(min=0)], final)
-    return _Pairs(t, prev, alpha_bar[t], a_prev)
+    return _Pairs(t, prev, alpha_bar[t], a_prev, torch.where(t > 0, alpha_bar[(t - 1).clamp(min=0)], 1.0))
 
 
 def _x_start_columns(function: str, prediction: Prediction, pairs: _Pairs) -> dict[str, Tensor]:
-    """a_x and a_o of x̂_0 = a_x x_t + a_o out: Ho et al. 2020, eq. 15; Salimans & Ho 2022, appendix D."""
+    """a_x and a_o of x̂_0 = a_x x_t + a_o out: Ho et al. 2020, eq. 15; Salimans & Ho 2022, appendix D.
+
+    Where the network returns the mean of x_{t−1}, Ho et al.'s eq. 7 is solved for x_0.
+    """
     check_choice(function, "prediction", prediction, get_args(Prediction))
     signal, noise = pairs.a_t.sqrt(), (1.0 - pairs.a_t).sqrt()
     if prediction == "x_start":
         return {"a_x": torch.zeros_like(signal), "a_o": torch.ones_like(signal)}
     if prediction == "v":
         return {"a_x": signal, "a_o": -noise}
+    if prediction == "x_prev":
+        alpha = pairs.a_t / pairs.a_before
+        weight = pairs.a_before.sqrt() * (1.0 - alpha)  # of x_0 in the mean, times 1 − ᾱ_t
+        return {"a_x": -alpha.sqrt() * (1.0 - pairs.a_before) / weight, "a_o": (1.0 - pairs.a_t) / weight}
     if bool((pairs.a_t == 0).any()):
         raise ValueError(
             f"{function}: prediction must be v or x_start where the terminal SNR is zero, got eps at "

@@ -5,21 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-Prediction = Literal["eps", "x_start", "v"]
+Prediction = Literal["eps", "x_start", "v", "x_prev"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "clipped_eps": ("rederive", "raw"),
     "noise_gate": ("final", "t0"),
     "prev_timestep": ("next", "stride", "chain"),
-    "spacing": ("leading", "trailing", "linspace", None),
+    "spacing": ("leading", "trailing", "linspace", "linspace_x0", None),
     "lower_order_final": ("never", "short", "always"),
     "to_bytes": ("round", "truncate"),
+    "to_unit": ("clamp", "affine", "identity"),
 }
 
 
@@ -29,7 +30,8 @@ class ModelSpec:
 
     Args:
         shape: (C, H, W) of one sample.
-        prediction: What the output is: the noise ε, the clean sample x_0, or v (Salimans & Ho 2022).
+        prediction: What the output is: the noise ε, the clean sample x_0, v (Salimans & Ho 2022), or the mean of
+            x_{t−1} given x_t and x_0 ("x_prev": Ho et al. 2020, sec. 3.2, μ̃_t), t − 1 counted in training steps.
         variance: Which σ ancestral sampling uses: β̃_t ("fixed_small"), β_t ("fixed_large"), or the network's
             second half of channels in between ("learned_range", Nichol & Dhariwal 2021, eq. 15).
         clip: Bound on |x̂_0| in each step; None leaves x̂_0 alone.
@@ -51,6 +53,12 @@ class ModelSpec:
         dpmpp_clips: Whether DPM-Solver++ clips x̂_0 like the other solvers; diffusers' does not.
         lower_order_final: Whether DPM-Solver++'s last row is of first order: "short" in runs of less than 15 steps.
         to_bytes: How [−1, 1] becomes 0 … 255: to the nearest ("round") or the next lower one ("truncate").
+        to_unit: What pictures are in terms of the state x: x/2 + ½ within [0, 1] ("clamp"), x/2 + ½ as it is
+            ("affine"), or x itself, of a network that was trained on [0, 1] ("identity").
+        self_condition: The network takes the previous step's x̂_0 as well, zeros in the first step, as its keyword
+            argument x_self_cond (Chen et al. 2023, "Analog bits", sec. 2.3).
+        ddim_steps: Steps of DDIM runs that say neither steps nor timesteps; None leaves it to the sampler.
+        ddim_eta: η of DDIM runs that do not say it, in [0, 1].
     """
 
     shape: tuple[int, int, int]
@@ -66,12 +74,16 @@ class ModelSpec:
     noise_gate: Literal["final", "t0"] = "final"
     prev_timestep: Literal["next", "stride", "chain"] = "next"
     final_alpha_to_one: bool = True
-    spacing: Literal["leading", "trailing", "linspace"] | None = None
+    spacing: Literal["leading", "trailing", "linspace", "linspace_x0"] | None = None
     steps_offset: int = 0
     respacing: str = ""
     dpmpp_clips: bool = True
     lower_order_final: Literal["never", "short", "always"] = "never"
     to_bytes: Literal["round", "truncate"] = "round"
+    to_unit: Literal["clamp", "affine", "identity"] = "clamp"
+    self_condition: bool = False
+    ddim_steps: int | None = None
+    ddim_eta: float = 0.0
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, expected: str) -> None:
@@ -80,7 +92,7 @@ class ModelSpec:
 
         is_shape = isinstance(self.shape, tuple) and len(self.shape) == 3 and all(_integer(n, 1) for n in self.shape)
         require(is_shape, "shape", "three positive integers (C, H, W)")
-        require(self.prediction in ("eps", "x_start", "v"), "prediction", "eps, x_start or v")
+        require(self.prediction in get_args(Prediction), "prediction", "eps, x_start, v or x_prev")
         require(self.variance in ("fixed_small", "fixed_large", "learned_range"), "variance", "a known kind")
         require(self.clip is None or _number(self.clip), "clip", "a positive number or null")
         require(
@@ -98,6 +110,10 @@ class ModelSpec:
         require(isinstance(self.dpmpp_clips, bool), "dpmpp_clips", "true or false")
         require(_integer(self.steps_offset, 0), "steps_offset", "an integer of at least 0")
         require(isinstance(self.respacing, str), "respacing", "a string")
+        require(isinstance(self.self_condition, bool), "self_condition", "true or false")
+        require(self.ddim_steps is None or _integer(self.ddim_steps, 1), "ddim_steps", "a positive integer or null")
+        is_eta = self.ddim_eta == 0 or _number(self.ddim_eta) and self.ddim_eta <= 1
+        require(is_eta and not isinstance(self.ddim_eta, bool), "ddim_eta", "a number in [0, 1]")
 
     @property
     def learned_variance(self) -> bool:

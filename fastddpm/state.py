@@ -7,6 +7,7 @@ whoever drives it decides which samples are in the batch.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class State:
         seed: int64 [B], 64-bit patterns.
         labels: int64 [B], classes, or None for networks without.
         guidance: float32 [B], scales of classifier-free guidance, or None for none.
-        history: float32 [B, C, H, W], the previous step's x̂_0, for multistep solvers and previews, or None.
+        history: float32 [B, C, H, W], the previous step's x̂_0, zeros before the first, for multistep solvers,
+            self-conditioned networks and previews, or None.
     """
 
     x: Tensor
@@ -81,6 +83,14 @@ class State:
             torch.zeros_like(x) if history else None,
         )
 
+    def copy(self) -> State:
+        """The same samples in memory of their own."""
+        copies: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            copies[field.name] = None if value is None else value.clone()
+        return State(**copies)
+
     def put(self, slots: Tensor, other: State) -> None:
         """Replace the samples in `slots` (int64 [K]) by those of `other` (K samples), in place.
 
@@ -110,9 +120,16 @@ def advance(denoiser: Denoiser, table: StepTable, state: State, *, noise: Tensor
         noise: float32 [N, B, C, H, W] instead of Philox: row min(step, N−1) is used.
 
     Raises:
-        ValueError: the table is for a learned variance and the network returns none.
+        ValueError: the table is for a learned variance and the network returns none, or the network is self-conditioned
+            and the state keeps no history.
     """
-    out, out_uncond = denoiser.predict(state.x, state.step, state.labels, guided=state.guidance is not None)
+    if denoiser.self_condition and state.history is None:
+        raise ValueError(
+            "advance: state must have a history for a self-conditioned network, got None; create it with one"
+        )
+    out, out_uncond = denoiser.predict(
+        state.x, state.step, state.labels, guided=state.guidance is not None, x_self_cond=state.history
+    )
     channels = state.x.shape[1]
     if table.variance == "learned_range" and out.shape[1] != 2 * channels:
         raise ValueError(

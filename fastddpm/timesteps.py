@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Spacing = Literal["leading", "trailing", "linspace"]
+Spacing = Literal["leading", "trailing", "linspace", "linspace_x0"]
 
 
 def check_timesteps(function: str, T: int, timesteps: Tensor | Sequence[int]) -> Tensor:
@@ -54,6 +54,8 @@ def spaced_timesteps(T: int, S: int, spacing: Spacing = "trailing", *, steps_off
     - leading: (T // S) · i + steps_offset for i = S−1 … 0. Ends at steps_offset, and starts below T−1.
     - trailing: round(T − i · T/S) − 1 for i = 0 … S−1. Starts at T−1, and ends above 0.
     - linspace: S rounded points of [0, T−1], both ends included.
+    - linspace_x0: S+1 points of [−1, T−1] in float32, cut to integers, of which the lowest, −1, is x_0 itself and no
+      step (denoising-diffusion-pytorch). Starts at T−1.
 
     Halves are rounded to even. diffusers' DPM-Solver spaces S+1 points and leaves out the last one:
     `spaced_timesteps(T, S + 1, spacing)[:-1]` for leading and linspace.
@@ -94,9 +96,13 @@ def spaced_timesteps(T: int, S: int, spacing: Spacing = "trailing", *, steps_off
     elif spacing == "linspace":
         stride_f = (T - 1) / (S - 1) if S > 1 else 0.0
         steps = [round(i * stride_f) for i in range(S - 1, -1, -1)]
+    elif spacing == "linspace_x0":
+        # In float32, as the peer has it: its rounding decides on which side of an integer a point falls.
+        steps = torch.linspace(-1, T - 1, S + 1).int().flip(0)[:-1].tolist()
     else:
         raise ValueError(
-            f"spaced_timesteps: spacing must be leading, trailing or linspace, got {spacing!r}; pick one of them"
+            "spaced_timesteps: spacing must be leading, trailing, linspace or linspace_x0, got "
+            f"{spacing!r}; pick one of them"
         )
     return torch.tensor(steps, dtype=torch.int64)
 

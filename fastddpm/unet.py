@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastddpm.blocks import Attention, Downsample, ResBlock, Stage, Upsample, timestep_embedding
+from fastddpm.fused_body import fused_body, is_fusable
 from fastddpm.unet_config import UNetConfig
 
 __all__ = ["UNet", "UNetConfig"]
@@ -86,7 +87,7 @@ class UNet(nn.Module):
             raise ValueError(f"UNet: y must be {wanted} for this network, got {'none' if y is None else 'labels'}")
         c = self.config
         features = timestep_embedding(t, c.sinusoids, order=c.embedding, shift=c.embedding_shift)
-        embedding = self.time_mlp(features.to(self.stem.weight.dtype))
+        embedding = self.time_mlp(features.to(self.time_projection.weight.dtype))
         if y is not None and self.label_embedding is not None:
             embedding = embedding + self.label_embedding(y)
         return torch.as_tensor(self.time_projection(F.silu(embedding)))
@@ -120,8 +121,12 @@ class UNet(nn.Module):
         Returns:
             [B, out_channels, H, W].
         """
+        if is_fusable(self, x):
+            return fused_body(self, x, projections)
+        dtype = self.stem.weight.dtype
+        x, projections = x.to(dtype), projections.to(dtype)
         rows = iter(torch.split(projections, self.projection_widths, dim=1))
-        h = self.stem(x)
+        h = self.stem(2.0 * x - 1.0 if self.config.center_input else x)
         skips = [h]
         for stage in _stages(self.down):
             for block, attention in stage.pairs():
@@ -138,6 +143,14 @@ class UNet(nn.Module):
             if stage.resample is not None:
                 h = self._change_resolution(stage.resample, h, rows)
         return torch.as_tensor(self.conv_out(F.silu(self.norm_out(h))))
+
+    def cast(self, dtype: torch.dtype) -> UNet:
+        """Change the weights of `body` to `dtype`, in place; `embed` stays as it is. Inputs are cast on the way in."""
+        embedding = (self.time_mlp, self.label_embedding, self.time_projection)
+        for module in self.children():
+            if module not in embedding:
+                module.to(dtype)
+        return self
 
     def _change_resolution(self, module: nn.Module, h: Tensor, rows: Iterator[Tensor]) -> Tensor:
         if isinstance(module, ResBlock):

@@ -41,6 +41,7 @@ class UNetConfig:
         downsample_padding: "symmetric" pads all sides by one before the strided convolution, "asymmetric" only the
             right and the bottom (Ho et al.'s "SAME").
         num_classes: Rows of the class embedding, including the row that stands for "no class"; None for none.
+        center_input: Whether the network sees 2x − 1 instead of x (diffusers' center_input_sample).
         embedding: Order of the sinusoids: "sin_cos", "cos_sin" or "interleaved" (sin, cos, sin, …).
         embedding_shift: What is subtracted from half the width in the frequencies' exponent (1 in Ho et al.).
     """
@@ -72,6 +73,7 @@ class UNetConfig:
     conv_resample: bool = True
     downsample_padding: Literal["symmetric", "asymmetric"] = "symmetric"
     num_classes: int | None = None
+    center_input: bool = False
     embedding: Literal["sin_cos", "cos_sin", "interleaved"] = "sin_cos"
     embedding_shift: float = 1.0
 
@@ -132,7 +134,8 @@ _OPTIONAL_INTEGERS = (
     "num_classes",
 )
 _LEVEL_FLAGS = ("attention", "up_attention", "resblock_down", "resblock_up")
-_BOOLEANS = ("mid_attention", "mid_attention_norm", "scale_shift", "resblock_updown", "conv_resample")
+_BOOLEANS = ("mid_attention", "mid_attention_norm", "scale_shift", "resblock_updown", "conv_resample",
+             "center_input")  # fmt: skip
 _CHOICES = {
     "attention_order": ("qkv_heads", "heads_qkv"),
     "downsample_padding": ("symmetric", "asymmetric"),

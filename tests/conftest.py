@@ -1,6 +1,7 @@
 """What every test shares: the markers' skip logic and hypothesis' profile."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,14 @@ from hypothesis import settings
 settings.register_profile("local", deadline=None, print_blob=True)
 settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled steps of the user's must not decide what the tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTDDPM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,14 +3,14 @@
 import torch
 
 from fastddpm.blocks import timestep_embedding
-from fastddpm.checkpoints import diffusers, openai, pesser, renaming, w86763777
+from fastddpm.checkpoints import diffusers_unet, openai, pesser, renaming, w86763777
 from fastddpm.unet import UNet, UNetConfig
 
 NAMES = {
     "openai": openai._names,
     "pesser": lambda config: pesser._names(),
     "w86763777": w86763777._names,
-    "diffusers": diffusers._names,
+    "diffusers": diffusers_unet._names,
 }
 CONVENTIONS = {
     "openai": {"embedding": "cos_sin", "embedding_shift": 0.0, "norm_eps": 1e-5, "attention_order": "heads_qkv"},

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fastddpm import CheckpointError, Sampler, load_checkpoint
-from fastddpm.checkpoints import diffusers, openai, pesser, w86763777
+from fastddpm.checkpoints import diffusers_unet, openai, openai_presets, pesser, w86763777
+from fastddpm.schedule import NoiseSchedule
+from fastddpm.spec import ModelSpec
 from tests.foreign import FLAGS, diffusers_config, foreign_network, foreign_state
 from tests.helpers import peers_dir
 from tests.tiny import save_checkpoint
 
+WEIGHTS_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 OPENAI = {"use_new_attention_order": False}
 STRUCTURES = [
     ("openai", {}, {}),
@@ -98,7 +101,7 @@ def save_folder(path, network, *, scheduler=True, weights="diffusion_pytorch_mod
         new = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
         for today, then in new.items():
             state = {key.replace(today, then): value for key, value in state.items()}
-    path.mkdir(exist_ok=True)
+    path.mkdir(exist_ok=True, parents=True)
     save_file(state, path / weights) if weights.endswith("safetensors") else torch.save(state, path / weights)
     (path / "config.json").write_text(json.dumps({**diffusers_config(network.config), **changes}))
     if scheduler:
@@ -106,7 +109,7 @@ def save_folder(path, network, *, scheduler=True, weights="diffusion_pytorch_mod
     return path
 
 
-@pytest.mark.parametrize("weights", diffusers.WEIGHTS_NAMES)
+@pytest.mark.parametrize("weights", WEIGHTS_NAMES)
 @pytest.mark.parametrize("old_names", [False, True], ids=["names of today", "old names"])
 def test_diffusers_network_beside_its_scheduler(tmp_path, weights, old_names):
     network = foreign_network("diffusers", num_classes=5, resblock_down=(True, False), resblock_up=(False, False))
@@ -227,7 +230,7 @@ WRONG_FLAGS = [
     ("pesser", {"beta_start": float("nan")}, "beta_start must be a finite number"),
     ("pesser", {"beta_end": 2.0}, r"must be in \(0, 1\)"),
     ("pesser", {"num_heads": 1}, "there is no flag num_heads"),
-    ("w86763777", {"mean_type": "xprev"}, "mean_type must be epsilon or xstart, got xprev"),
+    ("w86763777", {"mean_type": "x"}, "mean_type must be one of epsilon, xstart, xprev, got 'x'"),
     ("w86763777", {"T": 999}, "T must be 1000, as its weights have it, got 999"),
     ("w86763777", {"model": "net_model"}, "model must be a network of the file, got net_model"),
 ]
@@ -241,7 +244,7 @@ def test_wrong_flags(tmp_path, dialect, flags, message):
 
 
 def test_own_checkpoints_and_diffusers_refuse_foreign_flags(tmp_path):
-    with pytest.raises(CheckpointError, match="take no flags, got num_heads"):
+    with pytest.raises(CheckpointError, match="take no flags but null_class, got num_heads"):
         Sampler.from_pretrained(save_checkpoint(tmp_path / "own"), device="cpu", num_heads=4)
     folder = save_folder(tmp_path / "theirs", foreign_network("diffusers"))
     with pytest.raises(CheckpointError, match="no flag schedulers for it; did you mean scheduler"):
@@ -295,8 +298,11 @@ def test_truncated_files(tmp_path, zipped, share):
     [
         ([1, 2], "got list"),
         ({"weight": torch.zeros(1)}, "got keys weight"),
-        ({"model": {}, "ema": {}, "step": 3}, "denoising-diffusion-pytorch, which is not supported yet"),
+        ({"model": {}, "ema": {}, "step": 3}, "a file of denoising-diffusion-pytorch without its 2-D U-Net"),
         ({}, "of no kind that fastddpm reads"),
+        ({"down_blocks.0.x": torch.zeros(1)}, "weights of diffusers without their config.json"),
+        ({"model.diffusion_model.x": torch.zeros(1)}, "a latent diffusion model, which is not supported"),
+        ({"state_dict": foreign_state("pesser", foreign_network("pesser"))}, "got pesser under the key 'state_dict'"),
         (torch.zeros(3), "got Tensor"),
     ],
 )
@@ -339,6 +345,109 @@ def test_names_and_shapes_that_do_not_fit(tmp_path, dialect):
     refused({**state, last: state[last].long()}, "int64")
 
 
+def test_all_that_is_odd_is_counted_and_the_first_three_are_named(tmp_path):
+    state = foreign_state("pesser", foreign_network("pesser"))
+    names = [name for name in state if ".norm2." in name]
+    for name in names[:2]:
+        del state[name]
+    state |= {"a": torch.zeros(1), names[2]: torch.zeros(7), names[3]: state[names[3]].int()}
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path / "model.pt", **FLAGS["pesser"])
+    text = str(caught.value)
+    assert f"{names[0]} is missing; {names[1]} is missing; a is left over and 2 more; give the whole state dict" in text
+    assert "taken for pesser (keys temb.dense and down.0.block)" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers_per_block": 2}, r"is missing.* check layers_per_block or block_out_channels in its configuration"),
+        ({"block_out_channels": [32, 96]}, "must have shape .* check .*block_out_channels"),
+        ({"num_class_embeds": 5}, "class_embedding.weight is missing; check num_class_embeds"),
+        ({"time_embedding_dim": 64}, "must have shape .* check .*time_embedding_dim"),
+        ({"in_channels": 4, "out_channels": 4}, "conv_in.weight must have shape .* check in_channels"),
+        ({"add_attention": False}, "mid_block.attentions.0.* is left over.* check .*add_attention"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "check .*resnet_time_scale_shift"),
+        ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "left over.* check up_block_types"),
+    ],
+)
+def test_the_option_that_would_mend_it_is_named(tmp_path, changes, message):
+    folder = save_folder(tmp_path, foreign_network("diffusers"), **changes)
+    with pytest.raises(CheckpointError, match=f"taken for diffusers .config.json with _class_name.*{message}"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers(tmp_path, prefix):
+    network = foreign_network("pesser")
+    torch.save({prefix + name: value for name, value in foreign_state("pesser", network).items()}, tmp_path / "m.pt")
+    assert same(load_checkpoint(tmp_path / "m.pt", **FLAGS["pesser"]), network)
+
+
+def test_files_of_folders_and_folders_of_files_are_told_apart(tmp_path):
+    folder = save_folder(tmp_path / "theirs", foreign_network("diffusers"))
+    for name in ("config.json", "diffusion_pytorch_model.bin"):
+        with pytest.raises(CheckpointError, match=f"{name} is a file of a checkpoint; give its folder, .*theirs$"):
+            load_checkpoint(folder / name)
+    save_folder(tmp_path / "pipe" / "unet", foreign_network("diffusers"))
+    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="give its folder, .*pipe$"):
+        load_checkpoint(tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.bin")
+    (tmp_path / "runs").mkdir()
+    save(tmp_path / "runs" / "ema_0.9999_1000.pt", "openai")
+    with pytest.raises(CheckpointError, match="give the file in it, .*runs/ema_0.9999_1000.pt"):
+        load_checkpoint(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("preset", openai_presets.RELATIVES)
+def test_openais_other_models_are_refused_by_name(tmp_path, preset):
+    save(tmp_path / "model.pt", "openai", in_channels=6, out_channels=6)
+    with pytest.raises(CheckpointError, match=f"{preset} is a (classifier|super-resolution network), which is not"):
+        load_checkpoint(tmp_path / "model.pt", preset=preset)
+
+
+def test_a_published_files_name_suggests_its_preset(tmp_path):
+    save(tmp_path / "64x64_diffusion.pt", "openai", out_channels=6, head_channels=16)
+    with pytest.raises(CheckpointError, match="as the file's name has it, preset=64x64_diffusion$"):
+        load_checkpoint(tmp_path / "64x64_diffusion.pt")
+
+
+@torch.no_grad()
+def test_networks_that_return_the_mean_of_the_next_state(tmp_path):
+    """w86763777's sampler: the network's output is the mean, and x_0 plays no part."""
+    network = save(tmp_path / "ckpt.pt", "w86763777")
+    flags = {**FLAGS["w86763777"], "mean_type": "xprev", "var_type": "fixedlarge"}
+    sampler = Sampler.from_pretrained(tmp_path / "ckpt.pt", device="cpu", **flags)
+    assert sampler.spec.prediction == "x_prev"
+    betas = torch.linspace(1e-4, 0.02, 1000).double()
+    timesteps = [5, 4, 3, 2, 1, 0]
+    x, z = inputs(network)[0], torch.randn(6, 2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    ours = sampler.sample(2, solver="ddpm", timesteps=timesteps, x_T=x, noise=z, output="raw", progress=False)
+    for i, t in enumerate(timesteps):
+        x = network(x, torch.full((2,), t)) + (betas[t].sqrt().float() * z[i] if t else 0.0)
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_mean_of_the_next_state_says_what_x_0_is():
+    """A network that returns the posterior mean of x_0 must lead every solver where one that returns x_0 does."""
+    schedule = NoiseSchedule.linear(50)
+    x_start = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(3)).clamp(-1, 1)
+
+    def runs(prediction):
+        def network(x, t):
+            mean = schedule.q_posterior(x_start.expand_as(x), x, t)[0]
+            return {"x_start": x_start.expand_as(x), "x_prev": mean.to(x.dtype)}[prediction]
+
+        sampler = Sampler(network, schedule, ModelSpec((1, 4, 4), prediction=prediction), device="cpu")
+        for solver, clipped in (("ddim", "raw"), ("ddim", "rederive"), ("ddpm", None), ("dpmpp_2m", None)):
+            extra = {"clipped_eps": clipped} if clipped else {}
+            yield sampler.sample(2, solver=solver, steps=7, output="raw", progress=False, **extra)
+
+    for ours, expected in zip(runs("x_prev"), runs("x_start"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_openai_relatives_are_named(tmp_path):
     save(tmp_path / "sr.pt", "openai", in_channels=6, out_channels=6)
     with pytest.raises(CheckpointError, match="super-resolution networks are not supported"):
@@ -370,7 +479,7 @@ def test_other_time_tables_are_refused(tmp_path):
         ({"mid_block_scale_factor": 1.4}, "mid_block_scale_factor must be 1"),
         ({"act_fn": "gelu"}, "act_fn must be 'silu' or 'swish', got 'gelu'"),
         ({"downsample_padding": 2}, "downsample_padding must be 0 or 1, got 2"),
-        ({"center_input_sample": True}, "center_input_sample must be False"),
+        ({"center_input_sample": 2}, "center_input_sample must be False or True, got 2"),
         ({"sample_size": None}, "does not say sample_size"),
         ({"out_channels": 6}, "out_channels must be 3 for variance fixed_small, got 6"),
         ({"norm_num_groups": 7}, "must be multiples of norm_groups=7"),
@@ -410,7 +519,7 @@ def test_schedulers_that_are_not_supported(tmp_path, values, message):
 def test_other_pipelines_are_named(tmp_path):
     folder = save_folder(tmp_path, foreign_network("diffusers"))
     (folder / "model_index.json").write_text('{"_class_name": "LDMPipeline"}')
-    with pytest.raises(CheckpointError, match="got LDMPipeline, which is not supported"):
+    with pytest.raises(CheckpointError, match="got LDMPipeline, whose pictures need its decoder.*fastddpm.accelerate"):
         load_checkpoint(folder)
 
 
@@ -423,7 +532,7 @@ def test_folder_without_weights(tmp_path):
 
 # ------------------------------------------------------------------ anything
 
-ENTRIES = [name for name in diffusers._DEFAULTS] + ["_class_name", "beta_schedule", "trained_betas", "steps_offset"]
+ENTRIES = [name for name in diffusers_unet.DEFAULTS] + ["_class_name", "beta_schedule", "trained_betas", "steps_offset"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 70) | st.floats() | st.sampled_from(["conv", "DownBlock2D", "x"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),

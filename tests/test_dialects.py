@@ -21,7 +21,6 @@ SCHEDULE_NAMES = {
     "posterior_log_var_clipped": "posterior_log_variance_clipped",
 }
 SOLVERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpmpp_2m"}
-NOT_YET = ("lucidrains",)
 
 
 def fixtures():
@@ -30,7 +29,7 @@ def fixtures():
     if not peers.is_dir():
         return {"": [""]}
     metas = {meta.parent.name: json.loads(meta.read_text()) for meta in sorted(peers.glob("*/meta.json"))}
-    return {name: list(meta["modes"]) for name, meta in metas.items() if not name.startswith(NOT_YET)}
+    return {name: list(meta["modes"]) for name, meta in metas.items()}
 
 
 FIXTURES = fixtures()
@@ -70,6 +69,9 @@ def test_networks_say_the_same(name):
     data, ours = oracle(name), sampler(name)
     y = data.get("y")
     assert relative(ours.network(data["x"], data["t"], y), data["out"]) <= 1e-5
+    if "out_with_self_cond" in data:
+        fed_back = ours.network(data["x"], data["t"], y, data["x_self_cond"])
+        assert relative(fed_back, data["out_with_self_cond"]) <= 1e-5
     if "out_as_sampled" in data:
         fed = data["t"].float() * ours.spec.time_scale
         assert torch.equal(fed, data["t_as_fed"].float())
@@ -97,7 +99,7 @@ def options(name, mode):
     chosen = {"solver": SOLVERS[how["scheduler"]] if "scheduler" in how else ("ddim" if "ddim" in mode else "ddpm")}
     extra = how.get("step_kwargs", how)
     if chosen["solver"] == "ddim":
-        chosen["eta"] = extra.get("eta", 0.0)
+        chosen["eta"] = extra.get("eta", extra.get("ddim_sampling_eta", 0.0))
     if extra.get("use_clipped_model_output"):
         chosen["clipped_eps"] = "rederive"
     if "clip_denoised" in how:
@@ -127,11 +129,28 @@ def test_samples_are_the_same(name, mode):
     amplification, largest = meta(name)["amplification_and_max_abs_final"][mode]
     error = float((draw(name, mode, "raw") - theirs).abs().max()) / max(1.0, largest)
     assert error <= max(1e-4, 5e-6 * amplification)
+    if name.startswith("lucidrains"):
+        torch.testing.assert_close(
+            draw(name, mode, "unit"), oracle(name)[f"{mode}/mapped"], rtol=0.0, atol=error + 1e-6
+        )
     if f"{mode}/uint8" in oracle(name):
         differ = draw(name, mode, "uint8").permute(0, 2, 3, 1).int() - oracle(name)[f"{mode}/uint8"].int()
         # A level turns where the state is on its edge: never by more than one, and rarely.
         assert differ.abs().max() <= 1
         assert (differ != 0).float().mean() <= 0.02
+
+
+def lucidrains_ddim():
+    return [pair for pair in MODES if pair[0].startswith("lucidrains") and pair[1].startswith("ddim")] or [("", "")]
+
+
+@pytest.mark.parametrize(("name", "mode"), lucidrains_ddim())
+def test_the_number_of_steps_gives_the_timesteps_of_lucidrains(name, mode):
+    peers_dir()
+    steps = meta(name)["modes"][mode]["sampling_timesteps"]
+    table = sampler(name, mode).table(steps=steps, **options(name, mode))
+    assert torch.equal(table.timesteps[:-1], oracle(name)[f"{mode}/t"])
+    assert oracle(name)[f"{mode}/t_next"].tolist() == [*table.timesteps[1:-1].tolist(), -1]
 
 
 @pytest.mark.parametrize(("name", "mode"), [pair for pair in MODES if pair[0].startswith("diffusers")] or [("", "")])
@@ -156,10 +175,17 @@ def test_a_pesser_run_that_ends_early_goes_on_to_the_next_timestep():
     assert not torch.equal(draw(name, mode, "raw"), draw(name, mode, "raw", prev_timesteps=last))
 
 
-def test_raw_weights_beside_the_averaged_ones():
-    folder = peers_dir() / "w86763777_ddpm"
+@pytest.mark.parametrize(
+    ("name", "model", "training"),
+    [
+        ("w86763777_ddpm", "net_model", {"steps": 5000}),
+        ("lucidrains_pred_v", "online_model", {"steps": 4000, "package": "denoising-diffusion-pytorch 2.3.1"}),
+    ],
+)
+def test_raw_weights_beside_the_averaged_ones(name, model, training):
+    folder = peers_dir() / name
     flags = json.loads((folder / "flags.json").read_text())
-    raw = Sampler.from_pretrained(folder / "ckpt.pt", device="cpu", model="net_model", **flags)
+    raw = Sampler.from_pretrained(folder / meta(name)["checkpoint"], device="cpu", model=model, **flags)
     data = oracle(folder.name)
-    assert relative(raw.network(data["x"], data["t"]), data["out_net_model"]) <= 1e-5
-    assert raw.checkpoint.training == {"model": "net_model", "steps": 5000}
+    assert relative(raw.network(data["x"], data["t"]), data[f"out_{model}"]) <= 1e-5
+    assert raw.checkpoint.training == {"model": model, **training}

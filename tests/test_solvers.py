@@ -432,7 +432,7 @@ def test_table_moves_and_is_frozen():
 
 def test_names_are_checked_by_the_table_itself():
     table = ddim_table(NoiseSchedule.cosine(10), [9, 0])
-    with pytest.raises(ValueError, match="prediction must be one of eps, x_start, v, got 'noise'"):
+    with pytest.raises(ValueError, match="prediction must be one of eps, x_start, v, x_prev, got 'noise'"):
         dataclasses.replace(table, prediction="noise")
     with pytest.raises(ValueError, match=r"rows must be \[S\+1"):
         dataclasses.replace(table, rows=table.rows[:2])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastddpm.checkpoints import diffusers, native, openai, pesser, w86763777
+from fastddpm.checkpoints import diffusers, diffusers_weights, hub, lucidrains, native, openai, pesser, w86763777
 from fastddpm.checkpoints.base import Checkpoint, CheckpointError
 from fastddpm.checkpoints.reading import read_file
 
@@ -15,18 +15,21 @@ __all__ = ["SHIPPED", "Checkpoint", "CheckpointError", "load_checkpoint"]
 
 _PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 SHIPPED = ("mnist",)
-_FILES = (openai, pesser, w86763777)
+_PARTS = (native.CONFIG_NAME, native.WEIGHTS_NAME, diffusers.INDEX_NAME, diffusers_weights.STEM)
+_FILES = (openai, pesser, w86763777, lucidrains)
 
 
 def load_checkpoint(name_or_path: str | os.PathLike[str], **flags: object) -> Checkpoint:
-    """Load a checkpoint that ships with the package, by name, or one on disk, by path.
+    """Load a checkpoint that ships with the package, by name, one on disk, by path, or one on the Hugging Face Hub.
 
     Which project wrote it is found out by its files and keys. A shipped name wins over a folder of that name in the
-    working directory: that is `./mnist`, or a `Path`.
+    working directory: that is `./mnist`, or a `Path`. Where there is nothing of that path, "owner/name" is taken for a
+    repository on the Hub, of which only what is needed is fetched, once.
 
     Args:
-        name_or_path: One of `SHIPPED`, a checkpoint folder (fastddpm, diffusers), or a file of weights (OpenAI's
-            improved- and guided-diffusion, pesser/pytorch_diffusion, w86763777/pytorch-ddpm).
+        name_or_path: One of `SHIPPED`, a repository on the Hub ("google/ddpm-cifar10-32", "owner/name@revision") or a
+            file of weights in one ("owner/name/model.pt"), a checkpoint folder (fastddpm, diffusers), or a file of
+            weights (OpenAI's improved- and guided-diffusion, pesser/pytorch_diffusion, w86763777/pytorch-ddpm).
         flags: What a file does not determine, under the names that the project itself gives its options; `preset`
             names a published network. Names that begin with an underscore are taken for notes.
 
@@ -40,12 +43,27 @@ def load_checkpoint(name_or_path: str | os.PathLike[str], **flags: object) -> Ch
     if isinstance(name_or_path, str) and name_or_path in SHIPPED:
         path = _PRETRAINED / name_or_path
     if not os.path.exists(path):
-        raise CheckpointError(
-            f"no checkpoint at {path}; give a folder, or one of the shipped names: {', '.join(SHIPPED)}"
-        )
-    if path.name in (native.CONFIG_NAME, native.WEIGHTS_NAME) and native.detect(path.parent):
-        raise CheckpointError(f"{path} is a file of a checkpoint; give its folder, {path.parent}")
+        wanted = hub.parse_id(name_or_path) if isinstance(name_or_path, str) else None
+        if wanted is None:
+            raise CheckpointError(
+                f"no checkpoint at {path}; give a folder, or one of the shipped names: {', '.join(SHIPPED)}"
+            )
+        path = hub.fetch(wanted, flags)
+    folder = _folder_of(path)
+    if folder is not None:
+        raise CheckpointError(f"{path} is a file of a checkpoint; give its folder, {folder}")
     return _load_folder(path, flags) if path.is_dir() else _load_file(path, flags)
+
+
+def _folder_of(path: Path) -> Path | None:
+    """The checkpoint's folder, if the path is a file of such a checkpoint as is given by its folder."""
+    if not path.name.startswith(_PARTS) or path.is_dir():
+        return None
+    if path.parent.name in diffusers.SUBFOLDERS and (path.parent.parent / diffusers.INDEX_NAME).is_file():
+        return path.parent.parent
+    if native.detect(path.parent) or diffusers.detect(path.parent):
+        return path.parent
+    return None
 
 
 def _load_folder(path: Path, flags: Mapping[str, object]) -> Checkpoint:
@@ -55,10 +73,13 @@ def _load_folder(path: Path, flags: Mapping[str, object]) -> Checkpoint:
     if is_diffusers:
         return diffusers.load(path, flags)
     if is_native:
-        given = [name for name in flags if not name.startswith("_")]
+        given = [name for name in flags if not name.startswith("_") and name not in native.FLAGS]
         if given:
-            raise CheckpointError(f"{path}: fastddpm's own checkpoints take no flags, got {', '.join(given)}; omit it")
-        return native.load(path)
+            raise CheckpointError(
+                f"{path}: fastddpm's own checkpoints take no flags but {', '.join(native.FLAGS)}, got "
+                f"{', '.join(given)}; omit it"
+            )
+        return native.load(path, flags)
     try:
         inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
     except OSError as error:
@@ -66,8 +87,15 @@ def _load_folder(path: Path, flags: Mapping[str, object]) -> Checkpoint:
     raise CheckpointError(
         f"{path} is not a checkpoint that fastddpm reads: expected a folder with {native.CONFIG_NAME} "
         f"(format {native.FORMAT}) and {native.WEIGHTS_NAME}, or one of {diffusers.NAME} with {diffusers.INDEX_NAME}, "
-        f"got {inside}; give another folder"
+        f"got {inside}; {_file_within(path) or 'give another folder'}"
     )
+
+
+def _file_within(path: Path) -> str | None:
+    """What to say of a folder with another project's file in it."""
+    suffixes = (".pt", ".pth", ".ckpt")
+    found = sorted(entry.name for entry in path.iterdir() if entry.suffix in suffixes and entry.is_file())
+    return f"give the file in it, {path / found[-1]}" if found else None
 
 
 def _load_file(path: Path, flags: Mapping[str, object]) -> Checkpoint:
@@ -86,7 +114,17 @@ def _load_file(path: Path, flags: Mapping[str, object]) -> Checkpoint:
 def _describe(values: Any) -> str:  # noqa: ANN401 - whatever a file holds
     if not isinstance(values, Mapping):
         return type(values).__name__
+    for key, value in values.items():
+        within = [dialect.NAME for dialect in _FILES if isinstance(value, Mapping) and dialect.detect(value)]
+        if within:
+            return f"{' and '.join(within)} under the key {key!r}, which must be saved by itself"
     names = sorted(map(str, values))
+    if any(name.startswith("down_blocks.") for name in names):
+        return "the weights of diffusers without their config.json, which must lie beside them in a folder"
+    if any(name.startswith("model.diffusion_model.") for name in names):
+        return "the keys of a latent diffusion model, which is not supported"
     if {"model", "ema", "step"} <= set(names):
-        return "the keys of denoising-diffusion-pytorch, which is not supported yet"
+        return (
+            "a file of denoising-diffusion-pytorch without its 2-D U-Net (Karras and elucidated ones are not supported)"
+        )
     return f"keys {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"

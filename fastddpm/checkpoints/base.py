@@ -13,9 +13,19 @@ from torch import Tensor, nn
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import ModelSpec
 
+_LONGEST = 3000
+
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, foreign or inconsistent; the message says how to mend it."""
+    """A checkpoint is missing, damaged, foreign or inconsistent; the message says how to mend it.
+
+    The message is one printable line, whatever names and values a file brings into it.
+    """
+
+    def __init__(self, message: str) -> None:
+        """Replace what would break the line or steer a terminal, and shorten what would flood it."""
+        text = "".join(character if character.isprintable() else "�" for character in message)
+        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +39,8 @@ class Checkpoint:
         dialect: Whose format it was read from.
         path: Where it was read.
         training: How it came about, as far as the file says.
+        reason: What showed that it is of this dialect.
+        settings: Name → (value, where it comes from: "file", "flag", "preset …" or "default"), for people.
     """
 
     network: nn.Module
@@ -37,6 +49,8 @@ class Checkpoint:
     dialect: str
     path: Path
     training: Mapping[str, Any]
+    reason: str = ""
+    settings: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

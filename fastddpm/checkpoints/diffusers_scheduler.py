@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,21 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "euler_at_final": False,
     },
 }
+_DEFAULTS["DDPMParallelScheduler"] = _DEFAULTS["DDPMScheduler"]
+_DEFAULTS["DDIMParallelScheduler"] = _DEFAULTS["DDIMScheduler"]
+# Other ways through the same forward process: their betas and their prediction hold for our solvers too.
+_RELATIVES = (
+    "PNDMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
 _SOLVER_ONLY: dict[str, tuple[Any, ...]] = {
     "algorithm_type": ("dpmsolver++",),
     "solver_order": (2,),
@@ -105,15 +121,52 @@ def read_scheduler(path: Path, flags: Flags) -> Scheduler:
         if extra:
             raise CheckpointError(f"{flags.source}: {', '.join(extra)} stand in {file}; leave the flags out")
         values = read_json(file)
-        kind = values.get("_class_name")
-        if kind not in _DEFAULTS:
-            raise CheckpointError(
-                f"{file}: the scheduler must be one of {', '.join(_DEFAULTS)}, got {kind}, which is not supported; "
-                "give scheduler=… another scheduler_config.json"
-            )
-        return _scheduler(str(kind), {**_DEFAULTS[str(kind)], **values}, str(file))
+        kind = _kind(values.get("_class_name"), file)
+        defaults = _DEFAULTS[kind]
+        for name, default in defaults.items():
+            flags.note(name, values.get(name, default), "file" if name in values else "default")
+        flags.note("scheduler", values["_class_name"], "flag" if "scheduler" in flags else "file")
+        return _scheduler(kind, {**defaults, **values}, str(file))
     flags.require(*_NEEDED)
-    return _scheduler("DDPMScheduler", {**_DDPM, **flags.given(SCHEDULER_FLAGS)}, flags.source)
+    given = flags.given(SCHEDULER_FLAGS)
+    for name, default in _DDPM.items():
+        if name not in given:
+            flags.note(name, default, "default")
+    return _scheduler("DDPMScheduler", {**_DDPM, **given}, flags.source)
+
+
+def conventions_of(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The conventions of sampling that a scheduler in memory stands for, apart from its betas and timesteps.
+
+    Args:
+        kind: The name of its class: DDPMScheduler, DDIMScheduler or DPMSolverMultistepScheduler.
+        config: Its `config`; what is left out is the library's default.
+
+    Returns:
+        Arguments of `ModelSpec`.
+
+    Raises:
+        CheckpointError: If an option is not supported; it is named.
+    """
+    values = {**_DEFAULTS[kind], **config, "lambda_min_clipped": None}  # which only says where timesteps end
+    return _conventions(kind, values, kind)
+
+
+def _kind(name: object, file: Path) -> str:
+    """The scheduler that is meant by a class's name: itself, or DDIM for those that only walk another way."""
+    if isinstance(name, str) and name.removeprefix("Fast") in _DEFAULTS:  # our own drop-ins have their parents' options
+        return name.removeprefix("Fast")
+    if name in _RELATIVES:
+        warnings.warn(
+            f"{file}: {name} is no solver of fastddpm; its betas and its prediction hold, and the rest is as in "
+            "DDIMScheduler.from_config: choose solver ddim, ddpm or dpmpp_2m",
+            stacklevel=2,
+        )
+        return "DDIMScheduler"
+    raise CheckpointError(
+        f"{file}: the scheduler must be one of {', '.join((*_DEFAULTS, *_RELATIVES))}, got {name}, which is not "
+        "supported; give scheduler=… another scheduler_config.json"
+    )
 
 
 def _find(path: Path, flags: Flags) -> Path | None:
@@ -182,7 +235,7 @@ def _conventions(kind: str, values: Mapping[str, Any], source: str) -> dict[str,
         "dpmpp_clips": False,
         "lower_order_final": "short",
     }
-    if kind == "DDIMScheduler":
+    if kind.startswith("DDIM"):
         conventions["final_alpha_to_one"] = _flag(values, "set_alpha_to_one", source)
     if kind == "DPMSolverMultistepScheduler":
         _check_solver(values, source)

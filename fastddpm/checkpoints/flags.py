@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from fastddpm.checkpoints.base import CheckpointError
 
@@ -51,7 +52,9 @@ class Flags:
             if not isinstance(preset, str) or preset not in presets:
                 raise CheckpointError(f"{source}: preset must be one of {', '.join(presets)}, got {preset!r}; pick one")
             values = {**presets[preset], **values}
+        origins = {name: "flag" if name in given else f"preset {preset}" for name in values}
         self._values = values
+        self._settings = {name: (value, origins[name]) for name, value in values.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
@@ -60,11 +63,22 @@ class Flags:
         """Raise CheckpointError naming all of `names` that are not given."""
         missing = [name for name in names if name.partition(" ")[0] not in self._values]
         if missing:
+            named = next((name for name in self._presets if f"{name}." in self.source), None)
             presets = f", or preset= one of {', '.join(self._presets)}" if self._presets else ""
+            if named:
+                presets = f", or, as the file's name has it, preset={named}"
             raise CheckpointError(
                 f"{self.source}: the file does not say {', '.join(missing)}; "
                 f"give them as they were in training, like {missing[0].partition(' ')[0]}=…{presets}"
             )
+
+    def settings(self) -> dict[str, tuple[object, str]]:
+        """All that has been given, read or compared so far: name → (value, where it comes from), for people."""
+        return dict(self._settings)
+
+    def note(self, name: str, value: object, origin: str) -> None:
+        """Remember for `settings` what the loader read elsewhere."""
+        self._settings[name] = (value, origin)
 
     def given(self, names: Collection[str]) -> dict[str, object]:
         """Those of `names` that are given, unchecked."""
@@ -136,6 +150,7 @@ class Flags:
             CheckpointError: If one does not.
         """
         for name, value in derived.items():
+            self.note(name, value, "file")
             if isinstance(value, tuple):
                 numbers = self.numbers(name)
                 differs = numbers is not None and numbers != value
@@ -160,6 +175,7 @@ class Flags:
         """
         numbers = self.numbers(name)
         derived = [size for size, attends in zip(sizes, attention, strict=True) if attends]
+        self.note(name, derived, "file")
         if numbers is not None and set(numbers) & set(sizes) != set(derived):
             raise CheckpointError(
                 f"{self.source}: {name} must be {derived}, as its weights have it, got {self._values[name]!r}; "
@@ -167,4 +183,33 @@ class Flags:
             )
 
     def _get(self, name: str, default: object) -> object:
+        if name not in self._values and default is not None:
+            self.note(name, default, "default")
         return self._values.get(name, default)
+
+
+def classes_of(rows: int | None, flags: Flags) -> dict[str, Any]:
+    """Which classes a network knows, and which of its labels stands for "no class" (the flag `null_class`).
+
+    A null class that has the last row is not counted among the classes; one in another row keeps its number there, so
+    that the others keep theirs.
+
+    Args:
+        rows: Rows of the class embedding, or None for networks without.
+        flags: May hold `null_class`.
+
+    Returns:
+        `num_classes` and `null_class` for `ModelSpec`.
+
+    Raises:
+        CheckpointError: If there is a null class but no such row, or nothing besides.
+    """
+    if "null_class" not in flags:
+        return {"num_classes": rows, "null_class": None}
+    if rows is None or rows < 2:
+        got = "none" if rows is None else rows
+        raise flags.wrong("null_class", f"left out: a network needs at least 2 labels for one, and this has {got}")
+    null = flags.integer("null_class", least=0)
+    if null >= rows:
+        raise flags.wrong("null_class", f"one of the network's labels, 0 … {rows - 1}")
+    return {"num_classes": rows - 1 if null == rows - 1 else rows, "null_class": null}

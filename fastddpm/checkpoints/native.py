@@ -1,18 +1,26 @@
-"""fastddpm's own format: a folder with config.json and model.safetensors."""
+"""fastddpm's own format: a folder with config.json and model.safetensors.
+
+config.json holds the network's structure ("unet"), or what another package needs to make it ("foreign": its kind,
+module and arguments), with "schedule", "spec" and "training".
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastddpm.checkpoints.base import Checkpoint, CheckpointError, load_weights
+from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_weights, load_weights
+from fastddpm.checkpoints.flags import Flags, classes_of
+from fastddpm.checkpoints.lucidrains_package import Module, PackageUNet
+from fastddpm.checkpoints.lucidrains_schedule import BUFFERS, RoundedSchedule
 from fastddpm.files import write_json, write_tensors
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import ModelSpec
@@ -22,6 +30,9 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "fastddpm"
 FORMAT_VERSION = 1
+FLAGS = ("null_class",)
+_LUCIDRAINS = "lucidrains"
+_ARRAY = "schedule."
 
 T = TypeVar("T")
 
@@ -35,11 +46,12 @@ def detect(path: Path) -> bool:
     return (path / CONFIG_NAME).is_file() and read_json(path / CONFIG_NAME).get("format") == FORMAT
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, given: Mapping[str, object] | None = None) -> Checkpoint:
     """Read a checkpoint folder.
 
     Args:
         path: The folder.
+        given: Flags; there is one, `null_class`, the label that stands for "no class" where the folder names none.
 
     Returns:
         The network in float32 on the CPU, in evaluation mode, with its schedule and conventions.
@@ -54,19 +66,82 @@ def load(path: Path) -> Checkpoint:
             f"{path / CONFIG_NAME}: format_version must be {FORMAT_VERSION}, got {version!r}; update fastddpm"
         )
     try:
-        unet = UNetConfig.from_dict(config["unet"])
         schedule = NoiseSchedule.from_config(config["schedule"])
         spec = ModelSpec.from_dict(config["spec"])
-        check_agreement(unet, spec)
+        network: UNet | PackageUNet
+        if "foreign" in config:
+            network, rows = _foreign_network(config["foreign"], spec, path)
+        else:
+            network, rows = _own_network(UNetConfig.from_dict(config["unet"]), spec)
+        flags = Flags(str(path), given or {}, FLAGS)
+        if "null_class" in flags and spec.null_class is None:
+            spec = dataclasses.replace(spec, class_names=None, **classes_of(rows, flags))
+        flags.agree(null_class=spec.null_class)
+    except CheckpointError:
+        raise
     except KeyError as error:
         raise CheckpointError(f"{path / CONFIG_NAME}: the entry {error} is missing; write the file again") from error
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path / CONFIG_NAME}: {error}") from error
-    with torch.device("meta"):
-        network = UNet(unet)
-    load_weights(network, read_safetensors(path / WEIGHTS_NAME), str(path / WEIGHTS_NAME))
+    weights, source = read_safetensors(path / WEIGHTS_NAME), str(path / WEIGHTS_NAME)
+    if isinstance(network, PackageUNet):
+        schedule = _rounded_schedule(schedule, weights, source)
+        network.load(check_weights(network.shapes(), weights, source))
+    else:
+        load_weights(network, weights, source)
     training = config.get("training")
-    return Checkpoint(network.eval(), schedule, spec, FORMAT, path, training if isinstance(training, dict) else {})
+    history = training if isinstance(training, dict) else {}
+    reason = f"{CONFIG_NAME} with format {FORMAT}"
+    return Checkpoint(network.eval(), schedule, spec, FORMAT, path, history, reason)
+
+
+def _own_network(config: UNetConfig, spec: ModelSpec) -> tuple[UNet, int | None]:
+    """Our U-Net, without weights, and the rows of its class embedding."""
+    check_agreement(config, spec)
+    with torch.device("meta"):
+        return UNet(config), config.num_classes
+
+
+def _foreign_network(entry: object, spec: ModelSpec, path: Path) -> tuple[PackageUNet, int | None]:
+    """Another package's network, without weights, and the rows of its class embedding.
+
+    Raises:
+        CheckpointError: If the entry is not one that `save` writes, or the package is missing.
+        ValueError: If the network does not fit the conventions.
+    """
+    if not isinstance(entry, dict) or entry.keys() != {"kind", "module", "arguments"}:
+        raise CheckpointError(f"{path / CONFIG_NAME}: foreign must hold kind, module and arguments; write it again")
+    if entry["kind"] != _LUCIDRAINS or entry["module"] not in get_args(Module):
+        raise CheckpointError(
+            f"{path / CONFIG_NAME}: foreign must be of kind {_LUCIDRAINS} and module {' or '.join(get_args(Module))}, "
+            f"got {entry['kind']!r} and {entry['module']!r}; update fastddpm"
+        )
+    if not isinstance(entry["arguments"], dict) or not all(isinstance(name, str) for name in entry["arguments"]):
+        raise CheckpointError(f"{path / CONFIG_NAME}: the arguments of foreign must be named values; write it again")
+    network = PackageUNet(entry["module"], entry["arguments"])
+    channels, classes = entry["arguments"].get("channels", 3), network.classes
+    if channels != spec.shape[0] or (classes is None) != (spec.num_classes is None):
+        raise ValueError(
+            f"foreign and spec must agree, got {channels} channels and {classes} classes but spec.shape {spec.shape} "
+            f"and {spec.num_classes}"
+        )
+    return network, None if classes is None else classes + 1
+
+
+def _rounded_schedule(exact: NoiseSchedule, weights: dict[str, Tensor], source: str) -> RoundedSchedule:
+    """The schedule with the package's own arrays, which are taken out of the weights.
+
+    Raises:
+        CheckpointError: If one of them is not [T], or the betas are out of range.
+    """
+    arrays = {name: weights.pop(_ARRAY + name) for name in BUFFERS if _ARRAY + name in weights}
+    odd = [name for name, value in arrays.items() if value.shape != (exact.T,) or value.dtype != torch.float32]
+    if odd:
+        raise CheckpointError(f"{source}: {_ARRAY}{odd[0]} must hold {exact.T} float32 numbers; write it again")
+    try:
+        return RoundedSchedule.of(exact, arrays)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def check_agreement(unet: UNetConfig, spec: ModelSpec) -> None:
@@ -90,7 +165,7 @@ def check_agreement(unet: UNetConfig, spec: ModelSpec) -> None:
 
 def save(
     path: Path,
-    network: UNet,
+    network: nn.Module,
     schedule: NoiseSchedule,
     spec: ModelSpec,
     *,
@@ -102,7 +177,7 @@ def save(
 
     Args:
         path: The folder; it is made if it is missing.
-        network: The network whose configuration is stored.
+        network: The network whose configuration is stored: a `UNet`, or one that the lucidrains loader made.
         schedule: The noise schedule it was trained with.
         spec: The conventions it was trained with.
         weights: Parameters to store instead of the network's own (an exponential moving average, say).
@@ -110,16 +185,30 @@ def save(
         training: How the checkpoint came about, for people: data, steps, loss.
 
     Raises:
+        TypeError: If the network is of another kind.
         OSError: If a file cannot be written.
     """
-    tensors = {name: value.to(dtype) for name, value in (weights or network.state_dict()).items()}
+    if isinstance(network, UNet):
+        structure: dict[str, Any] = {"unet": network.config.to_dict()}
+        own: Mapping[str, Tensor] = network.state_dict()
+    elif isinstance(network, PackageUNet):
+        arguments = dict(network.arguments)
+        structure = {"foreign": {"kind": _LUCIDRAINS, "module": network.module, "arguments": arguments}}
+        # As copies: parts of one tensor cannot be stored.
+        own = {name: value.clone() for name, value in network.weights().items()}
+    else:
+        raise TypeError(f"native.save: network must be a UNet, got {type(network).__name__}; only those can be stored")
+    tensors = {name: value.to(dtype) for name, value in (weights or own).items()}
+    if isinstance(schedule, RoundedSchedule):
+        known = {name for name in BUFFERS if name == "betas" or name in vars(schedule)}
+        tensors |= {_ARRAY + name: getattr(schedule, name).clone() for name in known}
     write_tensors(path / WEIGHTS_NAME, tensors, {"format": FORMAT})
     write_json(
         path / CONFIG_NAME,
         {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "unet": network.config.to_dict(),
+            **structure,
             "schedule": schedule.to_config(),
             "spec": spec.to_dict(),
             "training": dict(training or {}),

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from fastddpm.checkpoints.base import Checkpoint, CheckpointError
-from fastddpm.checkpoints.flags import Flags
-from fastddpm.checkpoints.openai_presets import PRESETS
+from fastddpm.checkpoints.flags import Flags, classes_of
+from fastddpm.checkpoints.openai_presets import PRESETS, RELATIVES
 from fastddpm.checkpoints.reading import as_state_dict, highest_index
 from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
 from fastddpm.schedule import NoiseSchedule
@@ -27,7 +27,7 @@ _DERIVED = ("num_channels", "num_res_blocks", "channel_mult", "attention_resolut
 # What matters for training alone.
 _TRAINING = ("dropout", "use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas")
 _HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
-FLAGS = (*_REQUIRED, *_HEADS, "sigma_small", "timestep_respacing", *_DERIVED, *_TRAINING)
+FLAGS = (*_REQUIRED, *_HEADS, "sigma_small", "timestep_respacing", "null_class", *_DERIVED, *_TRAINING)
 
 
 def detect(values: object) -> bool:
@@ -44,7 +44,7 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     """
     source = f"{path}, taken for {NAME} ({REASON})"
     state = as_state_dict(values) or {}
-    _refuse_relatives(state, source)
+    _refuse_relatives(state, source, given.get("preset"))
     flags = Flags(source, given, FLAGS, PRESETS)
     learned = _learns_sigma(state, source)
     _require(flags, state, learned)
@@ -55,7 +55,7 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
             (config.in_channels, *config.sample_size),
             prediction="x_start" if flags.boolean("predict_xstart") else "eps",
             variance="learned_range" if learned else _fixed_variance(flags),
-            num_classes=config.num_classes,
+            **classes_of(config.num_classes, flags),
             time_scale=1000.0 / T if flags.boolean("rescale_timesteps") else 1.0,
             respacing=flags.text("timestep_respacing", ""),
             to_bytes="truncate",
@@ -65,7 +65,8 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
         schedule = _schedule(flags.choice("noise_schedule", ("linear", "cosine")), T)
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{source}: {error}") from error
-    return Checkpoint(load_renamed(config, _names(config), state, source), schedule, spec, NAME, path, {})
+    network = load_renamed(config, _names(config), state, source)
+    return Checkpoint(network, schedule, spec, NAME, path, {}, REASON, flags.settings())
 
 
 def _schedule(name: str, T: int) -> NoiseSchedule:
@@ -79,7 +80,9 @@ def _fixed_variance(flags: Flags) -> Variance:
     return "fixed_small" if flags.boolean("sigma_small", False) else "fixed_large"
 
 
-def _refuse_relatives(state: Mapping[str, Tensor], source: str) -> None:
+def _refuse_relatives(state: Mapping[str, Tensor], source: str, preset: object) -> None:
+    if isinstance(preset, str) and preset in RELATIVES:
+        raise CheckpointError(f"{source}: {preset} is {RELATIVES[preset]}, which is not supported; give a U-Net")
     if "output_blocks.0.0.in_layers.0.weight" not in state or "out.2.weight" not in state:
         what = "a classifier or another half network" if "out.2.weight" not in state else "cut short"
         raise CheckpointError(f"{source}: must hold output_blocks and out.2, got neither or one: {what}; give a U-Net")

@@ -32,6 +32,12 @@ _GUIDED: dict[str, object] = {
     "use_new_attention_order": False,
 }
 
+# Published with them, but not networks that sample by themselves.
+RELATIVES = {
+    **dict.fromkeys(("upsample_cond_500K", "64_256_upsampler", "128_512_upsampler"), "a super-resolution network"),
+    **{f"{size}x{size}_classifier": "a classifier" for size in (64, 128, 256, 512)},
+}
+
 PRESETS: dict[str, dict[str, object]] = {
     "imagenet64_uncond_100M_1500K": {**_IMPROVED, "image_size": 64},
     "imagenet64_uncond_vlb_100M_1500K": {**_IMPROVED, "image_size": 64},

@@ -62,7 +62,8 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
         )
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    return Checkpoint(load_renamed(config, _names(), state, source), schedule, spec, NAME, path, {})
+    network = load_renamed(config, _names(), state, source)
+    return Checkpoint(network, schedule, spec, NAME, path, {}, REASON, flags.settings())
 
 
 def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:

@@ -62,13 +62,19 @@ def read_file(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
 
 
 def as_state_dict(values: object) -> dict[str, Tensor] | None:
-    """The values as a state dict without data-parallel prefixes and gradients, or None if they are something else."""
+    """The values as a state dict, or None if they are something else.
+
+    The prefixes that data parallelism and torch.compile put before every name are left out, and so are gradients.
+    """
     if not isinstance(values, Mapping) or not values:
         return None
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in values.items()):
         return None
-    prefix = "module." if all(key.startswith("module.") for key in values) else ""
-    return {key.removeprefix(prefix): value.detach() for key, value in values.items()}
+    state = {key: value.detach() for key, value in values.items()}
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def highest_index(state: Mapping[str, Tensor], prefix: str) -> int:

@@ -55,7 +55,13 @@ class _Piece:
     rows: tuple[int, ...] | None = None
 
 
-def load_renamed(config: UNetConfig, names: Names, state: Mapping[str, Tensor], source: str) -> UNet:
+def load_renamed(
+    config: UNetConfig,
+    names: Names,
+    state: Mapping[str, Tensor],
+    source: str,
+    option: Callable[[str], str | None] = lambda name: None,
+) -> UNet:
     """Build a U-Net and fill it with a project's weights.
 
     Args:
@@ -63,6 +69,7 @@ def load_renamed(config: UNetConfig, names: Names, state: Mapping[str, Tensor], 
         names: What the project calls the parts.
         state: Its state dict.
         source: The file and what it was taken for, for messages.
+        option: One of their names → the option of the configuration that it hangs on, if any does.
 
     Returns:
         The network in float32 on the CPU, in evaluation mode.
@@ -73,9 +80,9 @@ def load_renamed(config: UNetConfig, names: Names, state: Mapping[str, Tensor], 
     with torch.device("meta"):
         network = UNet(config)
     pieces = _pieces(network, names)
-    _check_names(pieces, state, source)
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    weights = {ours: _fuse(piece, state, shapes[ours], source) for ours, piece in pieces.items()}
+    _check(pieces, shapes, state, source, option)
+    weights = {ours: _fuse(piece, state, shapes[ours]) for ours, piece in pieces.items()}
     load_weights(network, weights, source)
     return network.eval()
 
@@ -133,32 +140,43 @@ def _pieces(network: UNet, names: Names) -> dict[str, _Piece]:
     return pieces
 
 
-def _check_names(pieces: Mapping[str, _Piece], state: Mapping[str, Tensor], source: str) -> None:
-    wanted = [name for piece in pieces.values() for name in piece.theirs]
-    problems = [f"{name} is missing" for name in wanted if name not in state]
-    used = set(wanted)
-    problems += [f"{name} is left over" for name in state if name not in used]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"{source}: weights do not fit: {'; '.join(problems[:3])}{more}; "
-            "give the whole state dict of that network, and no other's"
-        )
+def _check(
+    pieces: Mapping[str, _Piece],
+    shapes: Mapping[str, tuple[int, ...]],
+    state: Mapping[str, Tensor],
+    source: str,
+    option: Callable[[str], str | None],
+) -> None:
+    """Name the first few tensors that are missing, left over or of another shape, and what could mend it."""
+    wanted = {name: shape for ours, piece in pieces.items() for name, shape in _shapes(piece, shapes[ours])}
+    odd = {name: f"{name} is missing" for name in wanted if name not in state}
+    odd |= {name: f"{name} is left over" for name in state if name not in wanted}
+    for name, shape in wanted.items():
+        if name in state and not _has_shape(state[name], shape):
+            odd[name] = f"{name} must have shape {list(shape)}, got {list(state[name].shape)}"
+        elif name in state and not state[name].is_floating_point():
+            odd[name] = f"{name} must hold floats, got {state[name].dtype}"
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        options = list(dict.fromkeys(found for found in map(option, list(odd)[:3]) if found))
+        remedy = "give the whole state dict of that network, and no other's"
+        if options:
+            remedy = f"check {' and '.join(options)} in its configuration, or {remedy}"
+        raise CheckpointError(f"{source}: weights do not fit: {'; '.join(list(odd.values())[:3])}{more}; {remedy}")
 
 
-def _fuse(piece: _Piece, state: Mapping[str, Tensor], shape: tuple[int, ...], source: str) -> Tensor:
-    """One of our tensors. Linear layers may come as 1×1 convolutions."""
+def _shapes(piece: _Piece, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """The names of theirs that one of our tensors is made of, and the shapes they must have."""
     rows = piece.rows or (shape[0] // len(piece.theirs),) * len(piece.theirs)
-    parts = []
-    for name, n in zip(piece.theirs, rows, strict=True):
-        value, wanted = state[name], (n, *shape[1:])
-        ones = (1,) * (value.ndim - len(wanted))
-        if tuple(value.shape) != (*wanted, *ones):
-            raise CheckpointError(
-                f"{source}: {name} must have shape {list(wanted)}, got {list(value.shape)}; "
-                "the file or its configuration belongs to another network"
-            )
-        if not value.is_floating_point():
-            raise CheckpointError(f"{source}: {name} must hold floats, got {value.dtype}; fetch it again")
-        parts.append(value.reshape(wanted))
+    return [(name, (n, *shape[1:])) for name, n in zip(piece.theirs, rows, strict=True)]
+
+
+def _has_shape(value: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has a shape; linear layers may come as 1×1 convolutions."""
+    return tuple(value.shape) == (*shape, *(1,) * (value.ndim - len(shape)))
+
+
+def _fuse(piece: _Piece, state: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """One of our tensors."""
+    parts = [state[name].reshape(wanted) for name, wanted in _shapes(piece, shape)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

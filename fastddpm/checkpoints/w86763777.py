@@ -14,7 +14,7 @@ from fastddpm.checkpoints.flags import Flags
 from fastddpm.checkpoints.reading import as_state_dict, highest_index
 from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
 from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
+from fastddpm.spec import ModelSpec, Prediction
 from fastddpm.unet import UNetConfig
 
 NAME = "w86763777"
@@ -22,6 +22,7 @@ REASON = "keys time_embedding.timembedding and downblocks"
 _TABLE = "time_embedding.timembedding.0.weight"
 _REQUIRED = ("beta_1", "beta_T", "mean_type", "var_type", "img_size")
 FLAGS = (*_REQUIRED, "T", "ch", "ch_mult", "attn", "num_res_blocks", "dropout", "model")
+_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "xstart": "x_start", "xprev": "x_prev"}
 _MODELS = ("ema_model", "net_model")
 
 
@@ -49,9 +50,7 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     state = networks[name]
     T = _check_times(state, source)
     flags.agree(T=T)
-    mean = flags.choice("mean_type", ("epsilon", "xstart", "xprev"))
-    if mean == "xprev":
-        raise CheckpointError(f"{source}: mean_type must be epsilon or xstart, got xprev, which no solver here runs on")
+    mean = flags.choice("mean_type", tuple(_PREDICTIONS))
     variance = flags.choice("var_type", ("fixedlarge", "fixedsmall"))
     config = _config(state, flags)
     try:
@@ -59,7 +58,7 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
         schedule = NoiseSchedule.from_betas(betas)
         spec = ModelSpec(
             (config.in_channels, *config.sample_size),
-            prediction="eps" if mean == "epsilon" else "x_start",
+            prediction=_PREDICTIONS[mean],
             variance="fixed_large" if variance == "fixedlarge" else "fixed_small",
             clip=None,  # its clipping of x_0 comes after the mean has been computed
         )
@@ -69,7 +68,8 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     if isinstance(values, Mapping) and isinstance(values.get("step"), int):
         training["steps"] = values["step"]
     weights = {name: value for name, value in state.items() if name != _TABLE}
-    return Checkpoint(load_renamed(config, _names(config), weights, source), schedule, spec, NAME, path, training)
+    network = load_renamed(config, _names(config), weights, source)
+    return Checkpoint(network, schedule, spec, NAME, path, training, REASON, flags.settings())
 
 
 def _networks(values: object) -> dict[str, dict[str, Tensor]]:

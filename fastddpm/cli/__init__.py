@@ -1,12 +1,16 @@
-"""The command line: `fastddpm sample | train | info`."""
+"""The command line: `fastddpm sample | train | convert | export | compile | info`."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 
 import typer
 
+from fastddpm.cli.compile import compile_model
+from fastddpm.cli.convert import convert
 from fastddpm.cli.errors import INTERRUPTED, report
+from fastddpm.cli.export import export
 from fastddpm.cli.info import info
 from fastddpm.cli.sample import sample
 from fastddpm.cli.train import train
@@ -31,11 +35,21 @@ def help_without_command(context: typer.Context) -> None:
 
 app.command()(sample)
 app.command()(train)
+app.command()(convert)
+app.command()(export)
+app.command("compile")(compile_model)
 app.command()(info)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """One line on standard error, without the place in the code that only its authors care about."""
+    if issubclass(category, UserWarning):
+        print(f"fastddpm: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def main() -> None:
     """Run the command line; exits with 2 and one line on standard error where the input is at fault."""
+    warnings.showwarning = _show_warning
     try:
         code = app(standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:

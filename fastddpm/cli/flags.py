@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,19 +17,20 @@ FlagOption = Annotated[
         "name (`num_heads=4`, `noise_schedule=cosine`, `preset=cifar10`). May be repeated.",
     ),
 ]
+_TAKEN = ("device", "engine", "graph_steps", "name_or_path", "precision")  # options of the command itself
 _WORDS = {"True": True, "False": False, "None": None}
 
 
-def parse_flags(texts: Sequence[str] | None) -> dict[str, object]:
+def parse_flags(texts: Sequence[str] | None) -> dict[str, Any]:
     """The flags as `load_checkpoint` takes them; a value is a JSON value, True, False, None, or else a word.
 
     Raises:
         ValueError: If an entry is not NAME=VALUE, or a name comes twice.
     """
-    flags: dict[str, object] = {}
+    flags: dict[str, Any] = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier() or name in ("device", "name_or_path"):
+        if not equals or not name.isidentifier() or name in _TAKEN:
             raise ValueError(f"--flag must be NAME=VALUE, got {text!r}; write --flag num_heads=4, say")
         if name in flags:
             raise ValueError(f"--flag {name} must be given once, got it twice; keep one")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import ROUNDED
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -15,16 +17,17 @@ from fastddpm.cli.flags import FlagOption, parse_flags
 
 if TYPE_CHECKING:
     from fastddpm.checkpoints import Checkpoint
+    from fastddpm.spec import ModelSpec
 
 
 def info(
     model: Annotated[
-        str | None, typer.Argument(help="A shipped checkpoint, a checkpoint folder, or a file of weights.")
+        str | None, typer.Argument(help="A shipped checkpoint, a folder, a file of weights, or a name on the Hub.")
     ] = None,
     flag: FlagOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show what a checkpoint is, and what this machine would use to sample from it.
+    """Show what a checkpoint is, what told so, and what this machine would use to sample from it.
 
     Without a checkpoint: the machine, and the checkpoints that ship with the package.
     """
@@ -34,47 +37,95 @@ def info(
     machine = dataclasses.asdict(describe_machine())
     facts: dict[str, Any] = {"machine": machine, "shipped checkpoints": list(SHIPPED)}
     if model is not None:
-        facts = {"checkpoint": checkpoint_facts(load_checkpoint(model, **parse_flags(flag))), "machine": machine}
+        checkpoint = load_checkpoint(model, **parse_flags(flag))
+        facts = {"checkpoint": checkpoint_facts(checkpoint), "settings": settings_facts(checkpoint), "machine": machine}
     if as_json:
         print(json.dumps(facts, indent=2, default=str))
         return
     console = Console(highlight=False)
     for title, values in facts.items():
-        console.print(title, style="bold underline")
-        table = Table(show_header=False, box=None, pad_edge=False)
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        for name, value in values.items() if isinstance(values, dict) else [(name, "") for name in values]:
-            table.add_row(escape(str(name)), escape(_text(value)))
-        console.print(table, "")
+        if values:
+            console.print(_settings_table(values) if title == "settings" else _table(title, values), "")
 
 
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a person wants to know about a checkpoint, in reading order."""
-    from fastddpm.checkpoints.native import WEIGHTS_NAME
-
     spec, schedule = checkpoint.spec, checkpoint.schedule
     config = schedule.to_config()
     config.pop("betas", None)
-    weights = checkpoint.path / WEIGHTS_NAME if checkpoint.path.is_dir() else checkpoint.path
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.dialect,
-        "size": f"{weights.stat().st_size / 1e6:.2f} MB",
+        "recognised by": checkpoint.reason,
+        "size": f"{_bytes(checkpoint) / 1e6:.2f} MB",
         "parameters": f"{sum(p.numel() for p in checkpoint.network.parameters()):,}",
         "picture": "{} × {} × {} (channels, height, width)".format(*spec.shape),
         "predicts": spec.prediction,
         "variance": spec.variance,
-        "clipping": "none" if spec.clip is None else f"|x̂_0| ≤ {spec.clip:g}",
+        "clipping": "none" if spec.clip is None else f"estimates of x_0 to ±{spec.clip:g}",
+        "conventions": _conventions(spec),
         "schedule": config,
         "classes": "none" if spec.num_classes is None else f"{spec.num_classes}",
         "class names": list(spec.class_names) if spec.class_names else "none",
-        "guidance": "possible" if spec.null_class is not None else "not trained for it",
+        "guidance": _guidance(spec),
         "training": dict(checkpoint.training) or "not recorded",
     }
 
 
+def settings_facts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Each option of the checkpoint's own project, its value, and what set it: file, flag, preset or default."""
+    return {name: {"value": value, "from": origin} for name, (value, origin) in checkpoint.settings.items()}
+
+
+def _guidance(spec: ModelSpec) -> str:
+    if spec.num_classes is None:
+        return "not possible without classes"
+    if spec.null_class is None:
+        return "not possible: no label is known to stand for no class (--flag null_class=N says which does)"
+    return f"possible: label {spec.null_class} stands for no class"
+
+
+def _conventions(spec: ModelSpec) -> dict[str, Any]:
+    """The conventions that are not those of most checkpoints; the others have lines of their own."""
+    told = ("shape", "prediction", "variance", "clip", "num_classes", "null_class", "class_names")
+    fields = [field for field in dataclasses.fields(spec) if field.name not in told]
+    values = {field.name: getattr(spec, field.name) for field in fields}
+    return {field.name: values[field.name] for field in fields if values[field.name] != field.default} or {"usual": ""}
+
+
+def _bytes(checkpoint: Checkpoint) -> int:
+    """What the files of weights take on disk."""
+    from fastddpm.checkpoints.native import WEIGHTS_NAME, read_json
+
+    if not checkpoint.path.is_dir():
+        return checkpoint.path.stat().st_size
+    file = checkpoint.path / str(checkpoint.settings.get("weights", (WEIGHTS_NAME, ""))[0])
+    if file.suffix == ".json":
+        return sum((file.parent / name).stat().st_size for name in set(read_json(file)["weight_map"].values()))
+    return file.stat().st_size
+
+
+def _table(title: str, values: Mapping[str, Any] | Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=ROUNDED)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in values.items() if isinstance(values, Mapping) else [(name, "") for name in values]:
+        table.add_row(escape(str(name)), escape(_text(value)))
+    return table
+
+
+def _settings_table(values: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(title="settings", title_justify="left", title_style="bold", box=ROUNDED)
+    table.add_column("option", style="bold", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("from", no_wrap=True)
+    for name, fact in values.items():
+        style = {"file": "", "default": "dim"}.get(fact["from"], "cyan")
+        table.add_row(escape(name), escape(_text(fact["value"])), escape(fact["from"]), style=style)
+    return table
+
+
 def _text(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in value.items())
+        return ", ".join(f"{k} {_text(v)}".rstrip() for k, v in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

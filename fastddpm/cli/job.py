@@ -16,6 +16,7 @@ from fastddpm.cli.errors import Stopped
 from fastddpm.files import check_writable, write_json
 from fastddpm.images import (
     ToBytes,
+    ToUnit,
     folder_file,
     make_grid,
     read_folder,
@@ -108,7 +109,7 @@ class Job:
         """
         steps = self.check(outputs)
         ids = range(self.first_id, self.first_id + outputs.wanted(self.n))
-        animation = Animation(steps, self.sampler.spec.to_bytes) if outputs.gif else None
+        animation = Animation(steps, self.sampler.spec.to_bytes, self.sampler.spec.to_unit) if outputs.gif else None
         batches = list(self._batches(ids, outputs))
         drawn = sum(map(len, batches))
         kept = self._room(len(ids)) if outputs.folder is None else None
@@ -179,7 +180,7 @@ class Job:
         if spec.num_classes is None:
             raise ValueError(f"--classes must be left out, got {self.classes!r}: the network has no classes")
         if self.classes == "all":
-            return list(range(spec.num_classes))
+            return [label for label in range(spec.num_classes) if label != spec.null_class]
         chosen = []
         for part in (p.strip() for p in self.classes.split(",")):
             if part in (spec.class_names or ()):
@@ -286,16 +287,16 @@ class Job:
 class Animation:
     """Keeps pictures of some of the states on the way, evenly spread, over all batches that it is shown."""
 
-    def __init__(self, steps: int, to_bytes: ToBytes = "round") -> None:
+    def __init__(self, steps: int, to_bytes: ToBytes = "round", to_unit: ToUnit = "clamp") -> None:
         """Choose at most GIF_FRAMES of the steps, the last one included."""
-        self._to_bytes = to_bytes
+        self._to_bytes, self._to_unit = to_bytes, to_unit
         count = min(GIF_FRAMES, steps)
         self._parts: dict[int, list[Tensor]] = {round((i + 1) * steps / count): [] for i in range(count)}
 
     def __call__(self, preview: Preview) -> None:
         """Take in the state after a step."""
         if preview.step in self._parts:
-            self._parts[preview.step].append(to_uint8(preview.x, self._to_bytes).cpu())
+            self._parts[preview.step].append(to_uint8(preview.x, self._to_bytes, self._to_unit).cpu())
 
     def frames(self) -> list[Tensor]:
         """The pictures of each chosen step, uint8 [n, C, H, W]."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from fastddpm.cli.engine_options import EngineOption, PrecisionOption
 from fastddpm.cli.flags import FlagOption, parse_flags
 
 WHAT, METHOD, OUTPUT, RUN = "What to draw", "How to draw", "Where to write (several may be given)", "Running"
@@ -95,6 +96,8 @@ def sample(
         str | None,
         typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]", rich_help_panel=RUN),
     ] = None,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = "fp32",
     flag: FlagOption = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress bar, no closing lines.", rich_help_panel=RUN)
@@ -115,9 +118,10 @@ def sample(
     flags = parse_flags(flag)
     if not any((grid, folder, npz, gif)):
         grid = Path("samples/grid.png")
+    sampler = Sampler.from_pretrained(model, device=device, engine=engine, precision=precision, **flags)
     job = Job(
-        Sampler.from_pretrained(model, device=device, **flags), model, flags, n, solver, steps, timesteps, eta, classes,
-        guidance, threshold, seed, first_id, batch_size, quiet,
+        sampler, model, flags, n, solver, steps, timesteps, eta, classes, guidance, threshold, seed, first_id,
+        batch_size, quiet,
     )  # fmt: skip
     lines = job.run(Outputs(grid, folder, npz, gif))
     if not quiet:

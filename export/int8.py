@@ -1,0 +1,178 @@
+"""8-bit networks: quantised by ONNX Runtime, calibrated on what the network sees in the sampler's own runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastddpm.sampler import Sampler
+from fastddpm.step_table import StepTable
+
+if TYPE_CHECKING:
+    import onnx
+
+    from fastddpm.export.exporter import Exported
+
+CALIBRATION_STEPS = 20
+CALIBRATION_SAMPLES = 8
+HEAVY = ("Conv", "MatMul", "Gemm")
+"""What is quantised where it has weights: nearly all of the arithmetic; everything between stays in float32."""
+
+
+def calibration(
+    sampler: Sampler, table: StepTable | None, names: Sequence[str], many: int | None = None
+) -> list[dict[str, np.ndarray]]:
+    """What the network is fed along a run of the sampler.
+
+    Args:
+        sampler: whose runs.
+        table: the run's table; None, for a network alone, is a run of `CALIBRATION_STEPS`.
+        names: the network's inputs: x, t or step, and what else it takes.
+        many: samples per batch, where that is fixed; runs of at least `CALIBRATION_SAMPLES` are cut to it.
+
+    Returns:
+        Arrays by input, about `CALIBRATION_STEPS` entries, spread over the run.
+    """
+    from fastddpm.denoiser import bind
+    from fastddpm.state import State, advance
+
+    spec = sampler.spec
+    if table is None:
+        table = sampler.table(solver="ddim", steps=min(CALIBRATION_STEPS, sampler.schedule.T))
+    table = table.to(sampler.device)
+    n = max(CALIBRATION_SAMPLES, many or 0)
+    labels = None if spec.num_classes is None else torch.arange(n) % spec.num_classes
+    if labels is not None and spec.null_class is not None:
+        labels[:: max(2, n // 2)] = spec.null_class
+    history = table.uses_history or spec.self_condition
+    state = State.create(spec.shape, torch.arange(n), 0, device=sampler.device, labels=labels, history=history)
+    denoiser = bind(sampler.model, spec, table)
+    times, every = spec.times_fed(table.timesteps), max(1, table.S // CALIBRATION_STEPS)
+    seen = []
+    with torch.no_grad():
+        for i in range(table.S):
+            if i % every == 0:
+                values: dict[str, Tensor | None] = {
+                    "x": state.x, "step": state.step, "t": times[state.step], "y": state.labels,
+                    "history": state.history, "x_self_cond": state.history,
+                }  # fmt: skip
+                kept = {name: value.cpu().numpy().copy() for name, value in values.items() if value is not None}
+                seen.append({name: kept[name][:many] for name in names})
+            advance(denoiser, table, state)
+    return seen
+
+
+def to_int8(model: onnx.ModelProto, feeds: Sequence[dict[str, np.ndarray]]) -> onnx.ModelProto:
+    """The model with 8-bit weights (a scale for each output channel) and 8-bit inputs of its heavy operators.
+
+    Args:
+        model: a traced network.
+        feeds: what to calibrate on.
+
+    Returns:
+        A new model, with QuantizeLinear and DequantizeLinear around the heavy operators.
+
+    Raises:
+        ValueError: ONNX Runtime's quantizer is missing, or cannot do it.
+    """
+    import onnx
+
+    try:
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    except ImportError as error:
+        raise ValueError(
+            "export: the package onnxruntime must be installed for int8; run pip install 'fastddpm[onnx]'"
+        ) from error
+
+    rest = iter(feeds)
+
+    def get_next(_: object) -> dict[str, np.ndarray] | None:
+        return next(rest, None)
+
+    # By `type`, because the base class comes from a package that need not be there.
+    reader = type("Reader", (CalibrationDataReader,), {"get_next": get_next})()
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+        onnx.save(model, source)
+        try:
+            quantize_static(
+                source,
+                target,
+                reader,
+                nodes_to_quantize=_heavy(model),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                op_types_to_quantize=list(HEAVY),
+                activation_type=QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+            )
+        except Exception as error:  # whatever a third-party quantizer raises on a graph that it does not understand
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(
+                f"export: precision must be fp32 for this network, got int8, which fails: {reason}"
+            ) from error
+        quantised = onnx.load(target)
+    del quantised.graph.value_info[:], quantised.metadata_props[:]
+    return quantised
+
+
+def _heavy(model: onnx.ModelProto) -> list[str]:
+    """The nodes with weights, but for the first and the last convolution, whose errors show most in a picture."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type in HEAVY and node.input[1] in constants]
+    convolutions = [node.name for node in nodes if node.op_type == "Conv"]
+    return [node.name for node in nodes if node.name not in (convolutions[:1] + convolutions[-1:])]
+
+
+def psnr(exported: Exported, sampler: Sampler, n: int = 16) -> str:
+    """A line on how far an exported model's pictures are from the sampler's, over n pictures of seed 0."""
+    decibels = picture_psnr(exported, sampler, n)
+    return (
+        f"{exported.facts['precision']}: PSNR against fp32 {np.median(decibels):.1f} dB in the median, "
+        f"{decibels.min():.1f} dB at worst ({n} pictures, seed 0)"
+    )
+
+
+def picture_psnr(exported: Exported, sampler: Sampler, n: int) -> np.ndarray:
+    """PSNR in dB of each of n pictures of an exported model against the sampler's own, for seed 0."""
+    from fastddpm.export.onnx_sampler import OnnxSampler
+
+    facts, spec = exported.facts, sampler.spec
+    labels = None if spec.num_classes is None else [i % spec.num_classes for i in range(n)]
+    method: dict[str, Any] = {"steps": 20} if facts["what"] == "network" else {}
+    output: Any = "raw" if facts["output"] == "raw" and facts["what"] == "chain" else "unit"
+    other = OnnxSampler(exported.files[0], "cpu").sample(
+        n, class_labels=labels, output=output, progress=False, **method
+    )
+    if "timesteps" in facts:
+        method = {"solver": facts["solver"], "timesteps": facts["timesteps"]}
+    ours = sampler.sample(n, class_labels=labels, output=output, progress=False, **method)
+    error = (ours.cpu() - other).flatten(1).square().mean(1).clamp(min=1e-12)
+    span = 2.0 if output == "raw" else 1.0
+    return np.asarray(10 * torch.log10(span**2 / error))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the quantizer's advice on preprocessing to itself."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,91 @@
+"""StepLoop: an exported step run again and again, on buffers that are allocated once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastddpm.export.session import OnnxSession, _runtime
+
+CARRIED = ("x", "step", "history")
+"""What a step hands to the next one: the output is called `name`_next."""
+
+
+class StepLoop:
+    """Runs a step model in place, as far as ONNX Runtime allows.
+
+    A run must not write where it reads, so there are two sets of buffers and two bindings, one from the first to the
+    second and one back: no state is copied between steps, and each binding has fixed addresses, as a CUDA graph needs.
+    """
+
+    def __init__(self, session: OnnxSession, batch: int) -> None:
+        """Allocate the buffers and bind them.
+
+        Args:
+            session: a step.
+            batch: samples that run together.
+
+        Raises:
+            ValueError: the model is no step, or was exported for another batch.
+        """
+        if session.facts["what"] != "step":
+            raise ValueError(f"StepLoop: the model must be a step, got a {session.facts['what']}; export a step")
+        if session.batch not in (None, batch):
+            raise ValueError(f"StepLoop: batch must be the model's, {session.batch}, got {batch}; pad the batch")
+        self.session = session
+        self._carried = [name for name in CARRIED if name in session.inputs]
+        self._fixed = {name: session.buffer(name, batch) for name in session.inputs if name not in self._carried}
+        self._states = [{name: session.buffer(name, batch) for name in self._carried} for _ in range(2)]
+        self._bindings = [self._bind(0), self._bind(1)]
+        self._options = [self._run_options(i) for i in range(2)]
+        self._turn = 0
+
+    def _bind(self, turn: int) -> object:
+        binding = self.session.raw.io_binding()
+        for name, value in (*self._fixed.items(), *self._states[turn].items()):
+            binding.bind_ortvalue_input(name, value)
+        for name, value in self._states[1 - turn].items():
+            binding.bind_ortvalue_output(f"{name}_next", value)
+        return binding
+
+    def _run_options(self, turn: int) -> object:
+        """Each binding has its own addresses and so its own captured graph."""
+        options = _runtime().RunOptions()
+        options.log_severity_level = 4
+        if self.session.cuda_graph:
+            options.add_run_config_entry("gpu_graph_id", str(turn + 1))
+        return options
+
+    def begin(self, x_T: np.ndarray, feeds: dict[str, np.ndarray]) -> None:
+        """Start a run.
+
+        Args:
+            x_T: float32 [B, C, H, W].
+            feeds: the inputs that stay the same, by name; noise may come later.
+
+        Raises:
+            TypeError: an input has another dtype.
+            ValueError: an input is missing or of another shape.
+        """
+        whole = {"x": x_T, **feeds}
+        for name in (*self._carried, "noise"):
+            if name in self.session.inputs and name not in whole:
+                whole[name] = self.session.zeros(name, len(x_T))
+        self.session.check(whole)
+        self._turn = 0
+        for name, value in whole.items():
+            self.write(name, value)
+
+    def write(self, name: str, value: np.ndarray) -> None:
+        """Put an array into an input's buffer."""
+        buffer = self._fixed[name] if name in self._fixed else self._states[self._turn][name]
+        buffer.update_inplace(np.ascontiguousarray(value))
+
+    def read(self, name: str) -> np.ndarray:
+        """What a carried value is now; the array may be overwritten by the next but one step."""
+        array: np.ndarray = self._states[self._turn][name].numpy()
+        return array
+
+    def step(self) -> None:
+        """Advance every sample by one row."""
+        self.session.raw.run_with_iobinding(self._bindings[self._turn], self._options[self._turn])
+        self._turn = 1 - self._turn

@@ -1,0 +1,323 @@
+"""Other libraries as their users run them: diffusers, ONNX Runtime, OpenVINO, denoising-diffusion-pytorch.
+
+All but the last run the same weights, as a diffusers pipeline. Their packages are imported here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastddpm.bench.peers import MissingError, Peer, count_flops, outside_ms
+from fastddpm.bench.twins import import_diffusers
+from fastddpm.bench.workloads import Half, Job, Precision
+from fastddpm.checkpoints import CheckpointError
+from fastddpm.kernels.philox import X_T_COUNTER
+
+_DRAWS = ("diffusers.schedulers.scheduling_ddpm", "diffusers.pipelines.ddpm.pipeline_ddpm")
+
+
+def _diffusers() -> Any:  # noqa: ANN401 - a module
+    try:
+        return import_diffusers()
+    except ImportError as error:
+        raise MissingError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _common_noise(job: Job, batch: int, steps: int) -> Iterator[None]:
+    """Let diffusers' pipeline and scheduler draw the noise that all peers share, in the order in which they draw."""
+    times = [X_T_COUNTER, *(t for t in job.timesteps(steps) if t > 0)]
+    noises = iter([job.noise(batch, t) for t in times])
+
+    def draw(shape: object, *_: object, dtype: torch.dtype | None = None, device: Any = None, **__: object) -> Tensor:  # noqa: ANN401
+        return next(noises).to(device=device, dtype=dtype or torch.float32)
+
+    with contextlib.ExitStack() as stack:
+        for module in _DRAWS:
+            stack.enter_context(patch(f"{module}.randn_tensor", draw))
+        yield
+
+
+class DiffusersPeer(Peer):
+    """DDPMPipeline, its U-Net under `torch.compile` if asked."""
+
+    def load(self, job: Job) -> None:
+        """Load the pipeline; labels, which it does not know, are handed to its network directly."""
+        super().load(job)
+        diffusers = _diffusers()
+        if job.model and not job.folder:
+            raise MissingError(job.why_no_folder)
+        self.scheduler = diffusers.DDPMScheduler(num_train_timesteps=job.T)
+        if not job.model:
+            self.network: Any = Half()
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.pipe = diffusers.DDPMPipeline.from_pretrained(job.folder).to(job.device, self.dtype)
+        self.pipe.set_progress_bar_config(disable=True)
+        if job.classes is not None:
+            self._labelled(diffusers.UNet2DModel)
+        self.plain = self.pipe.unet
+        if self.compiled:
+            self.pipe.unet = torch.compile(self.pipe.unet)
+
+    def _labelled(self, unet: type[nn.Module]) -> None:
+        class Labelled(unet):  # type: ignore[valid-type, misc]
+            """The network with labels that were set before."""
+
+            def forward(
+                self,
+                sample: Tensor,
+                timestep: Tensor,
+                class_labels: Tensor | None = None,
+                return_dict: bool = True,
+            ) -> Any:  # noqa: ANN401
+                return super().forward(sample, timestep, self.labels, return_dict)
+
+        self.pipe.unet.__class__ = Labelled
+
+    def prepare(self, batch: int, steps: int) -> None:
+        """Set the labels."""
+        super().prepare(batch, steps)
+        if self.job.classes is not None:
+            labels = self._labels()
+            self.plain.labels = None if labels is None else labels.to(self.job.device)
+
+    def _call(self) -> Tensor:
+        if not self.job.model:
+            return scheduler_loop(self.scheduler, self.network, self.job, self.batch, self.steps)
+        drawn = self.pipe(batch_size=self.batch, num_inference_steps=self.steps, output_type="np").images
+        return torch.from_numpy(np.ascontiguousarray(drawn.transpose(0, 3, 1, 2))).float()
+
+    def pictures(self) -> Tensor:
+        """The pipeline's call, with the common noise."""
+        with _common_noise(self.job, self.batch, self.steps):
+            return self._call()
+
+    def run(self) -> None:
+        """The pipeline's call."""
+        self._call()
+
+    def flops(self) -> float:
+        """Counted on its network."""
+        if not self.job.model:
+            return 0.0
+        one = torch.zeros(1, dtype=torch.int64)
+        return count_flops(self.plain, torch.zeros(1, *self.job.shape, dtype=self.dtype), one)
+
+    def outside(self) -> float | None:
+        """Of a loop with its scheduler."""
+        return None if self.compiled else outside_ms(DiffusersPeer(self.precision), self.job, self.batch)
+
+
+@torch.no_grad()
+def scheduler_loop(
+    scheduler: Any,  # noqa: ANN401 - diffusers' own
+    network: Callable[[Tensor, Tensor], Tensor],
+    job: Job,
+    batch: int,
+    steps: int,
+) -> Tensor:
+    """The loop of DDPMPipeline around any network, as its documentation shows it; pictures in [0, 1]."""
+    from diffusers.schedulers import scheduling_ddpm
+
+    scheduler.set_timesteps(steps)
+    x: Tensor = scheduling_ddpm.randn_tensor((batch, *job.shape), device=torch.device(job.device), dtype=torch.float32)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t), t, x).prev_sample
+    return (x / 2 + 0.5).clamp(0, 1).cpu()
+
+
+class _Bare(nn.Module):
+    """A UNet2DModel with tensors in and out, for exporters."""
+
+    def __init__(self, network: nn.Module, classes: int | None) -> None:
+        super().__init__()
+        self.network, self.classes = network, classes
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        out: Tensor = self.network(x, t, class_labels=y, return_dict=False)[0]
+        return out
+
+
+def exported(job: Job) -> Path:
+    """diffusers' network as an ONNX file with an open batch, made once for all workers.
+
+    Raises:
+        MissingError: it cannot be made.
+    """
+    path = Path(job.scratch) / "network.onnx"
+    with open(Path(job.scratch) / "onnx.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _export(job, path)
+    return path
+
+
+def _export(job: Job, path: Path) -> None:
+    diffusers = _diffusers()
+    if not job.folder:
+        raise MissingError(job.why_no_folder)
+    network = _Bare(diffusers.UNet2DModel.from_pretrained(job.folder, subfolder="unet").eval(), job.classes)
+    example: tuple[Tensor, ...] = (torch.randn(2, *job.shape), torch.tensor([5, 7]))
+    names = ["x", "t"]
+    if job.classes is not None:
+        example, names = (*example, torch.tensor([0, 1])), ["x", "t", "y"]
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    partial = path.with_name("partial.onnx")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                network, example, str(partial), input_names=names, output_names=["out"], dynamo=True, verbose=False,
+                external_data=False, dynamic_shapes={name: {0: batch} for name in names},
+            )  # fmt: skip
+    except ImportError as error:
+        raise MissingError("needs the packages onnx and onnxscript; install fastddpm[onnx]") from error
+    partial.replace(path)
+
+
+class SessionPeer(Peer):
+    """The exported network in another runtime, with diffusers' scheduler."""
+
+    package = ""
+    call: Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray]
+
+    def load(self, job: Job) -> None:
+        """Export the network unless that is done, and make the session."""
+        super().load(job)
+        if job.device != "cpu":
+            raise MissingError("measured on CPUs only")
+        diffusers = _diffusers()
+        self._import()
+        if not job.folder:
+            raise MissingError(job.why_no_folder)
+        self.scheduler = diffusers.DDPMScheduler.from_pretrained(job.folder, subfolder="scheduler")
+        self.path = exported(job)
+
+    def _import(self) -> None:
+        raise NotImplementedError
+
+    def _network(self, x: Tensor, t: Tensor) -> Tensor:
+        y = self._labels()
+        times = np.full(self.batch, int(t), dtype=np.int64)
+        return torch.from_numpy(self.call(x.numpy(), times, None if y is None else y.numpy()))
+
+    def pictures(self) -> Tensor:
+        """The loop with the common noise."""
+        with _common_noise(self.job, self.batch, self.steps):
+            return scheduler_loop(self.scheduler, self._network, self.job, self.batch, self.steps)
+
+    def run(self) -> None:
+        """The same loop."""
+        scheduler_loop(self.scheduler, self._network, self.job, self.batch, self.steps)
+
+
+class OnnxRuntimePeer(SessionPeer):
+    """ONNX Runtime's CPU provider."""
+
+    def _import(self) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingError("needs the package onnxruntime, which is not installed; install fastddpm[onnx]") from (
+                error
+            )
+        self.runtime = onnxruntime
+
+    def load(self, job: Job) -> None:
+        """Make the session."""
+        super().load(job)
+        options = self.runtime.SessionOptions()
+        options.intra_op_num_threads = job.threads
+        self.session = self.runtime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+
+        def call(x: np.ndarray, t: np.ndarray, y: np.ndarray | None) -> np.ndarray:
+            feeds = {"x": x, "t": t} if y is None else {"x": x, "t": t, "y": y}
+            return np.asarray(self.session.run(None, feeds)[0])
+
+        self.call = call
+
+
+class OpenVinoPeer(SessionPeer):
+    """OpenVINO's CPU plugin, compiled for a fixed batch."""
+
+    def _import(self) -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise MissingError("needs the package openvino, which is not installed; pip install openvino") from error
+        self.runtime = openvino
+
+    def prepare(self, batch: int, steps: int) -> None:
+        """Compile for this batch."""
+        if batch != self.batch:
+            core = self.runtime.Core()
+            model = core.read_model(str(self.path))
+            shapes = {"x": [batch, *self.job.shape], "t": [batch]}
+            model.reshape(shapes if self.job.classes is None else {**shapes, "y": [batch]})
+            hint = {"fp32": "f32", "bf16": "bf16"}[self.precision]
+            settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": str(self.job.threads)}
+            compiled = core.compile_model(model, "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"})
+
+            def call(x: np.ndarray, t: np.ndarray, y: np.ndarray | None) -> np.ndarray:
+                feeds = {"x": x, "t": t} if y is None else {"x": x, "t": t, "y": y}
+                return np.array(compiled(feeds)[0])
+
+            self.call = call
+        super().prepare(batch, steps)
+
+
+class LucidrainsPeer(Peer):
+    """GaussianDiffusion of denoising-diffusion-pytorch with its own U-Net, of similar size: not the same pictures."""
+
+    equality = False
+
+    def __init__(self, precision: Precision = "fp32", compiled: bool = False) -> None:
+        super().__init__(precision, compiled)
+        self.diffusion: Any = None
+
+    def load(self, job: Job) -> None:
+        """Make its U-Net, with random weights."""
+        super().load(job)
+        if not job.lucidrains:
+            raise MissingError("no network of similar size is set for it here")
+        from fastddpm.checkpoints.lucidrains_package import package_module
+
+        try:
+            self.module = package_module("denoising_diffusion_pytorch")
+        except CheckpointError as error:
+            raise MissingError(str(error)) from error
+        torch.manual_seed(0)
+        arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in job.lucidrains.items()}
+        self.network = self.module.Unet(**arguments).eval().to(job.device)
+
+    def prepare(self, batch: int, steps: int) -> None:
+        """Make a diffusion of that many timesteps, so that its own loop runs them all."""
+        super().prepare(batch, steps)
+        size = self.job.shape[1]
+        self.diffusion = self.module.GaussianDiffusion(self.network, image_size=size, timesteps=steps).eval()
+        self.diffusion.to(self.job.device)
+
+    def pictures(self) -> Tensor:
+        """Of its own."""
+        drawn: Tensor = self.diffusion.sample(batch_size=self.batch)
+        return drawn.float().cpu()
+
+    def run(self) -> None:
+        """Its own loop."""
+        self.diffusion.sample(batch_size=self.batch)
+
+    def flops(self) -> float:
+        """Counted on its network."""
+        return count_flops(self.network, torch.zeros(1, *self.job.shape), torch.zeros(1, dtype=torch.int64))

@@ -1,0 +1,347 @@
+"""The run: makes each workload's files, starts its workers, asserts that their pictures are equal, times them in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastddpm.bench.figures import BatchResult, Equality, PeerResult, Quantiles, WorkloadResult
+from fastddpm.bench.process import WorkerError, WorkerProcess, side_by_side
+from fastddpm.bench.twins import NoTwinError, random_folder, twin_folder
+from fastddpm.bench.worker import precision_of
+from fastddpm.bench.workloads import Job, Workload
+from fastddpm.checkpoints import load_checkpoint
+
+LIMITS = "limits"
+WARM_UP_SHARE = 0.6
+"""Of a batch's time, how much may go into the first runs, compilation included."""
+ANSWER_S = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a run is done.
+
+    Attributes:
+        seconds: the whole run's time.
+        rounds: most timed runs of each peer at a batch size.
+        threads: CPU threads.
+        jobs: workers that load and compile at a time.
+        device: "cpu" or "cuda".
+        fresh: whether compilers start with empty caches, so that compile times are those of a first use.
+        over_steps: numbers of steps whose whole runs are timed, for the first workload's smallest batch.
+    """
+
+    seconds: float
+    rounds: int
+    threads: int
+    jobs: int = 2
+    device: str = "cpu"
+    fresh: bool = True
+    over_steps: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, quick: bool, threads: int, device: str = "cpu", fresh: bool = True) -> Settings:
+        """Those of a quick or a full run: two minutes or fifteen, less a margin for the last answer and the files."""
+        if quick:
+            return cls(95.0, 5, threads, device=device, fresh=fresh, over_steps=(5, 10, 20))
+        return cls(780.0, 9, threads, device=device, fresh=fresh, over_steps=(5, 10, 20, 40))
+
+
+OnEvent = Callable[[str, int, str, str], None]
+"""(workload, batch, peer, what happens)"""
+OnResult = Callable[[WorkloadResult, BatchResult], None]
+
+
+def run(
+    workloads: Sequence[Workload],
+    settings: Settings,
+    on_event: OnEvent = lambda *_: None,
+    on_result: OnResult = lambda *_: None,
+) -> Iterator[WorkloadResult]:
+    """Measure workloads one after the other.
+
+    Args:
+        workloads: what to measure.
+        settings: how.
+        on_event: is told what is going on.
+        on_result: is called when a batch size is done.
+
+    Yields:
+        The result of each workload when it is there.
+    """
+    end = time.monotonic() + settings.seconds
+    shares = sum(workload.share for workload in workloads)
+    with tempfile.TemporaryDirectory(prefix="fastddpm-bench-") as scratch:
+        for workload in workloads:
+            allowed = (end - time.monotonic()) * workload.share / shares
+            shares -= workload.share
+            folder = Path(scratch) / workload.name
+            folder.mkdir()
+            with WorkloadRun(workload, settings, folder, Path(scratch), on_event) as one:
+                yield one.measure(time.monotonic() + allowed, on_result)
+
+
+def make_job(workload: Workload, folder: Path, settings: Settings) -> Job:
+    """Make a workload's files and say where they are.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        ImportError: diffusers is needed to make the network and is not there.
+    """
+    common = {"scratch": str(folder), "threads": settings.threads, "device": settings.device}
+    if workload.is_update:
+        return Job("", {}, (3, 32, 32), 1000, None, "", "", None, **common)
+    model, flags = workload.model, workload.flags
+    if workload.unet is not None:
+        model = str(random_folder(folder / "diffusers", workload.unet, workload.variance))
+    checkpoint = load_checkpoint(model, **flags)
+    twin, why = (model if workload.unet is not None else ""), ""
+    if not twin:
+        try:
+            twin = str(twin_folder(folder / "diffusers", checkpoint))
+        except (NoTwinError, ImportError) as error:
+            why = str(error)
+    spec = checkpoint.spec
+    return Job(
+        model, flags, spec.shape, checkpoint.schedule.T, spec.num_classes, twin, why, workload.lucidrains, **common
+    )
+
+
+class WorkloadRun:
+    """The workers of one workload; a context that ends them.
+
+    Args:
+        workload: what is measured.
+        settings: how.
+        folder: for the workload's files.
+        scratch: for files of the whole run, such as compilers' caches.
+        on_event: is told what is going on.
+    """
+
+    def __init__(
+        self, workload: Workload, settings: Settings, folder: Path, scratch: Path, on_event: OnEvent = lambda *_: None
+    ) -> None:
+        self.workload, self.settings, self.folder = workload, settings, folder
+        self._environment = _caches(scratch) if settings.fresh else {}
+        self._say = functools.partial(on_event, workload.name)
+        self._workers: dict[str, WorkerProcess] = {}
+        self._loaded: dict[str, dict[str, Any]] = {}
+        self._gone: dict[str, str] = {}
+        self.result = WorkloadResult(workload.name, workload.title)
+
+    def __enter__(self) -> WorkloadRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers.values():
+            worker.close()
+
+    def measure(self, until: float, on_result: OnResult = lambda *_: None) -> WorkloadResult:
+        """Measure all batch sizes by `time.monotonic()` = until."""
+        self._say(0, "", "making the network")
+        try:
+            self._job = make_job(self.workload, self.folder, self.settings)
+        except ImportError as error:
+            self.result.note = str(error)
+            return self.result
+        weights = [float(batch) ** 0.5 for batch in self.workload.batches]
+        for i, (batch, steps) in enumerate(zip(self.workload.batches, self.workload.steps, strict=True)):
+            allowed = (until - time.monotonic()) * weights[i] / sum(weights[i:])
+            one = self._measure_batch(batch, steps, time.monotonic() + allowed)
+            self.result.batches.append(one)
+            on_result(self.result, one)
+        return self.result
+
+    # ------------------------------------------------------------------ the first runs
+
+    def _measure_batch(self, batch: int, steps: int, until: float) -> BatchResult:
+        result = BatchResult(batch, steps)
+        result.peers = [PeerResult(peer, precision_of(peer)) for peer in self.workload.peers]
+        allowed = until - time.monotonic()
+        self._warm_up(result, time.monotonic() + WARM_UP_SHARE * allowed)
+        self._judge(result)
+        self._count_flops()
+        self._time(result, until)
+        for peer in result.peers:
+            if peer.seconds:
+                self._look_closer(result, peer)
+        is_first = self.workload.batches[0] == batch
+        if self.settings.over_steps and is_first and not self.workload.is_update and self.workload.model:
+            self._cost_over_steps(result)
+        self._summarise(result)
+        return result
+
+    def _warm_up(self, result: BatchResult, until: float) -> None:
+        """Load and run each peer for the first time; what fails is noted and left out from here on."""
+        found = {peer.peer: peer for peer in result.peers}
+        everyone = [LIMITS, *found]
+        for name in everyone:
+            if name in self._gone and name in found:
+                found[name].note = self._gone[name]
+            elif name not in self._workers:
+                self._workers[name] = WorkerProcess(name, self.folder, self.settings.threads, self._environment)
+        fresh = [name for name in everyone if name in self._workers and name not in self._loaded]
+        load = {"do": "load", "job": dataclasses.asdict(self._job)}
+        check = {"do": "check", "batch": result.batch, "steps": result.steps, "out": str(self.folder / "{peer}.npy")}
+
+        def on_answer(worker: WorkerProcess, answers: list[dict[str, Any]] | WorkerError) -> None:
+            self._take_in(worker, answers, found.get(worker.peer), result.batch)
+
+        def on_start(worker: WorkerProcess) -> None:
+            self._say(result.batch, worker.peer, "first run")
+
+        limits = [self._workers[name] for name in fresh if name == LIMITS]
+        if limits:
+            side_by_side(limits, [load], 1, until, on_answer)
+        arguments = (self.settings.jobs, until, on_answer, on_start)
+        # What is quick comes first: a compiler that takes all the time there is must not cost the others theirs.
+        new = sorted((name for name in fresh if name != LIMITS), key=lambda name: "compiled" in name)
+        known = [name for name in found if name in self._workers and name not in fresh]
+        ready = sorted(known, key=lambda name: "compiled" in name)
+        side_by_side([self._workers[name] for name in ready if "compiled" not in name], [check], *arguments)
+        side_by_side([self._workers[name] for name in new], [load, check], *arguments)
+        side_by_side([self._workers[name] for name in ready if "compiled" in name], [check], *arguments)
+
+    def _take_in(
+        self,
+        worker: WorkerProcess,
+        answers: list[dict[str, Any]] | WorkerError,
+        peer: PeerResult | None,
+        batch: int,
+    ) -> None:
+        if isinstance(answers, WorkerError):
+            self._lose(worker.peer, str(answers), peer, batch)
+            return
+        if worker.peer not in self._loaded:
+            self._loaded[worker.peer] = answers[0]
+        if peer is not None:
+            peer.load_s = self._loaded[worker.peer]["load_s"]
+            peer.first_s, peer.again_s = answers[-1]["first_s"], answers[-1]["again_s"]
+            self._say(batch, peer.peer, f"first run took {peer.first_s:.1f} s")
+
+    def _lose(self, name: str, why: str, peer: PeerResult | None, batch: int) -> None:
+        self._gone[name] = why
+        if name in self._workers:
+            self._workers.pop(name).close()
+        if peer is not None:
+            peer.note = why
+            self._say(batch, name, why)
+
+    def _judge(self, result: BatchResult) -> None:
+        """Compare all pictures with the textbook's, or with our eager engine's where the textbook does not take part."""
+        there = [peer for peer in result.peers if peer.peer in self._workers]
+        drawn = {peer.peer: np.load(self.folder / f"{peer.peer}.npy") for peer in there}
+        base = next((name for name in ("reference", "fastddpm-eager", "diffusers") if name in drawn), None)
+        for peer in there:
+            reference = None if base is None else drawn[base]
+            compares = bool(self._loaded[peer.peer]["compares"])
+            peer.equality = Equality.judge(drawn[peer.peer], reference, peer.precision, compares)
+            if not peer.equality.holds:
+                peer.note = f"not timed: its pictures differ from those of {base} by {peer.equality}"
+                self._say(result.batch, peer.peer, peer.note)
+
+    def _count_flops(self) -> None:
+        for field, names in (("flop", ("reference", "fastddpm-eager", "diffusers")), ("lucidrains_flop", ("lucidrains",))):
+            for name in names:
+                if not getattr(self.result, field) and name in self._workers:
+                    with contextlib.suppress(WorkerError):
+                        setattr(self.result, field, self._workers[name].ask({"do": "flops"}, ANSWER_S)["flops"])
+
+    # ------------------------------------------------------------------ the timed runs
+
+    def _time(self, result: BatchResult, until: float) -> None:
+        """Rounds in which each peer runs once; every other round in reverse, so that a drift takes no side."""
+        timed = [peer for peer in result.peers if peer.equality is not None and peer.equality.holds]
+        precisions = sorted({peer.precision for peer in timed})
+        self._peaks: list[dict[str, float]] = []
+        began = time.monotonic()
+        for number in range(self.settings.rounds):
+            per_round = (time.monotonic() - began) / max(1, number)
+            if not timed or (number >= 2 and time.monotonic() + per_round > until):
+                break
+            self._peaks.append(self._measure_limits(precisions))
+            for peer in timed if number % 2 == 0 else reversed(timed):
+                self._say(result.batch, peer.peer, f"round {number + 1}")
+                try:
+                    answer = self._workers[peer.peer].ask({"do": "run"}, ANSWER_S)
+                except WorkerError as error:
+                    self._lose(peer.peer, str(error), peer, result.batch)
+                    peer.seconds = []
+                    continue
+                peer.seconds.append(answer["seconds"])
+            timed = [peer for peer in timed if peer.peer in self._workers]
+            result.rounds = number + 1
+
+    def _measure_limits(self, precisions: Sequence[str]) -> dict[str, float]:
+        if LIMITS not in self._workers:
+            return {}
+        try:
+            answer = self._workers[LIMITS].ask({"do": "measure", "precisions": precisions}, ANSWER_S)
+        except WorkerError:
+            return {}
+        measured: dict[str, float] = answer["measured"]
+        return measured
+
+    def _look_closer(self, result: BatchResult, peer: PeerResult) -> None:
+        """Memory, and the time of a step outside the network; a failure only leaves these out."""
+        self._say(result.batch, peer.peer, "memory and overhead")
+        worker = self._workers[peer.peer]
+        try:
+            memory = worker.ask({"do": "memory"}, ANSWER_S)
+            peer.run_bytes, peer.whole_bytes = memory["run_bytes"], memory["whole_bytes"]
+            if not self.workload.is_update:
+                peer.outside_ms = worker.ask({"do": "outside"}, ANSWER_S)["ms"]
+        except WorkerError as error:
+            if peer.peer in self._workers and "no answer" in str(error):
+                self._lose(peer.peer, str(error), None, result.batch)
+
+    def _cost_over_steps(self, result: BatchResult) -> None:
+        """Whole runs of several lengths, three of each, the fastest counted."""
+        request = {"do": "check", "batch": result.batch, "out": str(self.folder / "steps.npy")}
+        for peer in result.peers:
+            if not peer.seconds or peer.peer not in self._workers or peer.precision != "fp32":
+                continue
+            self._say(result.batch, peer.peer, "cost over steps")
+            with contextlib.suppress(WorkerError):
+                worker, costs = self._workers[peer.peer], {}
+                for steps in self.settings.over_steps:
+                    worker.ask({**request, "steps": steps}, ANSWER_S)
+                    costs[str(steps)] = min(worker.ask({"do": "run"}, ANSWER_S)["seconds"] for _ in range(3))
+                result.over_steps[peer.peer] = costs
+
+    def _summarise(self, result: BatchResult) -> None:
+        for peer in result.peers:
+            flop = self.result.lucidrains_flop if peer.peer == "lucidrains" else self.result.flop
+            peaks = [measured.get(peer.precision, 0.0) for measured in self._peaks]
+            peer.summarise(result.steps, flop * result.batch, peaks)
+        for precision in {key for measured in self._peaks for key in measured}:
+            values = Quantiles.of([measured[precision] for measured in self._peaks if precision in measured])
+            if precision == "copy":
+                result.copy_gb_s = values
+            else:
+                result.peak_gflops[precision] = values
+        result.compare()
+
+
+def _caches(scratch: Path) -> Mapping[str, str]:
+    """Empty caches for compilers."""
+    return {
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+        "FASTDDPM_CACHE": str(scratch / "fastddpm"),
+    }
+
+
+def default_threads() -> int:
+    """As many as this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

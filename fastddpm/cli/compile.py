@@ -1,0 +1,48 @@
+"""`fastddpm compile`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fastddpm.cli.engine_options import PrecisionOption
+from fastddpm.cli.flags import FlagOption, parse_flags
+
+
+def compile_model(
+    model: Annotated[
+        str, typer.Argument(help="A shipped checkpoint, a folder, a file of weights, or a name on the Hub.")
+    ],
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(help="Pictures that run together, the same as when sampling. May be repeated. [default: 64]"),
+    ] = None,
+    guided: Annotated[bool, typer.Option(help="For runs with classifier-free guidance.")] = False,
+    precision: PrecisionOption = "fp32",
+    flag: FlagOption = None,
+) -> None:
+    """Compile a network's step ahead of time, so that sampling starts with it at once.
+
+    One package serves any solver and any number of steps; each batch size, precision, and guidance or none has its own.
+    On a GPU steps are compiled when sampling begins: this command is for CPUs.
+
+    Examples:
+    - `fastddpm compile mnist --batch-size 1 --batch-size 64`
+
+    - `fastddpm compile mnist --guided --precision bf16`
+    """
+    import torch  # late, for --help: see `sample`
+
+    from fastddpm.engine import describe_choices
+    from fastddpm.sampler import Sampler
+
+    sampler = Sampler.from_pretrained(model, device="cpu", precision=precision, **parse_flags(flag))
+    if guided and sampler.spec.null_class is None:
+        raise ValueError(f"--guided must be left out, got it, but {model} has no label that stands for no class")
+    for size in batch_size or [64]:
+        seconds = sampler.compile(size, guided=guided)
+        print(f"batch {size}: " + ("was compiled already" if seconds is None else f"compiled in {seconds:.0f} s"))
+    for label, choice in describe_choices(sampler.engine.weights(sampler.model)).items():
+        print(f"{label}: {choice}")
+    print(f"{torch.get_num_threads()} threads; with another number of threads steps are compiled anew")

@@ -1,0 +1,267 @@
+"""Compiled steps: `advance` as one ahead-of-time compiled package per (network, batch), kept on disk.
+
+`torch.export` captures `advance` as a whole, the network and the update in one graph, and Inductor compiles it with the
+weights as constants: convolution weights are re-packed once for the processor, and a call has no Python in it. The rows
+of the solver's table are arguments, so one package serves any solver and any number of steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastddpm
+from fastddpm.denoiser import Denoiser
+from fastddpm.files import atomic_path, make_folder
+from fastddpm.state import State, advance
+from fastddpm.step_table import StepTable
+from fastddpm.unet import UNet
+
+CACHE_VARIABLE = "FASTDDPM_CACHE"
+CACHE_BYTES = 4 << 30
+"""Most that the packages on disk may take; the ones that were used longest ago go first."""
+
+
+class CompileError(RuntimeError):
+    """A step could not be compiled; the message says why and what to do."""
+
+
+def cache_folder() -> Path:
+    """Where packages are kept: $FASTDDPM_CACHE, or `fastddpm` in the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastddpm"
+
+
+class StepModule(nn.Module):
+    """`advance` with all tensors that it touches as arguments, in the order of `names`, and the network inside."""
+
+    def __init__(self, denoiser: Denoiser, table: StepTable, names: Sequence[str]) -> None:
+        """Keep what is not a tensor of a denoiser and a table; the network becomes a sub-module."""
+        super().__init__()
+        network = denoiser.unet if denoiser.unet is not None else denoiser.model
+        self.network = network if isinstance(network, nn.Module) else None
+        self._denoiser, self._table, self._names = denoiser, table, tuple(names)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """One step, in place; returns the state."""
+        values = dict(zip(self._names, tensors, strict=True))
+        network: Any = self._denoiser.model if self.network is None else self.network
+        denoiser = dataclasses.replace(
+            self._denoiser,
+            model=network,
+            unet=network if self._denoiser.unet is not None else None,
+            times=values["times"],
+            projections=values.get("projections"),
+            slots=values.get("slots"),
+        )
+        table = dataclasses.replace(self._table, rows=values["rows"], timesteps=values["timesteps"])
+        state = State(*(values.get(field.name) for field in dataclasses.fields(State)))  # type: ignore[arg-type]
+        advance(denoiser, table, state, noise=values.get("noise"))
+        return state.x
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCall:
+    """One batch's step as a function of named tensors: what is exported, and what a package is called with.
+
+    Attributes:
+        denoiser: the network at the table's rows.
+        table: the rows; noise is always taken to be used, so that a package serves every solver.
+        state: the samples. A history is kept always, for the same reason.
+        noise: float32 [N, B, C, H, W], or None for Philox.
+    """
+
+    denoiser: Denoiser
+    table: StepTable
+    state: State
+    noise: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The arguments by name, without those that are None."""
+        values: dict[str, Tensor | None] = {f.name: getattr(self.state, f.name) for f in dataclasses.fields(State)}
+        values |= {"rows": self.table.rows, "timesteps": self.table.timesteps, "times": self.denoiser.times}
+        values |= {"projections": self.denoiser.projections, "slots": self.denoiser.slots, "noise": self.noise}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def module(self) -> StepModule:
+        """The step as a module over these tensors."""
+        table = dataclasses.replace(self.table, uses_noise=True, uses_history=True)
+        return StepModule(self.denoiser, table, list(self.tensors()))
+
+    def dynamic_shapes(self) -> tuple[dict[int, Any] | None, ...]:
+        """Which sizes may differ between calls: the number of rows."""
+        rows = torch.export.Dim("rows", min=2, max=1 << 20)
+        dynamic: dict[str, dict[int, Any]] = {name: {0: rows} for name in ("rows", "timesteps", "times")}
+        dynamic["projections"] = {0: torch.export.Dim("projections", min=2)}
+        if self.noise is not None and len(self.noise) > 1:
+            dynamic["noise"] = {0: torch.export.Dim("noise", min=2)}
+        return tuple(dynamic.get(name) for name in self.tensors())
+
+    def signature(self) -> dict[str, Any]:
+        """All that a package depends on, apart from the weights: two calls with the same one can share it."""
+        shapes = {
+            name: [str(value.dtype), list(value.shape[1:] if given else value.shape)]
+            for (name, value), given in zip(self.tensors().items(), self.dynamic_shapes(), strict=True)
+        }
+        return {
+            "tensors": shapes,
+            "network": _describe(self.denoiser),
+            "null class": self.denoiser.null_class,
+            "self condition": self.denoiser.self_condition,
+            "variance": self.table.variance,
+            "threshold": None if self.table.threshold is None else dataclasses.astuple(self.table.threshold),
+            "device": str(self.state.x.device),
+            "threads": torch.get_num_threads(),
+            "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_processor()}",
+            "versions": [fastddpm.__version__, torch.__version__],
+        }
+
+
+def is_cacheable(denoiser: Denoiser) -> bool:
+    """Whether the network is known by its configuration and weights alone, so that a package of it may be kept."""
+    return isinstance(denoiser.unet, UNet)
+
+
+def weights_hash(network: nn.Module) -> str:
+    """A digest of all parameters and buffers, with their names and types."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def package_path(call: StepCall, weights: str) -> Path:
+    """Where the package for such calls is or would be."""
+    text = json.dumps(call.signature() | {"weights": weights}, sort_keys=True)
+    return cache_folder() / f"{weights[:8]}-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}.pt2"
+
+
+def compile_step(call: StepCall, path: Path) -> float:
+    """Compile a step and write its package.
+
+    Args:
+        call: example of the calls; sizes other than the number of rows are fixed by it.
+        path: where the package goes; it is whole or absent.
+
+    Returns:
+        Seconds that it took.
+
+    Raises:
+        CompileError: the network cannot be captured as one graph, or there is no working C++ compiler.
+        OSError: the package cannot be written.
+    """
+    began = time.perf_counter()
+    # Exporting runs the step on fake tensors, so the state stays as it is.
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), atomic_path(path) as temporary:
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                call.module().eval(),
+                tuple(call.tensors().values()),
+                dynamic_shapes={"tensors": call.dynamic_shapes()},
+                strict=False,
+            )
+            # `freezing` lays the weights out for the processor at compile time.
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(temporary), inductor_configs={"freezing": True}
+            )
+    except OSError:
+        raise
+    except Exception as error:  # whatever the exporter, the compiler or the C++ compiler raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise CompileError(
+            f"engine: the network must compile as one graph, got {type(error).__name__}: {reason}; use engine='eager'"
+        ) from error
+    _prune(path.parent, keep=path)
+    return time.perf_counter() - began
+
+
+def load_step(path: Path) -> Callable[..., Any]:
+    """Load a package: a function of the tensors of a `StepCall`, in order, that makes one step in place.
+
+    Raises:
+        CompileError: the file is no package that runs here; it is removed.
+    """
+    try:
+        os.utime(path)
+        loaded: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
+    except Exception as error:
+        path.unlink(missing_ok=True)
+        raise CompileError(f"engine: {path} must be a compiled step, got one that does not load; run again") from error
+    return loaded
+
+
+def _prune(folder: Path, keep: Path) -> None:
+    """Remove the packages that were used longest ago until all fit."""
+    files = sorted((f for f in folder.glob("*.pt2") if f != keep), key=lambda f: f.stat().st_mtime, reverse=True)
+    total = keep.stat().st_size
+    for file in files:
+        total += file.stat().st_size
+        if total > CACHE_BYTES:
+            file.unlink(missing_ok=True)
+
+
+def _describe(denoiser: Denoiser) -> str:
+    network = denoiser.unet if denoiser.unet is not None else denoiser.model
+    return repr(network.config) if isinstance(network, UNet) else type(network).__qualname__
+
+
+def _processor() -> str:
+    """The CPU's model, for packages hold code for one instruction set."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = dict.fromkeys(line.strip() for line in file if line.startswith(("model name", "flags")))
+        return hashlib.blake2b("\n".join(lines).encode(), digest_size=6).hexdigest()
+    except OSError:
+        return platform.processor()
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What is known of a (network, batch, device): times of a step, and what it took to compile.
+
+    Attributes:
+        eager_ms: a step without compiling.
+        compiled_ms: a compiled step, or None if that was never tried.
+        compile_s: seconds that compiling took, or None.
+        label: what it is, for people.
+    """
+
+    eager_ms: float
+    compiled_ms: float | None = None
+    compile_s: float | None = None
+    label: str = ""
+
+
+def remembered() -> dict[str, Measured]:
+    """All measurements on disk, by package name; an unreadable file counts as none."""
+    try:
+        values = json.loads((cache_folder() / "measured.json").read_text(encoding="utf-8"))
+        return {name: Measured(**fields) for name, fields in values.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def remember(name: str, measured: Measured) -> None:
+    """Add a measurement to those on disk; where that is not possible, it is forgotten."""
+    values = remembered() | {name: measured}
+    try:
+        make_folder(cache_folder())
+        with atomic_path(cache_folder() / "measured.json") as temporary:
+            temporary.write_text(json.dumps({k: dataclasses.asdict(v) for k, v in values.items()}, indent=1))
+    except OSError:
+        pass

@@ -1,0 +1,219 @@
+"""denoising-diffusion-pytorch's GaussianDiffusion with its sampling loop replaced: `fastddpm.accelerate(diffusion)`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.checkpoints.base import CheckpointError
+from fastddpm.checkpoints.lucidrains import PREDICTIONS
+from fastddpm.checkpoints.lucidrains_schedule import BUFFERS, RoundedSchedule, read_schedule
+from fastddpm.sampler import Preview, Sampler
+from fastddpm.spec import ModelSpec
+from fastddpm.timesteps import spaced_timesteps
+
+__all__ = ["AcceleratedGaussianDiffusion", "accelerate_gaussian_diffusion"]
+
+_KINDS = ("GaussianDiffusion", "LearnedGaussianDiffusion")
+# What our loop stands for; a subclass that changes one of them samples in a way of its own.
+_LOOP = ("sample", "p_sample_loop", "ddim_sample", "p_sample", "p_mean_variance", "model_predictions", "q_posterior",
+         "predict_start_from_noise", "predict_start_from_v", "predict_noise_from_start")  # fmt: skip
+
+
+def accelerate_gaussian_diffusion(diffusion: Any) -> AcceleratedGaussianDiffusion:  # noqa: ANN401 - a foreign class
+    """The same diffusion with a faster `sample`; see `AcceleratedGaussianDiffusion`.
+
+    Args:
+        diffusion: A GaussianDiffusion or LearnedGaussianDiffusion of denoising-diffusion-pytorch. It is not changed.
+
+    Raises:
+        TypeError: It is another class, or a subclass that has its own way of sampling.
+    """
+    if isinstance(diffusion, AcceleratedGaussianDiffusion):
+        return diffusion
+    kind = type(diffusion)
+    expected = "accelerate: diffusion must be a GaussianDiffusion of denoising-diffusion-pytorch"
+    if not isinstance(diffusion, nn.Module) or not any(base.__name__ in _KINDS for base in kind.__mro__):
+        raise TypeError(f"{expected}, got {kind.__name__}; others of the package are not supported")
+    parameters = list(inspect.signature(kind.sample).parameters)
+    if parameters[1:] != ["batch_size", "return_all_timesteps"]:
+        raise TypeError(
+            f"{expected}, without classes, masks or guidance, got {kind.__module__}.{kind.__name__} with "
+            f"sample({', '.join(parameters[1:])}); load its checkpoint with fastddpm.Sampler.from_pretrained instead"
+        )
+    for name in _LOOP:
+        owner = next((base.__name__ for base in kind.__mro__ if name in vars(base)), "nobody")
+        if owner not in _KINDS or name in vars(diffusion):
+            raise TypeError(
+                f"{expected} with its own {name}, got {kind.__name__} with another; sample with it directly"
+            )
+    return AcceleratedGaussianDiffusion(diffusion)
+
+
+class AcceleratedGaussianDiffusion:
+    """A GaussianDiffusion that samples through fastddpm.
+
+    `sample`, `p_sample_loop` and `ddim_sample` are called as before. From the same state of PyTorch's global generator
+    they return the same pictures (to rounding) and leave the generator in the same state: x_T and each step's noise are
+    drawn in the package's order, on the diffusion's device. All other attributes are the diffusion's own, to read and
+    to set. The network is run in evaluation mode, as a copy that is made anew when its weights have changed, so it can
+    be trained on; what `sampling_timesteps`, `ddim_sampling_eta` and `objective` say counts at each call.
+    """
+
+    _own = ("_diffusion", "_sampler", "_key")
+
+    def __init__(self, diffusion: Any) -> None:  # noqa: ANN401 - a foreign class
+        self._diffusion = diffusion
+        self._sampler: Sampler | None = None
+        self._key: object = None
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the diffusion has
+        if name in AcceleratedGaussianDiffusion._own:  # while it is copied or unpickled
+            raise AttributeError(name)
+        value = getattr(self._diffusion, name)
+        return self._chained(value) if name in ("to", "cuda", "cpu", "eval", "train", "requires_grad_") else value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in self._own:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._diffusion, name, value)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - the diffusion's own
+        """The diffusion's own call: its training loss."""
+        return self._diffusion(*arguments, **options)
+
+    def __repr__(self) -> str:
+        return f"AcceleratedGaussianDiffusion({self._diffusion!r})"
+
+    def sample(self, batch_size: int = 16, return_all_timesteps: bool = False) -> Tensor:
+        """Draw samples: ancestral, or by DDIM where the diffusion has fewer `sampling_timesteps` than timesteps.
+
+        Args:
+            batch_size: How many.
+            return_all_timesteps: Whether to return x_T and the state after each step too.
+
+        Returns:
+            float32 [B, C, H, W], or [B, S+1, C, H, W] with all states, in the range of the diffusion's training data.
+
+        Raises:
+            ValueError: The diffusion's settings are out of range, or it cannot sample so itself.
+            FloatingPointError: The samples ran into NaN or infinity.
+        """
+        height, width = self._diffusion.image_size
+        run = self.ddim_sample if self._diffusion.is_ddim_sampling else self.p_sample_loop
+        return run((batch_size, self._diffusion.channels, height, width), return_all_timesteps=return_all_timesteps)
+
+    def p_sample_loop(self, shape: tuple[int, int, int, int], return_all_timesteps: bool = False) -> Tensor:
+        """Ancestral sampling over all timesteps (Ho et al. 2020, Algorithm 2); arguments as in the package."""
+        steps = range(self._diffusion.num_timesteps - 1, -1, -1)
+        return self._run(shape, return_all_timesteps, torch.tensor(steps), is_ddim=False)
+
+    def ddim_sample(self, shape: tuple[int, int, int, int], return_all_timesteps: bool = False) -> Tensor:
+        """DDIM with the diffusion's `sampling_timesteps` and `ddim_sampling_eta` (Song et al. 2021, eq. 12)."""
+        steps = spaced_timesteps(self._diffusion.num_timesteps, self._diffusion.sampling_timesteps, "linspace_x0")
+        if _is_learned(self._diffusion):
+            raise ValueError(
+                "accelerate: sampling_timesteps must be all of LearnedGaussianDiffusion's, got "
+                f"{self._diffusion.sampling_timesteps}; its own DDIM does not run either: load the checkpoint with "
+                "fastddpm.Sampler.from_pretrained"
+            )
+        return self._run(shape, return_all_timesteps, steps, is_ddim=True)
+
+    @torch.no_grad()
+    def _run(self, shape: tuple[int, int, int, int], keeps_all: bool, timesteps: Tensor, *, is_ddim: bool) -> Tensor:
+        diffusion = self._diffusion
+        sampler = self._refreshed((shape[1], shape[2], shape[3]))
+        eta = float(diffusion.ddim_sampling_eta) if is_ddim else None
+        x_T = torch.randn(shape, device=diffusion.device)
+        states = [x_T]
+
+        def keep(preview: Preview) -> None:
+            states.append(preview.x)
+
+        def draw(i: int, t: int, sample_ids: Tensor) -> Tensor:
+            return torch.randn(shape, device=diffusion.device)
+
+        final = sampler.sample(
+            shape[0],
+            solver="ddim" if is_ddim else "ddpm",
+            timesteps=timesteps,
+            eta=eta,
+            x_T=x_T,
+            noise=draw,
+            batch_size=shape[0],
+            output="raw",
+            callback=keep if keeps_all else None,
+        )
+        if eta == 0.0:
+            for _ in range(len(timesteps) - 1):  # the package draws here, for nothing; who draws next must not notice
+                torch.randn(shape, device=diffusion.device)
+        result: Tensor = diffusion.unnormalize(torch.stack(states, dim=1) if keeps_all else final)
+        return result
+
+    def _refreshed(self, shape: tuple[int, int, int]) -> Sampler:
+        """The sampler of the network as it is now."""
+        diffusion = self._diffusion
+        tensors = [*diffusion.parameters(), *diffusion.buffers()]
+        # What is made in inference mode counts no versions, and cannot be changed outside it.
+        counts = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        versions = tuple(zip(map(id, tensors), (tensor.data_ptr() for tensor in tensors), counts, strict=True))
+        key = (shape, diffusion.objective, diffusion.self_condition, diffusion.device, versions)
+        if self._sampler is None or key != self._key:
+            network = _Network(copy.deepcopy(diffusion.model), _is_learned(diffusion))
+            self._sampler = Sampler(network, _schedule(diffusion), _spec(diffusion, shape), device=diffusion.device)
+            self._key = key
+        return self._sampler
+
+    def _chained(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method that returns its object returns this one."""
+
+        def call(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - the diffusion's own
+            result = method(*arguments, **options)
+            return self if result is self._diffusion else result
+
+        return call
+
+
+class _Network(nn.Module):
+    """The diffusion's network behind the call that samplers make."""
+
+    def __init__(self, model: nn.Module, is_learned: bool) -> None:
+        super().__init__()
+        self.model, self.is_learned = model, is_learned
+
+    def forward(self, x: Tensor, t: Tensor, *, x_self_cond: Tensor | None = None) -> Tensor:
+        """The output, the arguments passed on as the package passes them."""
+        out: Tensor = self.model(x, t) if self.is_learned else self.model(x, t, x_self_cond)
+        return out
+
+
+def _is_learned(diffusion: nn.Module) -> bool:
+    return any(base.__name__ == "LearnedGaussianDiffusion" for base in type(diffusion).__mro__)
+
+
+def _schedule(diffusion: Any) -> RoundedSchedule:  # noqa: ANN401 - a foreign class
+    buffers = {name: value.detach() for name, value in diffusion.named_buffers() if name in BUFFERS}
+    try:
+        return read_schedule(buffers, None, {}, "accelerate")
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
+
+
+def _spec(diffusion: Any, shape: tuple[int, int, int]) -> ModelSpec:  # noqa: ANN401 - a foreign class
+    is_learned = _is_learned(diffusion)
+    prediction = "eps" if is_learned else PREDICTIONS[diffusion.objective]
+    # Older versions of the package keep the network's ε beside a clipped x_0.
+    rederives = "rederive_pred_noise" in inspect.signature(diffusion.model_predictions).parameters
+    return ModelSpec(
+        shape,
+        prediction=prediction,
+        variance="learned_range" if is_learned else "fixed_small",
+        clipped_eps="rederive" if rederives or prediction != "eps" else "raw",
+        self_condition=bool(diffusion.self_condition),
+    )

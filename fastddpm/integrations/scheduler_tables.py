@@ -1,0 +1,304 @@
+"""From a scheduler of diffusers to step tables: its options and betas, read once per run instead of once per step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddpm.checkpoints.diffusers_scheduler import conventions_of
+from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.schedule import NoiseSchedule
+from fastddpm.solvers import make_table
+from fastddpm.step_table import DynamicThreshold, StepTable
+from fastddpm.timesteps import check_timesteps
+
+_SHORT = 15  # runs of fewer steps end with a step of lower order, if the scheduler says so
+
+
+def ancestral_table(
+    scheduler: Any,  # noqa: ANN401 - diffusers is not typed
+    timesteps: Tensor,
+    prev_timesteps: Tensor | None = None,
+) -> StepTable:
+    """DDPMScheduler as a table, where t = 0 alone adds no noise (Ho et al. 2020, eq. 6–7 and 11).
+
+    Args:
+        scheduler: the scheduler, whose `config` and `alphas_cumprod` count.
+        timesteps: int64 [S] on the CPU, strictly descending.
+        prev_timesteps: where each leads; None is to the next, and to x_0 after the last.
+
+    Returns:
+        The table, on the CPU.
+
+    Raises:
+        ValueError: an option is not supported, or a timestep is out of range.
+        TypeError: the timesteps are not integers.
+    """
+    conventions = conventions_of("DDPMScheduler", scheduler.config)
+    schedule = _schedule(scheduler)
+    table = make_table(
+        schedule,
+        timesteps,
+        solver="ddpm",
+        prediction=conventions["prediction"],
+        variance=conventions["variance"],
+        clip=_clip(conventions),
+        prev_timesteps=prev_timesteps,
+        noise_gate="t0",
+    )
+    return _with_rounded_beta(table, schedule, timesteps, prev_timesteps)
+
+
+def ddim_table(
+    scheduler: Any,  # noqa: ANN401 - diffusers is not typed
+    timesteps: Tensor,
+    eta: float = 0.0,
+    use_clipped_model_output: bool = False,
+) -> StepTable:
+    """DDIMScheduler as a table: t leads to t − T // S, whatever the list says (Song et al. 2021, eq. 12 and 16).
+
+    Args:
+        scheduler: the scheduler, whose `config`, `alphas_cumprod` and `num_inference_steps` count.
+        timesteps: int64 [S] on the CPU, strictly descending.
+        eta: η, in [0, 1].
+        use_clipped_model_output: whether ε is taken from the clipped x̂_0.
+
+    Returns:
+        The table, on the CPU.
+
+    Raises:
+        ValueError: an option is not supported, η or a timestep is out of range, or the number of steps is not set.
+        TypeError: the timesteps are not integers.
+    """
+    if scheduler.num_inference_steps is None:
+        raise ValueError("ddim_table: the scheduler must have its timesteps set, got none; call set_timesteps")
+    conventions = conventions_of("DDIMScheduler", {**scheduler.config, "variance_type": None})
+    schedule = _schedule(scheduler)
+    return make_table(
+        schedule,
+        timesteps,
+        solver="ddim",
+        prediction=conventions["prediction"],
+        eta=eta,
+        clip=_clip(conventions),
+        clipped_eps="rederive" if use_clipped_model_output else "raw",
+        prev_timesteps=(timesteps - schedule.T // scheduler.num_inference_steps).clamp(min=-1),
+        final_alpha_to_one=conventions["final_alpha_to_one"],
+    )
+
+
+def multistep_tables(scheduler: Any, timesteps: Tensor) -> tuple[StepTable, StepTable]:  # noqa: ANN401
+    """DPMSolverMultistepScheduler as two tables: every row of first order, and of second where it can be.
+
+    A run starts with a row of first order, wherever it starts, and goes on in second order (Lu et al. 2022). The last
+    row of the second table is of the order that the options ask for.
+
+    Args:
+        scheduler: the scheduler, whose `config` and `alphas_cumprod` count.
+        timesteps: int64 [S] on the CPU, strictly descending.
+
+    Returns:
+        Both tables, on the CPU.
+
+    Raises:
+        ValueError: an option is not supported, or a timestep is out of range.
+        TypeError: the timesteps are not integers.
+    """
+    if scheduler.num_inference_steps is None:
+        raise ValueError("multistep_tables: the scheduler must have its timesteps set, got none; call set_timesteps")
+    config = scheduler.config
+    # DPM-Solver++ is deterministic: its variance_type only says that the network has channels that are left out.
+    conventions = conventions_of("DPMSolverMultistepScheduler", {**config, "variance_type": None})
+    schedule = _schedule(scheduler)
+    threshold = _clip({**conventions, "clip": None})
+    to_one: bool = conventions["final_alpha_to_one"]
+    _check_sigmas(scheduler, schedule, timesteps, to_one)
+    lower = to_one or config["euler_at_final"] or (config["lower_order_final"] and timesteps.numel() < _SHORT)
+    prediction = conventions["prediction"]
+    first = make_table(
+        schedule,
+        timesteps,
+        solver="ddim",
+        prediction=prediction,
+        clip=threshold,
+        clipped_eps="rederive",
+        final_alpha_to_one=to_one,
+    )
+    second = make_table(
+        schedule,
+        timesteps,
+        solver="dpmpp_2m",
+        prediction=prediction,
+        clip=threshold,
+        final_alpha_to_one=to_one,
+        lower_order_final=bool(lower),
+    )
+    return first, second
+
+
+def _with_rounded_beta(
+    table: StepTable, schedule: NoiseSchedule, timesteps: Tensor, prev_timesteps: Tensor | None
+) -> StepTable:
+    """The table with β_t = 1 − ᾱ_t/ᾱ_prev as the library has it, a difference of float32 numbers.
+
+    At the first training steps that is off by up to 5e-4 of β_t, which the library's pictures show: they differ from
+    those of exact arithmetic by 3e-5 on average, more than anything else here does.
+    """
+    prev = torch.cat([timesteps[1:], timesteps.new_tensor([-1])]) if prev_timesteps is None else prev_timesteps
+    alpha_bar = schedule.alphas_cumprod.float()
+    a_t, a_prev = alpha_bar[timesteps], torch.where(prev >= 0, alpha_bar[prev.clamp(min=0)], 1.0)
+    exact = 1.0 - a_t.double() / a_prev.double()
+    ratio = (1.0 - a_t / a_prev).double() / exact
+    ratio = torch.where(ratio > 0, ratio, 1.0)  # a β that float32 cannot tell from 0
+    S, rows = table.S, table.rows.double()
+    rows[:S, COLUMNS.index("c_0")] *= ratio
+    rows[:S, COLUMNS.index("sigma")] *= ratio.sqrt() if table.variance != "learned_range" else 1.0
+    if table.variance == "learned_range":
+        for name in ("log_beta", "log_beta_tilde"):
+            rows[:S, COLUMNS.index(name)] += ratio.log()
+    return dataclasses.replace(table, rows=rows.float())
+
+
+def _check_sigmas(scheduler: Any, schedule: NoiseSchedule, timesteps: Tensor, to_one: bool) -> None:  # noqa: ANN401
+    """Check that the levels of noise are those of the timesteps, as they are unless somebody chose others."""
+    alpha_bar = schedule.alphas_cumprod.double()
+    visited = check_timesteps("multistep_tables", schedule.T, timesteps)
+    wanted = ((1.0 - alpha_bar) / alpha_bar).sqrt()
+    wanted = torch.cat([wanted[visited], wanted[:1] * (0.0 if to_one else 1.0)])
+    sigmas: Tensor = scheduler.sigmas.detach().cpu().double()
+    if sigmas.shape != wanted.shape or not torch.allclose(sigmas, wanted, rtol=1e-4, atol=1e-7):
+        raise ValueError("multistep_tables: sigmas must be those of the timesteps, got others; leave them as they are")
+
+
+def _schedule(scheduler: Any) -> NoiseSchedule:  # noqa: ANN401 - diffusers is not typed
+    schedule = NoiseSchedule(scheduler.betas.detach().to("cpu", torch.float32))
+    # The library's own ᾱ, which is not always the product: DPM-Solver lifts ᾱ = 0 to 2⁻²⁴.
+    schedule.__dict__["alphas_cumprod"] = scheduler.alphas_cumprod.detach().to("cpu")
+    return schedule
+
+
+def _clip(conventions: dict[str, Any]) -> float | DynamicThreshold | None:
+    threshold = conventions["threshold"]
+    clip: float | None = conventions["clip"]
+    return clip if threshold is None else DynamicThreshold(*threshold)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a table as Python numbers; `COLUMNS` explains them."""
+
+    a_x: float
+    a_o: float
+    c_0: float
+    c_x: float
+    c_o: float
+    c_h: float
+    sigma: float
+    bound: float
+    log_beta: float
+    log_beta_tilde: float
+
+
+class Rows:
+    """A table as the host and every device that asks for it have it.
+
+    Args:
+        table: the table, on the CPU.
+
+    Attributes:
+        table: the table.
+        host: its rows as numbers.
+        timesteps: the training timestep of each row.
+        index: timestep → row.
+    """
+
+    def __init__(self, table: StepTable) -> None:
+        self.table = table
+        self.host = [Row(*row) for row in table.rows.tolist()]
+        self.timesteps: list[int] = table.timesteps[:-1].tolist()
+        self.index = {t: i for i, t in enumerate(self.timesteps)}
+        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._steps: dict[tuple[torch.device, int], Tensor] = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The table on a device, made when first asked for.
+
+        Returns:
+            float32 [S+2, len(COLUMNS)], whose row S is NaN and whose last row is the identity; the timestep of each
+            of these rows, int64 [S+2]; and for each training timestep its row, int64 [T], S where it has none.
+        """
+        if device not in self._on:
+            with torch.inference_mode(False):
+                rows, S = self.table.rows, self.table.S
+                # A timestep that is not in the run must show. Reading it to raise an error would stop the device.
+                rows = torch.cat([rows[:S], rows.new_full((1, len(COLUMNS)), torch.nan), rows[S:]])
+                times = torch.cat([self.table.timesteps, self.table.timesteps.new_zeros(1)])
+                row_of = torch.full((max(self.timesteps) + 2,), S, dtype=torch.int64)
+                row_of[self.table.timesteps[:S]] = torch.arange(S)
+                self._on[device] = rows.to(device), times.to(device), row_of.to(device)
+        return self._on[device]
+
+    def step(self, row: int, batch: int, device: torch.device) -> Tensor:
+        """int64 [batch] that holds `row`, without a copy to the device once there is one for this size of batch."""
+        key = device, batch
+        if key not in self._steps:
+            with torch.inference_mode(False):
+                self._steps[key] = torch.arange(len(self.host)).to(device)[:, None].repeat(1, batch)
+        return self._steps[key][row]
+
+    def find(self, timestep: Any, timesteps: Tensor) -> int | Tensor | None:  # noqa: ANN401 - as the caller has it
+        """The row of a timestep, without waiting for a device.
+
+        Args:
+            timestep: a number, or a tensor of one entry or of one per sample.
+            timesteps: the scheduler's own list, from which most callers take `timestep`.
+
+        Returns:
+            The row; or int64 [B], the rows of the samples; or None if it cannot be told or is not in the run. On an
+            accelerator a timestep that is not in the run is row S of `on`.
+
+        Raises:
+            IndexError: of several timesteps on the CPU, one is not in the run.
+        """
+        if not isinstance(timestep, Tensor):
+            try:
+                return self.index.get(timestep)
+            except TypeError:
+                return None
+        if timestep.device.type == "cpu":
+            if timestep.ndim > 1 or timestep.is_floating_point():
+                return None
+            values: Any = timestep.tolist()
+            return self._find_all(values) if timestep.ndim else self.index.get(values)
+        position = _position(timestep, timesteps)
+        if position is not None:
+            return position
+        if timestep.ndim > 1 or timestep.is_floating_point():
+            return None
+        row_of = self.on(timestep.device)[2]
+        inside = (timestep >= 0) & (timestep < row_of.numel())
+        known = row_of.index_select(0, torch.where(inside, timestep, row_of.numel() - 1).reshape(-1).long())
+        return known
+
+    def _find_all(self, values: list[int]) -> int | Tensor | None:
+        rows = [self.index.get(value) for value in values]
+        if all(value == values[0] for value in values):
+            return rows[0] if rows else None
+        missing = [value for value, row in zip(values, rows, strict=True) if row is None]
+        if missing:
+            raise IndexError(f"step: timestep must be in the run's timesteps, got {missing[0]}; see set_timesteps")
+        return torch.tensor(rows)
+
+
+def _position(timestep: Tensor, timesteps: Tensor) -> int | None:
+    """Where in `timesteps` an element of it stands, told by its address: reading it would stop the device."""
+    if timestep.numel() != 1 or timestep.device != timesteps.device or timestep.dtype != timesteps.dtype:
+        return None
+    offset = timestep.data_ptr() - timesteps.data_ptr()
+    stride = timesteps.stride(0) * timesteps.element_size()
+    if timesteps.ndim != 1 or stride <= 0 or offset % stride or not 0 <= offset // stride < timesteps.numel():
+        return None
+    return offset // stride

@@ -1,0 +1,340 @@
+"""`add_group_norm`: what a residual network leaves to add, its group norm and its SiLU, in one pass over the pictures.
+
+With v the sum of up to four terms (a convolution's output, its bias, a time projection, a residual branch), groups of
+consecutive channels and their mean μ and variance s² over channels and pixels (Wu and He 2018, eq. 1-2):
+
+    y = (v − μ)/√(s² + ε) · weight + beta,  y ← (1 + scale) · y + shift,  y ← y · sigmoid(y)
+
+The second step is the adaptive norm of Dhariwal and Nichol (2021, sec. 3); it and the third are optional. A group of a
+picture is held in registers, so that memory is read once; where it does not fit, PyTorch's own operations are used.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import wrap_triton
+
+from ._checks import OUT_DTYPES, check_tensor
+from ._triton import jit, register_op, runs_triton, tl
+
+Mode = Literal["none", "add", "scale_shift"]
+
+GROUP_NORM_RTOL = 2.0**-19
+"""Kernel against float64 for float32 inputs, relative to the largest |y| of a picture; lower types add their rounding."""
+
+MOST_ELEMENTS = 32768
+"""Elements of one program's tile, padding included, beyond which a group does not fit into registers."""
+
+_USUAL_ELEMENTS = 16384
+_WIDE = 32  # channels next to each other in memory from which on accesses are as wide as they get
+_PER_THREAD = 32
+_MODES = ("none", "add", "scale_shift")
+
+
+@jit
+def _over_groups(column: tl.tensor, member: tl.tensor) -> tl.tensor:
+    """Each channel's value replaced by the sum over its group."""
+    groups = tl.sum(tl.where(member, column[:, None], 0.0), axis=0)
+    return tl.sum(tl.where(member, groups[None, :], 0.0), axis=1)
+
+
+@jit
+def _add_group_norm_kernel(
+    x: tl.tensor,
+    bias: tl.tensor,
+    row: tl.tensor,
+    residual: tl.tensor,
+    skip: tl.tensor,
+    weight: tl.tensor,
+    beta: tl.tensor,
+    total: tl.tensor,
+    out: tl.tensor,
+    pixels: tl.tensor,
+    own: tl.tensor,
+    channels: tl.tensor,
+    row_stride: tl.tensor,
+    eps: tl.tensor,
+    SCALE_SHIFT: tl.constexpr,
+    SILU: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
+) -> None:
+    """Program (b, j) normalises groups j·GROUPS ... of picture b; optional pointers are None where unused."""
+    b = tl.program_id(0)
+    lane = tl.arange(0, WIDTH)
+    c = tl.program_id(1) * (GROUP * GROUPS) + lane
+    real = lane < GROUP * GROUPS
+    p = tl.arange(0, PIXELS)
+    inside = (p < pixels)[:, None] & real[None, :]
+    # Unsigned, so that the products are one wide multiplication each.
+    line = tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(pixels, tl.uint32).to(tl.int64)
+    first = line * tl.cast(channels, tl.uint32).to(tl.int64)
+    e = p[:, None] * channels + c[None, :]
+
+    mine, own_first, own_e = real, first, e
+    if skip is not None:
+        mine = real & (c < own)
+        own_first = line * tl.cast(own, tl.uint32).to(tl.int64)
+        own_e = p[:, None] * own + c[None, :]
+    present = inside & mine[None, :]
+    v = tl.load(x + own_first + own_e, mask=present, other=0.0).to(tl.float32)
+    if residual is not None:
+        v += tl.load(residual + own_first + own_e, mask=present, other=0.0).to(tl.float32)
+    if bias is not None:
+        v += tl.load(bias + c, mask=mine, other=0.0).to(tl.float32)[None, :]
+    if row is not None:
+        row += tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(row_stride, tl.uint32).to(tl.int64)
+        if not SCALE_SHIFT:
+            v += tl.load(row + c, mask=mine, other=0.0).to(tl.float32)[None, :]
+    if skip is not None:
+        rest = channels - own
+        theirs = skip + line * tl.cast(rest, tl.uint32).to(tl.int64)
+        e_skip = p[:, None] * rest + (c - own)[None, :]
+        v += tl.load(theirs + e_skip, mask=inside & (c >= own)[None, :], other=0.0).to(tl.float32)
+    if total is not None:
+        tl.store(total + first + e, v, mask=inside)
+
+    member = (lane // GROUP)[:, None] == tl.arange(0, GROUPS)[None, :]
+    share = 1.0 / (pixels * GROUP).to(tl.float32)
+    mean = _over_groups(tl.sum(tl.where(inside, v, 0.0), axis=0), member) * share
+    v = tl.where(inside, v - mean[None, :], 0.0)
+    variance = _over_groups(tl.sum(v * v, axis=0), member) * share
+    a = tl.rsqrt(variance + eps) * tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
+    d = tl.load(beta + c, mask=real, other=0.0).to(tl.float32)
+    if SCALE_SHIFT:
+        scale = 1.0 + tl.load(row + c, mask=real, other=0.0).to(tl.float32)
+        a *= scale
+        d = tl.fma(d, scale, tl.load(row + channels + c, mask=real, other=0.0).to(tl.float32))
+    y = tl.fma(v, tl.broadcast_to(a[None, :], v.shape), tl.broadcast_to(d[None, :], v.shape))
+    if SILU:
+        y = y * tl.sigmoid(y)
+    tl.store(out + first + e, y, mask=inside)
+
+
+def _power(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length()
+
+
+def tile(channels: int, groups: int, pixels: int) -> tuple[int, int] | None:
+    """How many groups one program takes and how many channels wide its tile is, or None where one group is too much.
+
+    Args:
+        channels: of a picture.
+        groups: that its channels are in.
+        pixels: H·W.
+    """
+    size, rows, together = channels // groups, _power(pixels), 1
+    if _power(size) * rows > MOST_ELEMENTS:
+        return None
+    # Neighbouring groups in one program make wide accesses, as long as enough programs are left.
+    while (
+        groups % (2 * together) == 0
+        and together * size < _WIDE
+        and _power(2 * together * size) * rows <= _USUAL_ELEMENTS
+    ):
+        together *= 2
+    return together, _power(together * size)
+
+
+def warps_for(elements: int, lanes: int = 32) -> int:
+    """Warps for a tile of so many elements; `lanes` is 64 on AMD's GPUs."""
+    return min(max(elements // (_PER_THREAD * lanes), 128 // lanes), 1024 // lanes)
+
+
+@register_op("fastddpm::add_group_norm")
+def _add_group_norm_op(
+    x: Tensor,
+    bias: Tensor | None,
+    row: Tensor | None,
+    residual: Tensor | None,
+    skip: Tensor | None,
+    weight: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    scale_shift: bool,
+    silu: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The sum, or an empty tensor where it is not to be kept, and its norm."""
+    batch, own, height, width = x.shape
+    channels, pixels = own + (0 if skip is None else skip.shape[1]), height * width
+    size = (batch, channels, height, width)
+    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    total = torch.empty_like(out) if keep else x.new_empty(0)
+    together, wide = tile(channels, groups, pixels) or (1, 1)
+    rows = _power(pixels)
+    wrap_triton(_add_group_norm_kernel)[(batch, groups // together)](
+        x,
+        bias,
+        row,
+        residual,
+        skip,
+        weight,
+        beta,
+        total if keep else None,
+        out,
+        pixels,
+        own,
+        channels,
+        0 if row is None else row.stride(0),
+        eps,
+        SCALE_SHIFT=scale_shift,
+        SILU=silu,
+        GROUP=channels // groups,
+        GROUPS=together,
+        WIDTH=wide,
+        PIXELS=rows,
+        num_warps=warps_for(wide * rows, 64 if torch.version.hip else 32),
+    )
+    return total, out
+
+
+def add_group_norm_reference(
+    x: Tensor,
+    weight: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    bias: Tensor | None = None,
+    row: Tensor | None = None,
+    mode: Mode = "none",
+    residual: Tensor | None = None,
+    skip: Tensor | None = None,
+    silu: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`add_group_norm` in plain PyTorch; nothing is validated, any memory layout will do, and it is differentiable.
+
+    Args:
+        x: as in `add_group_norm`, and so are all other arguments.
+        weight: the norm's factors.
+        beta: the norm's offsets.
+        groups: their number.
+        eps: ε.
+        bias: a bias.
+        row: a time projection.
+        mode: what the projection does.
+        residual: a residual branch.
+        skip: more channels.
+        silu: whether SiLU follows.
+
+    Returns:
+        The sum and its norm.
+    """
+    total = x if bias is None else x + bias[:, None, None]
+    if row is not None and mode == "add":
+        total = total + row.to(x.dtype)[:, :, None, None]
+    if residual is not None:
+        total = total + residual
+    if skip is not None:
+        total = torch.cat((total, skip), dim=1)
+    y = F.group_norm(total, groups, weight, beta, eps)
+    if row is not None and mode == "scale_shift":
+        scale, shift = row.to(x.dtype)[:, :, None, None].chunk(2, dim=1)
+        y = torch.addcmul(shift, y, 1 + scale)
+    return total, F.silu(y) if silu else y
+
+
+def add_group_norm(
+    x: Tensor,
+    weight: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    bias: Tensor | None = None,
+    row: Tensor | None = None,
+    mode: Mode = "none",
+    residual: Tensor | None = None,
+    skip: Tensor | None = None,
+    silu: bool = True,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The sum of what is given, and its group norm, with the equations above; not differentiable on GPUs.
+
+    On a GPU one launch does all of it, if a group of a picture has at most `MOST_ELEMENTS` elements; the arithmetic is
+    then float32, whatever the tensors are. The results are channels-last there.
+
+    Args:
+        x: float32, bfloat16 or float16 [B, C, H, W], best channels-last.
+        weight: [C + C'], the norm's factors, of any of these types.
+        beta: [C + C'], the norm's offsets.
+        groups: how many groups of consecutive channels; it divides C + C'.
+        eps: ε > 0.
+        bias: [C], added to x.
+        row: the time projection of each picture: [B, C] for mode "add", [B, 2(C + C')] for "scale_shift", where the
+            scales come first; the last dimension dense, the first of any stride.
+        mode: "none", "add" (the row is added before the norm; Ho et al. 2020) or "scale_shift" (after it).
+        residual: like x, added to it.
+        skip: [B, C', H, W] of x's type, concatenated behind the sum before it is normalised.
+        silu: whether SiLU follows.
+        keep: whether the sum is wanted; if not, and it is a new tensor, an empty one comes in its place on GPUs.
+
+    Returns:
+        The sum (x itself where nothing is added) and the norm, both [B, C + C', H, W] of x's type.
+
+    Raises:
+        TypeError: an argument is not a tensor or of another dtype.
+        ValueError: shapes or devices do not fit, the mode is unknown, or the mode and the row do not go together.
+    """
+    _check(x, weight, beta, groups, bias, row, mode, residual, skip)
+    channels, pixels = x.shape[1] + (0 if skip is None else skip.shape[1]), x.shape[2] * x.shape[3]
+    if not runs_triton(x.device.type) or tile(channels, groups, pixels) is None:
+        return add_group_norm_reference(
+            x, weight, beta, groups, eps, bias=bias, row=row, mode=mode, residual=residual, skip=skip, silu=silu
+        )
+    alone = bias is None and residual is None and skip is None and mode != "add"
+    x, residual, skip = (_channels_last(tensor) for tensor in (x, residual, skip))
+    if row is not None and row.stride(1) != 1:
+        row = row.contiguous()
+    total, out = _add_group_norm_op(
+        x, bias, row, residual, skip, weight, beta, groups, eps, mode == "scale_shift", silu, keep and not alone
+    )
+    return (x if alone else total), out
+
+
+def _channels_last(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    beta: Tensor,
+    groups: int,
+    bias: Tensor | None,
+    row: Tensor | None,
+    mode: str,
+    residual: Tensor | None,
+    skip: Tensor | None,
+) -> None:
+    name = "add_group_norm"
+    check_tensor(name, "x", x, dtypes=OUT_DTYPES, shape=("B", "C", "H", "W"))
+    batch, own, height, width = x.shape
+    more = {"dtypes": OUT_DTYPES, "device": x.device}
+    like = {"dtypes": (x.dtype,), "device": x.device}
+    channels = own
+    if skip is not None:
+        check_tensor(name, "skip", skip, shape=(batch, "C'", height, width), **like)
+        channels += skip.shape[1]
+    if residual is not None:
+        check_tensor(name, "residual", residual, shape=tuple(x.shape), **like)
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{name}: groups must divide the channels ({channels}), got {groups}; choose a divisor")
+    for argument, value in (("weight", weight), ("beta", beta)):
+        check_tensor(name, argument, value, shape=(channels,), contiguous=True, **more)
+    if bias is not None:
+        check_tensor(name, "bias", bias, shape=(own,), contiguous=True, **more)
+    if mode not in _MODES:
+        raise ValueError(f"{name}: mode must be one of {', '.join(_MODES)}, got {mode!r}; pick one")
+    if (row is None) != (mode == "none"):
+        given = "none" if row is None else "one"
+        raise ValueError(f"{name}: row must be given unless mode is none, got {given} with {mode!r}; change one of them")
+    if row is not None:
+        check_tensor(name, "row", row, shape=(batch, own if mode == "add" else 2 * channels), **more)

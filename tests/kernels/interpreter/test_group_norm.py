@@ -1,0 +1,109 @@
+"""`add_group_norm`, interpreted, against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastddpm.kernels import group_norm
+from fastddpm.kernels.group_norm import add_group_norm, add_group_norm_reference
+from tests.kernels.norm_cases import TERMS, check_norm, norm_case, norm_float64
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The sixth is 12 channels to a group, and groups in which own channels and the skip's meet.
+SHAPES = [
+    pytest.param((1, 1, 1, 2), 1, 0, id="one channel"),
+    pytest.param((2, 4, 3, 5), 2, 0, id="odd pictures"),
+    pytest.param((2, 64, 4, 4), 32, 0, id="two channels to a group"),
+    pytest.param((1, 6, 31, 33), 3, 0, id="1023 pixels"),
+    pytest.param((3, 20, 2, 2), 4, 0, id="five channels to a group"),
+    pytest.param((2, 16, 4, 4), 2, 8, id="twelve channels to a group, of two sources"),
+    pytest.param((2, 40, 2, 3), 5, 20, id="five groups"),
+    pytest.param((1, 8, 64, 64), 4, 0, id="64 x 64"),
+]
+
+
+@pytest.fixture(autouse=True)
+def on_the_kernel(monkeypatch):
+    """The reference must not stand in for the kernel here."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the reference was called")
+
+    monkeypatch.setattr(group_norm, "add_group_norm_reference", refuse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS.keys())
+def test_terms(terms, dtype):
+    check_norm(norm_case((3, 24, 4, 5), 4, terms, dtype=dtype))
+
+
+@pytest.mark.parametrize(("shape", "groups", "skip"), SHAPES)
+@pytest.mark.parametrize("terms", ["alone", "everything, add", "everything, scale-shift"])
+def test_shapes(shape, groups, skip, terms):
+    wanted = TERMS[terms] if skip else tuple(term for term in TERMS[terms] if term != "skip")
+    check_norm(norm_case(shape, groups, wanted, skip_channels=skip))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_float32_norms_on_lower_types(dtype):
+    check_norm(norm_case((2, 16, 4, 4), 4, ("bias", "residual"), dtype=dtype, norm_dtype=torch.float32))
+
+
+def test_other_memory_layouts():
+    case = norm_case((2, 8, 4, 6), 4, ("bias", "residual", "skip"))
+    case |= {name: case[name].contiguous() for name in ("x", "residual")}
+    case["skip"] = case["skip"].permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
+    check_norm(case)
+
+
+def test_a_large_mean_costs_no_more_than_in_pytorch():
+    case = norm_case((1, 8, 16, 16), 2)
+    case["x"] = (case["x"] + 1000.0).contiguous(memory_format=torch.channels_last)
+    _, want = norm_float64(case)
+    plain = F.silu(F.group_norm(case["x"], 2, case["weight"], case["beta"], case["eps"]))
+    errors = [(y.double() - torch.from_numpy(want)).abs().max() for y in (add_group_norm(**case)[1], plain)]
+    assert 0 < errors[0] <= 2 * errors[1]
+
+
+def test_results_are_channels_last_and_the_sum_may_be_left_out():
+    case = norm_case((2, 8, 4, 4), 4, ("bias",))
+    total, y = add_group_norm(**case)
+    assert total.is_contiguous(memory_format=torch.channels_last)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    none, same = add_group_norm(**case, keep=False)
+    assert none.numel() == 0 and torch.equal(same, y)
+    case.pop("bias")
+    assert add_group_norm(**case)[0] is case["x"]
+
+
+def test_nothing_is_read_or_written_outside():
+    """Pictures that are slices of buffers of NaN; a NaN of one picture stays in its group."""
+    case = norm_case((1, 12, 3, 3), 3, ("residual",))
+    for name in ("x", "residual"):
+        buffer = torch.full((3 * 108,), torch.nan)
+        part = buffer[108:216].view(1, 3, 3, 12).permute(0, 3, 1, 2)
+        part.copy_(case[name])
+        case[name] = part
+    check_norm(case)
+    case["x"] = case["x"].clone()
+    case["x"][0, 5, 1, 1] = torch.nan
+    _, y = add_group_norm(**case)
+    assert y[:, 4:8].isnan().all() and y[:, :4].isfinite().all() and y[:, 8:].isfinite().all()
+
+
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS.keys())
+def test_schema(terms):
+    case = norm_case((2, 8, 2, 2), 4, terms)
+    arguments = (case["x"], *(case.get(name) for name in ("bias", "row", "residual", "skip")))
+    arguments += (case["weight"], case["beta"], 4, 1e-5, case.get("mode") == "scale_shift", case["silu"], True)
+    torch.library.opcheck(torch.ops.fastddpm.add_group_norm.default, arguments, test_utils="test_schema")
+
+
+def test_the_reference_agrees():
+    case = norm_case((2, 24, 5, 4), 4, TERMS["everything, add"])
+    keep = case.pop("groups"), case.pop("eps")
+    want = add_group_norm_reference(case.pop("x"), case.pop("weight"), case.pop("beta"), *keep, **case)
+    case = norm_case((2, 24, 5, 4), 4, TERMS["everything, add"])
+    for have, value in zip(add_group_norm(**case), want, strict=True):
+        torch.testing.assert_close(have, value, rtol=1e-5, atol=1e-5)

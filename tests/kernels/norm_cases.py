@@ -1,0 +1,91 @@
+"""Arguments for the tests of `add_group_norm`, and a float64 evaluation that shares no code with the package."""
+
+import numpy as np
+import torch
+
+from fastddpm.kernels._triton import INTERPRETED
+from fastddpm.kernels.group_norm import GROUP_NORM_RTOL, add_group_norm
+
+TERMS = {
+    "alone": (),
+    "no silu": ("plain",),
+    "bias": ("bias",),
+    "add": ("add",),
+    "scale-shift": ("scale_shift",),
+    "residual": ("bias", "residual"),
+    "skip": ("skip",),
+    "everything, add": ("bias", "add", "residual", "skip"),
+    "everything, scale-shift": ("bias", "scale_shift", "residual", "skip", "plain"),
+}
+# Half a unit in the last place; Triton's interpreter cuts bfloat16 off instead of rounding it.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8, torch.float16: 2.0**-11}
+
+
+def norm_case(shape, groups, terms=(), *, skip_channels=8, dtype=torch.float32, norm_dtype=None, seed=0):
+    """Keyword arguments of one call; the pictures have a mean far from zero, the row is a slice of a wider table."""
+    g = torch.Generator().manual_seed(seed)
+    batch, own, height, width = shape
+    channels = own + (skip_channels if "skip" in terms else 0)
+
+    def normals(*size, offset=0.0):
+        return torch.randn(*size, generator=g) + offset
+
+    def pictures(count):
+        return normals(batch, count, height, width, offset=3.0).to(dtype, memory_format=torch.channels_last)
+
+    norm_dtype = norm_dtype or dtype
+    case = {"x": pictures(own), "weight": normals(channels).to(norm_dtype), "beta": normals(channels).to(norm_dtype)}
+    case |= {"groups": groups, "eps": 1e-5, "silu": "plain" not in terms}
+    if "bias" in terms:
+        case["bias"] = normals(own).to(dtype)
+    if "residual" in terms:
+        case["residual"] = pictures(own)
+    if "skip" in terms:
+        case["skip"] = pictures(skip_channels)
+    for mode, size in (("add", own), ("scale_shift", 2 * channels)):
+        if mode in terms:
+            case |= {"mode": mode, "row": normals(batch, size + 7)[:, 3 : 3 + size]}
+    return case
+
+
+def norm_float64(case):
+    """The sum and its norm in float64, and the rounding that the sum alone may bring to the norm."""
+    v = {k: t.double().numpy() for k, t in case.items() if isinstance(t, torch.Tensor)}
+    total = v["x"]
+    if "bias" in v:
+        total = total + v["bias"][:, None, None]
+    if case.get("mode") == "add":
+        total = total + v["row"][:, :, None, None]
+    if "residual" in v:
+        total = total + v["residual"]
+    if "skip" in v:
+        total = np.concatenate((total, v["skip"]), axis=1)
+    batch, channels, height, width = total.shape
+    parts = total.reshape(batch, case["groups"], -1)
+    mean, variance = parts.mean(axis=2, keepdims=True), parts.var(axis=2, keepdims=True)
+    y = ((parts - mean) / np.sqrt(variance + case["eps"])).reshape(total.shape)
+    y = y * v["weight"][:, None, None] + v["beta"][:, None, None]
+    if case.get("mode") == "scale_shift":
+        y = y * (1 + v["row"][:, :channels, None, None]) + v["row"][:, channels:, None, None]
+    return total, y / (1 + np.exp(-y)) if case["silu"] else y
+
+
+def check_norm(case, device="cpu"):
+    """The op against float64, both results; no argument may have changed."""
+    moved = {k: t.to(device) if isinstance(t, torch.Tensor) else t for k, t in case.items()}
+    if "row" in moved:
+        wide = torch.full((moved["row"].shape[0], moved["row"].shape[1] + 5), torch.nan, device=device)
+        wide[:, 2:-3] = moved["row"]
+        moved["row"] = wide[:, 2:-3]
+    got_total, got = add_group_norm(**moved)
+    total, y = norm_float64(case)
+    dtype = case["x"].dtype
+    assert got.dtype == got_total.dtype == dtype and got.shape == got_total.shape == total.shape
+    for have, want, rtol in ((got_total, total, 2.0**-22), (got, y, GROUP_NORM_RTOL)):
+        have = have.double().cpu().numpy()
+        assert np.isfinite(have).all()
+        allowed = rtol * np.abs(want).max() + ROUNDING[dtype] * np.abs(want)
+        assert (np.abs(have - want) <= allowed).all(), f"off by {np.abs(have - want).max():.2e}"
+    for name, value in case.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(moved[name].cpu(), value), f"{name} was changed"

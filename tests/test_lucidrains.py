@@ -1,0 +1,643 @@
+"""denoising-diffusion-pytorch: its files, its networks and its loops, against the package's own code."""
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastddpm import CheckpointError, Sampler, load_checkpoint
+from fastddpm.checkpoints import lucidrains, lucidrains_package
+from fastddpm.checkpoints.lucidrains_schedule import find_objective, named_schedule
+from fastddpm.integrations import accelerate
+from tests.tiny import environment
+
+pytest.importorskip("einops")
+if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
+    pytest.skip("denoising-diffusion-pytorch is not installed", allow_module_level=True)
+
+UNET = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 8}
+CONFIGS = {
+    "v, sigmoid": ({}, {"objective": "pred_v", "beta_schedule": "sigmoid"}),
+    "noise, linear, self-conditioned": (
+        {"self_condition": True, "dim_mults": (1, 2, 2), "full_attn": (False, True, True)},
+        {"objective": "pred_noise", "beta_schedule": "linear"},
+    ),
+    "x0, cosine, min-SNR": (
+        {"init_dim": 12, "channels": 1, "attn_heads": (1, 2), "attn_dim_head": (4, 8)},
+        {"objective": "pred_x0", "beta_schedule": "cosine", "min_snr_loss_weight": True, "ddim_sampling_eta": 0.7},
+    ),
+    "v, min-SNR, self-conditioned": (
+        {"self_condition": True, "channels": 2, "flash_attn": True, "dropout": 0.1},
+        {"objective": "pred_v", "beta_schedule": "cosine", "min_snr_loss_weight": True, "min_snr_gamma": 3},
+    ),
+    "own sigmoid, unit range": (
+        {"sinusoidal_pos_emb_theta": 500, "dim_mults": (2, 1)},
+        {"beta_schedule": "sigmoid", "schedule_fn_kwargs": {"end": 2, "tau": 0.9}, "auto_normalize": False,
+         "objective": "pred_noise", "image_size": (8, 12), "ddim_sampling_eta": 1.0},
+    ),
+}  # fmt: skip
+PARAMETERS = pytest.mark.parametrize(("unet", "diffusion"), CONFIGS.values(), ids=CONFIGS)
+T = 60
+
+
+def module(name="denoising_diffusion_pytorch"):
+    return lucidrains_package.package_module(name)
+
+
+def randomize(network, scale=1.0):
+    """Random weights everywhere, also where the package starts with ones."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in network.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1 and not name.endswith((".g", "mem_kv")):
+            parameter.data = scale * noise / parameter[0].numel() ** 0.5
+        else:
+            parameter.data = parameter.data + 0.1 * noise
+    return network.eval()
+
+
+def make(unet=None, diffusion=None, kind=None, source="denoising_diffusion_pytorch"):
+    """A GaussianDiffusion of the package around its U-Net, random."""
+    source = module(source)
+    options = {"image_size": 8, "timesteps": T, **(diffusion or {})}
+    network = randomize(source.Unet(**{**UNET, **(unet or {})}))
+    if options.get("objective") == "pred_noise":
+        # Early on x_0 is the output times 60: a rough random network would make chaos of any rounding.
+        network.final_conv.weight.data.mul_(0.1)
+    return (kind or source.GaussianDiffusion)(network, **options)
+
+
+def trainer_file(path, diffusion, ema=None):
+    """What its Trainer saves, the online weights being others than the averaged ones."""
+    online = copy.deepcopy(diffusion)
+    with torch.no_grad():
+        for parameter in online.parameters():
+            parameter.mul_(1.1)
+    averaged = {f"ema_model.{name}": value for name, value in diffusion.state_dict().items()}
+    averaged |= {f"online_model.{name}": value for name, value in online.state_dict().items()}
+    averaged |= {"initted": torch.tensor(True), "step": torch.tensor(7)}
+    values = {"step": 700, "model": online.state_dict(), "opt": {"state": {}, "param_groups": []}, "scaler": None}
+    torch.save({**values, "ema": averaged if ema is None else ema, "version": "2.3.4"}, path)
+    return online
+
+
+def flags_of(unet, diffusion):
+    """All of its arguments under their names, as somebody would who keeps them in a file."""
+    given = {**UNET, "image_size": 8, "timesteps": T, **unet, **diffusion}
+    return json.loads(json.dumps(given))
+
+
+def asked(diffusion, *names):
+    """The flags without which a file cannot be read, and `names`."""
+    wanted = {"image_size", "auto_normalize", "sinusoidal_pos_emb_theta", *names}
+    return {"image_size": 8} | {name: value for name, value in diffusion.items() if name in wanted}
+
+
+def relative(ours, theirs):
+    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+
+
+def draws(shape, count, seed=0):
+    """x_T and the noise of `count` steps, as the package draws them."""
+    torch.manual_seed(seed)
+    return torch.randn(shape), torch.stack([torch.randn(shape) for _ in range(count)])
+
+
+# ------------------------------------------------------------------ files
+
+
+@PARAMETERS
+def test_networks_and_schedules_of_any_configuration(tmp_path, unet, diffusion):
+    theirs = make(unet, diffusion)
+    online = trainer_file(tmp_path / "model-7.pt", theirs)
+    sampler = Sampler.from_pretrained(tmp_path / "model-7.pt", device="cpu", **flags_of(unet, diffusion))
+    shape = (2, theirs.channels, *theirs.image_size)
+    x, fed_back = torch.randn(shape, generator=torch.Generator().manual_seed(1)).tanh(), torch.rand(shape)
+    t = torch.tensor([3, T - 1])
+    with torch.no_grad():
+        assert relative(sampler.network(x, t), theirs.model(x, t)) <= 1e-5
+        if theirs.self_condition:
+            assert relative(sampler.network(x, t, x_self_cond=fed_back), theirs.model(x, t, fed_back)) <= 1e-5
+            assert relative(sampler.network(x, t), theirs.model(x, t, fed_back)) > 1e-3
+        raw = Sampler.from_pretrained(
+            tmp_path / "model-7.pt", device="cpu", model="online_model", **flags_of(unet, diffusion)
+        )
+        assert relative(raw.network(x, t), online.model(x, t)) <= 1e-5
+    for name, buffer in theirs.named_buffers():
+        if hasattr(type(sampler.schedule), name) or name == "loss_weight":
+            torch.testing.assert_close(getattr(sampler.schedule, name), buffer, rtol=1e-7, atol=0.0)
+    snr = sampler.schedule.alphas_cumprod_exact / (1 - sampler.schedule.alphas_cumprod_exact)
+    float64 = module().sigmoid_beta_schedule if "sigmoid" in diffusion["beta_schedule"] else None
+    if float64 is not None:  # to the digits of float64, beyond those of the buffers
+        bar = (1 - float64(T, **diffusion.get("schedule_fn_kwargs", {}))).cumprod(0)
+        torch.testing.assert_close(snr, bar / (1 - bar), rtol=1e-9, atol=0.0)
+    assert sampler.checkpoint.training["steps"] == 700
+
+
+@PARAMETERS
+def test_what_has_to_be_said(tmp_path, unet, diffusion):
+    """The image's size; the rest follows from the weights, or is the package's default."""
+    theirs = make(unet, diffusion)
+    trainer_file(tmp_path / "model-7.pt", theirs)
+    full = load_checkpoint(tmp_path / "model-7.pt", **flags_of(unet, diffusion))
+    options = asked({**unet, **diffusion}, "ddim_sampling_eta")
+    short = load_checkpoint(tmp_path / "model-7.pt", **options)
+    assert short.spec == full.spec
+    assert short.network.arguments == full.network.arguments
+    bar = full.schedule.alphas_cumprod_exact
+    rounding = 1e-6 if diffusion.get("schedule_fn_kwargs") else 0.0  # then they are put together from float32
+    torch.testing.assert_close(short.schedule.alphas_cumprod_exact, bar, rtol=rounding, atol=0.0)
+    torch.testing.assert_close(1 - short.schedule.alphas_cumprod_exact, 1 - bar, rtol=rounding, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "U-Net", "average", "no average"])
+def test_parts_of_a_file(tmp_path, kind):
+    theirs = make(*CONFIGS["v, sigmoid"])
+    path, flags = tmp_path / "part.pt", {"image_size": 8}
+    if kind == "diffusion":
+        torch.save(theirs.state_dict(), path)
+    elif kind == "U-Net":
+        torch.save(theirs.model.state_dict(), path)
+        with pytest.raises(CheckpointError, match="does not say timesteps, beta_schedule, objective"):
+            load_checkpoint(path, **flags)
+        flags |= {"timesteps": T, "beta_schedule": "sigmoid", "objective": "pred_v"}
+    elif kind == "average":
+        torch.save({f"ema_model.{name}": value for name, value in theirs.state_dict().items()}, path)
+    else:
+        torch.save({"step": 1, "model": theirs.state_dict()}, path)
+        with pytest.raises(CheckpointError, match=r"network of the file \(online_model\), got ema_model"):
+            load_checkpoint(path, **flags)
+        flags["model"] = "online_model"
+    ours = load_checkpoint(path, **flags)
+    assert all(torch.equal(value, theirs.model.state_dict()[name]) for name, value in ours.network.weights().items())
+    torch.testing.assert_close(ours.schedule.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-7, atol=0.0)
+    assert ours.spec.prediction == "v"
+
+
+def test_half_precision_weights_are_widened(tmp_path):
+    theirs = make()
+    torch.save(
+        {n: v.half() if n.startswith("model.") else v for n, v in theirs.state_dict().items()}, tmp_path / "m.pt"
+    )
+    network = load_checkpoint(tmp_path / "m.pt", image_size=8).network
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+def test_p2_weights_of_older_versions_do_not_show_the_objective(tmp_path):
+    state = make().state_dict()
+    state["p2_loss_weight"] = torch.ones_like(state.pop("loss_weight"))
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="does not say objective"):
+        load_checkpoint(tmp_path / "m.pt", image_size=8)
+    assert load_checkpoint(tmp_path / "m.pt", image_size=8, objective="pred_x0").spec.prediction == "x_start"
+
+
+@pytest.mark.parametrize("T", [20, 60, 1000])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+def test_the_loss_weights_show_the_objective(schedule, T):
+    for objective in ("pred_noise", "pred_x0", "pred_v"):
+        for gamma in (None, 0.5, 5):
+            if schedule == "linear" and T == 20 and objective == "pred_noise":
+                continue  # ᾱ = 0 at the end, where its weight is 0/0
+            options = {} if gamma is None else {"min_snr_loss_weight": True, "min_snr_gamma": gamma}
+            theirs = make({}, {"timesteps": T, "beta_schedule": schedule, "objective": objective, **options})
+            betas = getattr(module(), f"{schedule}_beta_schedule")(T)
+            assert find_objective(theirs.loss_weight, (1 - betas).cumprod(0)) == objective
+
+
+@pytest.mark.parametrize("T", [21, 200, 1000])
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [("linear", {}), ("cosine", {}), ("cosine", {"s": 0.02}), ("sigmoid", {}), ("sigmoid", {"start": -2, "tau": 0.5})],
+)
+def test_schedules_in_float64(schedule, options, T):
+    theirs = getattr(module(), f"{schedule}_beta_schedule")(T, **options)
+    torch.testing.assert_close(named_schedule(schedule, T, options).betas, theirs, rtol=1e-12, atol=1e-16)
+
+
+# ------------------------------------------------------------------ samples
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+@PARAMETERS
+def test_samples_of_any_configuration(tmp_path, unet, diffusion, solver):
+    theirs = make(unet, {**diffusion, "sampling_timesteps": 17 if solver == "ddim" else T})
+    trainer_file(tmp_path / "model-7.pt", theirs)
+    options = asked({**unet, **diffusion}, "ddim_sampling_eta") | {"sampling_timesteps": theirs.sampling_timesteps}
+    sampler = Sampler.from_pretrained(tmp_path / "model-7.pt", device="cpu", **options)
+    steps = theirs.sampling_timesteps
+    x_T, noise = draws((3, theirs.channels, *theirs.image_size), steps)
+    torch.manual_seed(0)
+    expected = theirs.sample(batch_size=3)
+    ours = sampler.sample(3, solver=solver, x_T=x_T, noise=noise, progress=False)
+    torch.testing.assert_close(ours, expected, rtol=0.0, atol=1e-4)
+    assert float(expected.std()) > 0.05
+
+
+def test_sampling_timesteps_are_the_default_of_ddim(tmp_path):
+    trainer_file(tmp_path / "m.pt", make())
+    sampler = Sampler.from_pretrained(tmp_path / "m.pt", device="cpu", image_size=8, sampling_timesteps=7)
+    assert sampler.table().timesteps[:-1].tolist() == [59, 50, 41, 33, 24, 16, 7]
+    assert sampler.table(steps=3).S == 3
+    assert sampler.table(solver="ddpm").S == T
+    whole = Sampler.from_pretrained(tmp_path / "m.pt", device="cpu", image_size=8, sampling_timesteps=T)
+    assert whole.table().S == 50
+
+
+@pytest.mark.parametrize("T", [7, 100, 1000])
+def test_ddim_steps_are_the_packages(T):
+    from fastddpm.timesteps import spaced_timesteps
+
+    for S in sorted({1, 2, 3, 5, 7, T // 4 + 1, T // 2 + 1, T - 1, T}):
+        times = list(reversed(torch.linspace(-1, T - 1, steps=S + 1).int().tolist()))
+        assert spaced_timesteps(T, S, "linspace_x0").tolist() == times[:-1]
+        assert times[-1] == -1
+
+
+def test_pictures_of_networks_trained_on_the_unit_range(tmp_path):
+    trainer_file(tmp_path / "m.pt", make())
+    options = {"seed": 1, "steps": 4, "progress": False}
+    centred = Sampler.from_pretrained(tmp_path / "m.pt", device="cpu", image_size=8)
+    unit = Sampler.from_pretrained(tmp_path / "m.pt", device="cpu", image_size=8, auto_normalize=False)
+    raw = centred.sample(2, output="raw", **options)
+    assert torch.equal(centred.sample(2, **options), raw / 2 + 0.5)
+    assert torch.equal(unit.sample(2, **options), raw)
+    assert torch.equal(unit.sample(2, output="uint8", **options), (raw.clamp(0, 1) * 255).round().to(torch.uint8))
+    assert centred.sample(2, clip=None, eta=1.0, **options).abs().max() > 0.0
+
+
+def test_self_conditioning_does_not_depend_on_the_batch_or_on_previews(tmp_path):
+    unet, diffusion = CONFIGS["noise, linear, self-conditioned"]
+    trainer_file(tmp_path / "m.pt", make(unet, diffusion))
+    sampler = Sampler.from_pretrained(tmp_path / "m.pt", device="cpu", image_size=8)
+    options = {"solver": "ddpm", "steps": 12, "progress": False, "output": "raw"}
+    together = sampler.sample(5, **options)
+    torch.testing.assert_close(sampler.sample(5, batch_size=2, **options), together, rtol=0.0, atol=1e-5)
+    seen = []
+    torch.testing.assert_close(sampler.sample(5, callback=seen.append, **options), together, rtol=0.0, atol=0.0)
+    # What the network was fed in the second step is the first step's estimate.
+    x_start = sampler.network(seen[0].x, torch.full((5,), seen[1].timestep), x_self_cond=seen[0].x_start)
+    row = sampler.table(solver="ddpm", steps=12).row(1)
+    expected = (row["a_x"] * seen[0].x + row["a_o"] * x_start).clamp(-1, 1)
+    torch.testing.assert_close(seen[1].x_start, expected, rtol=0.0, atol=1e-5)
+
+
+def test_a_state_without_history_is_refused_for_self_conditioning(tmp_path):
+    from fastddpm import State, advance
+    from fastddpm.denoiser import bind
+
+    unet, diffusion = CONFIGS["noise, linear, self-conditioned"]
+    trainer_file(tmp_path / "m.pt", make(unet, diffusion))
+    sampler = Sampler.from_pretrained(tmp_path / "m.pt", device="cpu", image_size=8)
+    table = sampler.table(steps=3)
+    state = State.create(sampler.spec.shape, torch.arange(1), 0, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="must have a history"):
+        advance(bind(sampler.model, sampler.spec, table), table, state)
+
+
+def test_other_networks_take_no_self_conditioning(tmp_path):
+    trainer_file(tmp_path / "m.pt", make())
+    sampler = Sampler.from_pretrained(tmp_path / "m.pt", device="cpu", image_size=8)
+    x = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(ValueError, match="x_self_cond must be None"):
+        sampler.network(x, torch.tensor([1]), x_self_cond=x)
+
+
+def test_learned_variance(tmp_path):
+    kind = module("learned_gaussian_diffusion").LearnedGaussianDiffusion
+    theirs = make({"learned_variance": True}, {"beta_schedule": "linear"}, kind)
+    torch.save(theirs.state_dict(), tmp_path / "m.pt")
+    sampler = Sampler.from_pretrained(tmp_path / "m.pt", device="cpu", image_size=8)
+    assert (sampler.spec.prediction, sampler.spec.variance) == ("eps", "learned_range")
+    x_T, noise = draws((2, 3, 8, 8), T)
+    torch.manual_seed(0)
+    expected = theirs.sample(batch_size=2)
+    ours = sampler.sample(2, solver="ddpm", x_T=x_T, noise=noise, progress=False)
+    torch.testing.assert_close(ours, expected, rtol=0.0, atol=1e-4)
+
+
+# ------------------------------------------------------------------ classes
+
+CLASSES = "classifier_free_guidance"
+
+
+def with_classes(**diffusion):
+    # This U-Net's linear attention has four heads of 32; only the innermost one is configured.
+    return make({"num_classes": 4}, diffusion, source=CLASSES)
+
+
+def ours_with_classes(tmp_path, theirs, **flags):
+    trainer_file(tmp_path / "m.pt", theirs)
+    return Sampler.from_pretrained(tmp_path / "m.pt", device="cpu", image_size=8, attn_heads=2, **flags)
+
+
+def test_class_conditional_network(tmp_path):
+    theirs = with_classes()
+    sampler = ours_with_classes(tmp_path, theirs)
+    assert (sampler.spec.num_classes, sampler.spec.null_class, sampler.spec.ddim_eta) == (4, 4, 1.0)
+    assert sum(p.numel() for p in sampler.model.parameters()) == sum(p.numel() for p in theirs.model.parameters())
+    x, t, y = torch.randn(3, 3, 8, 8), torch.tensor([0, 5, 59]), torch.tensor([0, 2, 3])
+    with torch.no_grad():
+        labelled = theirs.model(x, t, y, cond_drop_prob=0.0)
+        dropped = theirs.model(x, t, y, cond_drop_prob=1.0)
+    assert relative(sampler.network(x, t, y), labelled) <= 1e-5
+    assert relative(sampler.network(x, t, torch.full((3,), 4)), dropped) <= 1e-5
+    assert relative(labelled, dropped) > 1e-3
+    with pytest.raises(CheckpointError, match=r"does not say attn_heads \(or attn_dim_head\)"):
+        load_checkpoint(tmp_path / "m.pt", image_size=8)
+    with pytest.raises(CheckpointError, match="attn_heads must be a divisor of 16"):
+        load_checkpoint(tmp_path / "m.pt", image_size=8, attn_heads=3)
+    same = load_checkpoint(tmp_path / "m.pt", image_size=8, attn_dim_head=8)
+    assert same.network.arguments == sampler.checkpoint.network.arguments
+
+
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
+@pytest.mark.parametrize("steps", [13, T], ids=["ddim", "ancestral"])
+def test_guided_samples(tmp_path, objective, steps):
+    theirs = with_classes(objective=objective, sampling_timesteps=steps, ddim_sampling_eta=0.4, beta_schedule="linear")
+    sampler = ours_with_classes(tmp_path, theirs, ddim_sampling_eta=0.4)
+    plain = theirs.model.forward_with_cond_scale
+    # The package's projection is on by default and no argument of `sample`.
+    theirs.model.forward_with_cond_scale = lambda *a, **k: plain(*a, remove_parallel_component=False, **k)
+    x_T, noise = draws((2, 3, 8, 8), steps)
+    labels = torch.tensor([1, 3])
+    torch.manual_seed(0)
+    expected = theirs.sample(labels, cond_scale=2.5, rescaled_phi=0.0)
+    solver = "ddpm" if steps == T else "ddim"
+    ours = sampler.sample(2, solver=solver, steps=steps, x_T=x_T, noise=noise, class_labels=labels,
+                          guidance_scale=2.5, progress=False)  # fmt: skip
+    torch.testing.assert_close(ours, expected, rtol=0.0, atol=2e-4)
+
+
+# ------------------------------------------------------------------ accelerate
+
+
+@pytest.mark.parametrize("steps", [T, 17], ids=["ancestral", "ddim"])
+@PARAMETERS
+def test_accelerated_diffusion_draws_the_same(unet, diffusion, steps):
+    theirs = make(unet, {**diffusion, "sampling_timesteps": steps})
+    before = {name: value.clone() for name, value in theirs.state_dict().items()}
+    fast = accelerate(theirs)
+    for all_steps in (False, True):
+        torch.manual_seed(5)
+        expected, after = theirs.sample(3, return_all_timesteps=all_steps), torch.randn(4)
+        torch.manual_seed(5)
+        ours = fast.sample(batch_size=3, return_all_timesteps=all_steps)
+        torch.testing.assert_close(ours, expected, rtol=0.0, atol=1e-4)
+        assert torch.equal(torch.randn(4), after)
+    assert all(torch.equal(value, before[name]) for name, value in theirs.state_dict().items())
+
+
+def test_accelerated_diffusion_is_the_diffusion_otherwise():
+    theirs = make()
+    fast = accelerate(theirs)
+    assert accelerate(fast) is fast
+    assert (fast.image_size, fast.num_timesteps) == ((8, 8), T)
+    assert fast.eval() is fast and fast.to("cpu") is fast
+    images = torch.rand(2, 3, 8, 8)
+    torch.manual_seed(0)
+    expected = theirs(images)
+    torch.manual_seed(0)
+    assert torch.equal(fast(images), expected)
+    fast.is_ddim_sampling, fast.sampling_timesteps = True, 5
+    assert theirs.sampling_timesteps == 5
+
+    def both():
+        torch.manual_seed(1)
+        expected = theirs.sample(2)
+        torch.manual_seed(1)
+        torch.testing.assert_close(fast.sample(2), expected, rtol=0.0, atol=1e-4)
+        return expected
+
+    first = both()
+    theirs.train()
+    with torch.no_grad():
+        theirs.model.final_conv.bias.add_(0.3)  # training goes on
+    assert relative(both(), first) > 1e-2
+    assert theirs.training and theirs.model.training
+    theirs.ddim_sampling_eta = 0.5
+    both()
+
+
+def test_accelerated_learned_variance():
+    kind = module("learned_gaussian_diffusion").LearnedGaussianDiffusion
+    theirs = make({"learned_variance": True}, {"objective": "pred_noise"}, kind)
+    torch.manual_seed(2)
+    expected = theirs.sample(2)
+    torch.manual_seed(2)
+    torch.testing.assert_close(accelerate(theirs).sample(2), expected, rtol=0.0, atol=1e-4)
+    theirs.is_ddim_sampling, theirs.sampling_timesteps = True, 5
+    with pytest.raises(ValueError, match="must be all of LearnedGaussianDiffusion's, got 5"):
+        accelerate(theirs).sample(2)
+
+
+def test_no_host_synchronisation_in_the_loop(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from fastddpm import sampler as sampler_module
+
+    theirs = make(*CONFIGS["noise, linear, self-conditioned"])
+    forbidden = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.is_nonzero.default"}
+    found, inside = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if inside and str(function) in forbidden:
+                found.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    drive = sampler_module.Sampler._drive
+
+    def watched(self, *arguments):
+        for step in drive(self, *arguments):
+            inside.append(step)
+            yield step
+            # The consumer's turn is over; what follows is the next step's work.
+        inside.clear()
+
+    monkeypatch.setattr(sampler_module.Sampler, "_drive", watched)
+    with Watch():
+        accelerate(theirs).sample(2)
+    assert found == []
+
+
+@pytest.mark.parametrize("name", ["model_predictions", "p_sample", "sample"])
+def test_diffusions_with_a_loop_of_their_own_are_refused(name):
+    kind = type("Mine", (module().GaussianDiffusion,), {name: getattr(module().GaussianDiffusion, name)})
+    with pytest.raises(TypeError, match=f"with its own {name}, got Mine"):
+        accelerate(make(kind=kind))
+    theirs = make()
+    setattr(theirs, name, lambda *arguments: None)
+    with pytest.raises(TypeError, match=f"with its own {name}, got GaussianDiffusion"):
+        accelerate(theirs)
+
+
+def test_other_diffusions_are_refused():
+    with pytest.raises(TypeError, match=r"without classes, masks or guidance, got .*sample\(classes, cond_scale"):
+        accelerate(with_classes())
+    with pytest.raises(TypeError, match="accelerate: "):
+        accelerate(torch.nn.Linear(1, 1))
+
+
+# ------------------------------------------------------------------ what cannot be read
+
+
+def refuse(tmp_path, state, message, **flags):
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(tmp_path / "m.pt", **{"image_size": 8, **flags})
+    assert "\n" not in str(caught.value)
+
+
+WRONG_FLAGS = [
+    ({"image_size": 7}, "image_size must be divisible by 2"),
+    ({"image_size": None}, "does not say image_size"),
+    ({"image_size": [8, 8, 8]}, "image_size must be one integer or two"),
+    ({"dim": 16}, "dim must be 8, as its weights have it, got 16"),
+    ({"dim_mults": [1, 2, 4]}, "dim_mults must be"),
+    ({"channels": 1}, "channels must be 3"),
+    ({"self_condition": True}, "self_condition must be False"),
+    ({"learned_variance": True}, "learned_variance must be False"),
+    ({"attn_heads": 4}, r"attn_heads must be \[2, 2\]"),
+    ({"full_attn": [True, True]}, "full_attn must be"),
+    ({"timesteps": 1000}, "timesteps must be 60"),
+    ({"objective": "pred_noise"}, "objective must be 'pred_v'"),
+    ({"objective": "eps"}, "objective must be one of pred_noise, pred_x0, pred_v"),
+    ({"beta_schedule": "cosine"}, "beta_schedule must give the betas of the file"),
+    ({"beta_schedule": "sigmoid", "schedule_fn_kwargs": {"tau": 2}}, "beta_schedule must give the betas"),
+    ({"beta_schedule": "sigmoid", "schedule_fn_kwargs": {"tua": 2}}, "schedule_fn_kwargs must be options of"),
+    ({"schedule_fn_kwargs": 3}, "schedule_fn_kwargs must be named numbers"),
+    ({"beta_schedule": "quad"}, "beta_schedule must be one of linear, cosine, sigmoid"),
+    ({"sampling_timesteps": 61}, "sampling_timesteps must be at most 60"),
+    ({"ddim_sampling_eta": 2.0}, r"ddim_sampling_eta must be in \[0, 1\]"),
+    ({"auto_normalize": 1}, "auto_normalize must be True or False"),
+    ({"sinusoidal_pos_emb_theta": 0}, "sinusoidal_pos_emb_theta must be a number above 1"),
+    ({"num_classes": 3}, "num_classes must be None"),
+    ({"model": "net_model"}, "model must be one of ema_model, online_model"),
+    ({"objectiv": "pred_v"}, "did you mean objective"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG_FLAGS)
+def test_wrong_flags(tmp_path, flags, message):
+    refuse(tmp_path, make().state_dict(), message, **flags)
+
+
+def test_names_and_shapes_that_do_not_fit(tmp_path):
+    state = make().state_dict()
+    taken_for = "m.pt, taken for lucidrains"
+    refuse(tmp_path, {**state, "model.more": torch.zeros(2)}, f"{taken_for}.*more is unknown")
+    refuse(tmp_path, {**state, "extra": torch.zeros(2)}, f"{taken_for}.*buffers must be those of GaussianDiffusion")
+    for name in state:
+        if name.startswith("model."):
+            left = {other: tensor for other, tensor in state.items() if other != name}
+            refuse(tmp_path, left, f"{taken_for}.* missing|is of no kind|must be that|gives others")
+    some = "model.mid_attn.to_qkv.weight"
+    refuse(tmp_path, {**state, some: state[some][:, :1]}, "mid_attn.to_qkv.weight has shape")
+    refuse(tmp_path, {**state, some: state[some] * torch.nan}, "NaN or infinity, first mid_attn.to_qkv.weight")
+    refuse(tmp_path, {**state, some: state[some].long()}, "mid_attn.to_qkv.weight holds torch.int64")
+    refuse(tmp_path, {**state, "betas": state["betas"][:10]}, "must hold one float per training step")
+    refuse(tmp_path, {**state, "betas": state["betas"] * 0.99}, "must follow from the betas beside it")
+    refuse(tmp_path, {**state, "betas": state["betas"] * torch.nan}, "betas must be finite")
+    without = {name: value for name, value in state.items() if name != "betas"}
+    refuse(tmp_path, without, "betas is missing")
+
+
+def test_relatives_are_named(tmp_path):
+    state = make().state_dict()
+    flat = {name: value[..., 0] if value.ndim == 4 else value for name, value in state.items()}
+    refuse(tmp_path, flat, "the U-Net must be 2-D, got a 1-D one")
+    old = {name.replace(".2.norm", ".2.fn.norm"): value for name, value in state.items()}
+    refuse(tmp_path, old, "must be that of a recent version of the package, got one with downs.0.2.fn")
+    karras = {"step": 1, "model": {"model.input_block.weight": torch.zeros(1)}, "ema": {}}
+    refuse(tmp_path, karras, "without its 2-D U-Net")
+    weighted = {**state, "model.final_conv.weight": torch.zeros(8, 8, 1, 1)}
+    refuse(tmp_path, weighted, "must return as many channels as it takes")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_truncated_files(tmp_path, share):
+    trainer_file(tmp_path / "m.pt", make())
+    content = (tmp_path / "m.pt").read_bytes()
+    (tmp_path / "m.pt").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "m.pt", image_size=8)
+
+
+STATE = make().state_dict()
+SHAPES = st.sampled_from([(), (1,), (0, 3), (8, 8), (4, 2, 1, 1), (2, 2, 8, 4), (3, 8, 1, 1), (60,)])
+
+
+@given(
+    changed=st.dictionaries(st.sampled_from(list(STATE)), SHAPES | st.just("gone"), min_size=1, max_size=4),
+    flags=st.dictionaries(
+        st.sampled_from(lucidrains.FLAGS),
+        st.none() | st.integers(-2, 70) | st.text(max_size=3) | st.booleans() | st.lists(st.integers(0, 3), max_size=3),
+        max_size=3,
+    ),
+)
+@settings(max_examples=50)
+def test_any_change_is_read_or_refused(tmp_path_factory, changed, flags):
+    state = {**STATE, **{name: torch.ones(shape) for name, shape in changed.items() if shape != "gone"}}
+    state = {name: value for name, value in state.items() if changed.get(name) != "gone"}
+    path = tmp_path_factory.mktemp("any") / "m.pt"
+    torch.save(state, path)
+    try:
+        load_checkpoint(path, **{"image_size": 8, **flags})
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+
+
+# ------------------------------------------------------------------ the package
+
+
+def in_new_process(code):
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_importing_the_network_leaves_no_trace():
+    code = """
+import sys
+import torch
+from fastddpm.checkpoints.lucidrains_package import package_module
+hidden = ("torchvision", "accelerate", "ema_pytorch", "pytorch_fid", "denoising_diffusion_pytorch")
+finders = list(sys.meta_path)
+before = {name: sys.modules.get(name) for name in hidden}
+network = package_module("denoising_diffusion_pytorch").Unet(8, dim_mults=(1, 2))
+assert {name: sys.modules.get(name) for name in hidden} == before
+assert sys.meta_path == finders
+step = torch.compile(network, backend="eager", fullgraph=True)
+print(step(torch.zeros(1, 3, 8, 8), torch.tensor([1])).shape)
+"""
+    if all(map(importlib.util.find_spec, ("torchvision", "accelerate", "ema_pytorch", "pytorch_fid"))):
+        pytest.skip("the whole package can be imported here")
+    assert "[1, 3, 8, 8]" in in_new_process(code)
+
+
+def test_a_package_that_is_imported_already_is_used(monkeypatch):
+    name = "denoising_diffusion_pytorch.denoising_diffusion_pytorch"
+    mine = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, mine)
+    assert module() is mine
+
+
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    torch.save(make().state_dict(), tmp_path / "m.pt")
+    for name in [name for name in sys.modules if name.startswith(lucidrains_package._PRIVATE)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(lucidrains_package, "PACKAGE", "no_such_package")
+    with pytest.raises(CheckpointError, match=r"not installed; install fastddpm\[lucidrains\]"):
+        load_checkpoint(tmp_path / "m.pt", image_size=8)
+
+
+def test_loading_the_rest_of_fastddpm_does_not_need_the_package():
+    assert in_new_process("import fastddpm.checkpoints, sys; print('einops' in sys.modules)").strip() == "False"

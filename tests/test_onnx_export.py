@@ -1,0 +1,397 @@
+"""Exported files: the three levels against PyTorch, what they say about themselves, and what is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+onnx = pytest.importorskip("onnx", reason="needs onnx")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+
+from fastddpm import CheckpointError, ModelSpec, NoiseSchedule, Sampler  # noqa: E402
+from fastddpm.export import OnnxSampler, export_onnx  # noqa: E402
+from fastddpm.export.convert import convert  # noqa: E402
+from fastddpm.export.graph import Graph, in_order  # noqa: E402
+from fastddpm.export.model_file import write_model  # noqa: E402
+from fastddpm.export.session import OnnxSession  # noqa: E402
+from fastddpm.export.tensorrt import check_tensorrt  # noqa: E402
+from fastddpm.kernels.philox import philox4x32_reference  # noqa: E402
+from tests.networks import tiny_sampler  # noqa: E402
+
+CHAIN_ATOL = 1e-3
+"""The promise for float32; on these small networks the difference is about 1e-7."""
+TIGHT = 2e-6
+
+FILES = {
+    "network": {"what": "network"},
+    "step": {"what": "step", "solver": "ddpm", "steps": 6},
+    "step_input": {"what": "step", "solver": "dpmpp_2m", "steps": 6, "tensorrt": True, "batch": 2},
+    "chain": {"what": "chain", "solver": "ddim", "steps": 6, "eta": 0.5},
+}
+ASKED = {"seed": 2**63 + 5, "sample_ids": [3, 2**33, 2**64 - 1], "class_labels": [0, 2, 1], "progress": False}
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return tiny_sampler()
+
+
+@pytest.fixture(scope="module")
+def exported(sampler, tmp_path_factory):
+    """A function: level → what was exported, each made once."""
+    folder, made = tmp_path_factory.mktemp("onnx"), {}
+
+    def get(name):
+        if name not in made:
+            made[name] = export_onnx(sampler, folder / f"{name}.onnx", **FILES[name])
+        return made[name]
+
+    return get
+
+
+def method(name):
+    return {key: value for key, value in FILES[name].items() if key in ("solver", "steps", "eta")}
+
+
+@pytest.mark.parametrize("scale", [1.0, [1.0, 2.5, 0.0]], ids=["plain", "guided"])
+@pytest.mark.parametrize("name", ["step", "step_input", "chain"])
+def test_pictures_equal_pytorchs(sampler, exported, name, scale):
+    ours = sampler.sample(3, guidance_scale=scale, **method(name), **ASKED)
+    theirs = OnnxSampler(exported(name).files[0], "cpu").sample(3, guidance_scale=scale, **ASKED)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=TIGHT)
+
+
+@pytest.mark.parametrize("output", ["unit", "raw", "uint8", "pil"])
+def test_a_network_takes_every_option_of_the_sampler(sampler, exported, output):
+    options = {"solver": "dpmpp_2m", "timesteps": [30, 12, 3], "guidance_scale": 2.0, **ASKED}
+    theirs = OnnxSampler(exported("network").files[0], "cpu").sample(3, output=output, **options)
+    ours = sampler.sample(3, output=output, **options)
+    if output == "pil":
+        theirs, ours = (torch.stack([torch.from_numpy(np.array(image)) for image in p]) for p in (theirs, ours))
+    atol = TIGHT if theirs.is_floating_point() else 1
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_network_output(sampler, exported, batch):
+    x, t, y = torch.randn(batch, 1, 8, 8), torch.arange(batch) * 7, torch.arange(batch) % 4
+    theirs = OnnxSampler(exported("network").files[0], "cpu").network(x, t, y)
+    torch.testing.assert_close(theirs, sampler.network(x, t, y), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["step", "chain"])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_picture_does_not_depend_on_its_batch(exported, name, batch_size):
+    model = OnnxSampler(exported(name).files[0], "cpu")
+    options = {"class_labels": [0, 1, 2, 0, 1], "guidance_scale": [1, 3, 1, 2, 1], "progress": False}
+    whole = model.sample(5, **options)
+    parts = model.sample(5, batch_size=batch_size, **options)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=TIGHT)
+
+
+@pytest.mark.parametrize("kind", ["function", "generator"])
+def test_noise_of_the_callers(exported, kind, sampler, tmp_path):
+    options = {"what": "step", "solver": "ddpm", "steps": 3, "noise": "input", "guidance": False}
+    path = export_onnx(sampler, tmp_path / "m.onnx", **options).files[0]
+
+    def source():
+        if kind == "generator":
+            return torch.Generator().manual_seed(4)
+        return lambda i, t, ids: torch.full((len(ids), 1, 8, 8), float(i + t) / 50)
+
+    ours = sampler.sample(2, class_labels=1, noise=source(), solver="ddpm", steps=3, progress=False)
+    theirs = OnnxSampler(path, "cpu").sample(2, class_labels=1, noise=source(), progress=False)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=TIGHT)
+    other = OnnxSampler(path, "cpu").sample(2, class_labels=1, progress=False)
+    assert (other - theirs).abs().max() > 1e-2
+
+
+def test_callback_sees_each_step(sampler, exported):
+    def collect(into):
+        return lambda preview: into.append((preview.step, preview.timestep, preview.x.clone(), preview.x_start.clone()))
+
+    ours, theirs = [], []
+    sampler.sample(2, class_labels=1, solver="dpmpp_2m", steps=6, callback=collect(ours), progress=False)
+    model = OnnxSampler(exported("step_input").files[0], "cpu")
+    model.sample(2, class_labels=1, callback=collect(theirs), progress=False)
+    assert [seen[:2] for seen in theirs] == [seen[:2] for seen in ours]
+    for a, b in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(a[2:], b[2:], rtol=0, atol=1e-4)
+
+
+def test_a_finished_sample_stays_as_it_is_beside_one_under_way(exported):
+    session = OnnxSession(exported("step").files[0], "cpu")
+    x = np.random.default_rng(0).standard_normal((2, 1, 8, 8), dtype=np.float32)
+    x[0, 0, 0, 0] = -0.0
+    one, ids = np.ones(2, dtype=np.float32), np.arange(2)
+    result = session.run(
+        {"x": x, "step": np.array([6, 2]), "sample_id": ids, "seed": ids, "y": ids, "guidance": one * 2}
+    )
+    assert result["x_next"][0].tobytes() == x[0].tobytes()
+    assert result["step_next"].tolist() == [6, 3]
+    assert not np.allclose(result["x_next"][1], x[1])
+
+
+def test_philox_words_are_bit_exact():
+    class Words(torch.nn.Module):
+        def forward(self, c0, c1, c2, c3, k0, k1):
+            return philox4x32_reference(c0, c1, c2, c3, k0, k1)
+
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2**32, (6, 1000), dtype=np.int64)
+    words[:, :3] = np.array([[0] * 6, [2**32 - 1] * 6, [2**31] * 6]).T
+    names = ("c0", "c1", "c2", "c3", "k0", "k1")
+    example = {name: torch.from_numpy(row[:3].copy()) for name, row in zip(names, words, strict=True)}
+    part = convert(Words(), example, ("w0", "w1", "w2", "w3"), dynamic=True, low_shifts=True)
+    graph = Graph("words", list(part.graph.input), list(part.graph.output))
+    graph.nodes, graph.initializers = list(part.graph.node), list(part.graph.initializer)
+    session = onnxruntime.InferenceSession(graph.model(20).SerializeToString(), providers=["CPUExecutionProvider"])
+    theirs = session.run(None, dict(zip(names, words, strict=True)))
+    ours = philox4x32_reference(*map(torch.from_numpy, words))
+    for a, b in zip(theirs, ours, strict=True):
+        assert np.array_equal(a, b.numpy())
+    assert [f"{int(w[0]):08x}" for w in theirs] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_is_valid_and_says_what_it_is(sampler, exported, name):
+    path = exported(name).files[0]
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(path)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    facts = json.loads(metadata["fastddpm"])
+    assert (model.producer_name, facts["what"]) == ("fastddpm", FILES[name]["what"])
+    assert model.producer_version and len(facts["weights_sha256"]) == 64 and facts["licence"] == "not stated"
+    assert NoiseSchedule.from_config(facts["schedule"]).T == 40
+    assert ModelSpec.from_dict(facts["spec"]) == sampler.spec
+    assert facts == exported(name).facts
+    for value in (*model.graph.input, *model.graph.output):
+        assert facts["meaning"][value.name]
+    text = str(model)
+    assert os.getcwd() not in text and ".py" not in text and "site-packages" not in text
+
+
+def test_the_step_has_no_control_flow_and_the_chain_one_scan(exported):
+    kinds = {name: [node.op_type for node in onnx.load(exported(name).files[0]).graph.node] for name in FILES}
+    for name in ("network", "step", "step_input"):
+        assert not {"If", "Loop", "Scan"} & set(kinds[name])
+    assert kinds["chain"].count("Scan") == 1 and not {"If", "Loop"} & set(kinds["chain"])
+
+
+def test_same_bytes_in_another_process(exported, tmp_path):
+    code = (
+        "import sys; from tests.networks import tiny_sampler; from fastddpm.export import export_onnx;"
+        f"export_onnx(tiny_sampler(), sys.argv[1], **{FILES['step']!r})"
+    )
+    root = os.path.dirname(os.path.dirname(__file__))
+    environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.onnx")], env=environment, check=True, cwd=tmp_path)
+    assert (tmp_path / "x.onnx").read_bytes() == exported("step").files[0].read_bytes()
+
+
+def test_external_weights(exported, tmp_path):
+    paths = write_model(tmp_path / "m.onnx", onnx.load(exported("chain").files[0]), external=True)
+    assert [path.name for path in paths] == ["m.onnx", "m.onnx.data"] == sorted(os.listdir(tmp_path))
+    assert paths[0].stat().st_size < exported("chain").files[0].stat().st_size / 2 < paths[1].stat().st_size
+    options = {"class_labels": 1, "progress": False}
+    inside = OnnxSampler(exported("chain").files[0], "cpu").sample(2, **options)
+    assert torch.equal(OnnxSampler(paths[0], "cpu").sample(2, **options), inside)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    shutil.move(paths[0], moved)
+    with pytest.raises(CheckpointError, match=r"m\.onnx: must be a whole ONNX model"):
+        OnnxSampler(moved / "m.onnx", "cpu")
+
+
+def test_fp16_keeps_norms_and_state_in_float32(sampler, tmp_path):
+    path = export_onnx(sampler, tmp_path / "m.onnx", what="network", precision="fp16").files[0]
+    model = onnx.load(path)
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    weights = {kinds[node.input[1]] for node in model.graph.node if node.op_type == "Conv"}
+    assert weights == {onnx.TensorProto.FLOAT16}
+    for node in model.graph.node:
+        if node.op_type == "InstanceNormalization":
+            assert kinds.get(node.input[1], onnx.TensorProto.FLOAT) == onnx.TensorProto.FLOAT
+    x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([1, 20, 39]), torch.tensor([0, 1, 3])
+    ours, theirs = sampler.network(x, t, y), OnnxSampler(path, "cpu").network(x, t, y)
+    assert theirs.dtype == torch.float32
+    error = float((theirs - ours).abs().max() / ours.abs().max())
+    assert 1e-6 < error < 5e-3
+
+
+def test_int8_is_calibrated_and_close(sampler, tmp_path):
+    path = export_onnx(sampler, tmp_path / "m.onnx", what="network", precision="int8").files[0]
+    kinds = {node.op_type for node in onnx.load(path).graph.node}
+    assert "DequantizeLinear" in kinds
+    x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([1, 20, 39]), torch.tensor([0, 1, 3])
+    ours, theirs = sampler.network(x, t, y), OnnxSampler(path, "cpu").network(x, t, y)
+    assert 1e-5 < float((theirs - ours).square().mean().sqrt() / ours.std()) < 0.2
+
+
+def test_tensorrt_takes_the_step_with_noise_from_outside_only(exported):
+    check_tensorrt(onnx.load(exported("step_input").files[0]))
+    with pytest.raises(ValueError, match="open shape.*without tensorrt|BitShift.*without tensorrt"):
+        check_tensorrt(onnx.load(exported("step").files[0]))
+    inputs = OnnxSession(exported("step_input").files[0], "cpu").inputs
+    assert "sample_id" not in inputs and inputs["x"][1] == (2, 1, 8, 8)
+
+
+def test_nodes_are_put_in_order():
+    node = onnx.helper.make_node
+    nodes = [node("Add", ["b", "c"], ["d"]), node("Neg", ["a"], ["b"]), node("Neg", ["b"], ["c"])]
+    assert [n.output[0] for n in in_order(nodes)] == ["b", "c", "d"]
+
+
+class Branches(torch.nn.Module):
+    def forward(self, x, t):
+        return x * 2 if float(x.sum()) > 0 else x
+
+
+def bare(model):
+    return Sampler(model, NoiseSchedule.linear(20), ModelSpec(shape=(1, 8, 8)), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"opset": 99}, r"opset must be in 18 … 23, got 99"),
+        ({"opset": True}, r"opset must be in"),
+        ({"what": "everything"}, r"what must be one of network, step, chain, got 'everything'"),
+        ({"precision": "fp8"}, r"precision must be one of"),
+        ({"what": "chain", "noise": "input"}, r"noise must be philox for chain"),
+        ({"what": "network", "guidance": True}, r"guidance must be False here"),
+        ({"what": "chain", "tensorrt": True}, r"what must be network or step for TensorRT, got chain"),
+        ({"batch": 0}, r"batch must be a positive int or None, got 0"),
+        ({"solver": "euler"}, r"solver must be one of"),
+        ({"steps": 10**6}, r"steps must be in 1 … 40"),
+    ],
+)
+def test_refused_options_write_nothing(sampler, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        export_onnx(sampler, tmp_path / "m.onnx", **options)
+    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == []
+
+
+def test_a_network_that_cannot_be_traced(tmp_path):
+    with pytest.raises(ValueError, match="the network must be traceable") as caught:
+        export_onnx(bare(Branches()), tmp_path / "m.onnx", what="network")
+    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == []
+
+
+def test_a_bare_function_can_be_exported(tmp_path):
+    sampler = bare(lambda x, t: x / (1 + t.view(-1, 1, 1, 1) / 10))
+    path = export_onnx(sampler, tmp_path / "m.onnx", solver="ddpm", steps=4).files[0]
+    theirs = OnnxSampler(path, "cpu").sample(3, progress=False)
+    torch.testing.assert_close(theirs, sampler.sample(3, solver="ddpm", steps=4, progress=False), rtol=0, atol=TIGHT)
+
+
+@pytest.mark.parametrize("name", ["m.txt", "m", "folder.onnx"])
+def test_bad_file_names(sampler, tmp_path, name):
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises((ValueError, OSError), match=r"must end in \.onnx|it is a folder"):
+        export_onnx(sampler, tmp_path / name)
+
+
+def damaged(kind, path, tmp_path):
+    """A damaged or foreign file of each kind."""
+    target = tmp_path / "m.onnx"
+    if kind == "absent":
+        return target
+    data = path.read_bytes()
+    if kind == "foreign":
+        model = onnx.load(path)
+        del model.metadata_props[:]
+        data = model.SerializeToString()
+    elif kind == "later":
+        model = onnx.load(path)
+        entry = next(entry for entry in model.metadata_props if entry.key == "fastddpm")
+        entry.value = entry.value.replace('"format":1', '"format":99')
+        data = model.SerializeToString()
+    target.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "text": b"hello" * 99}.get(kind, data))
+    return target
+
+
+@pytest.mark.parametrize("kind", ["absent", "truncated", "empty", "text", "foreign", "later"])
+def test_bad_files(exported, tmp_path, kind):
+    with pytest.raises(CheckpointError) as caught:
+        OnnxSampler(damaged(kind, exported("network").files[0], tmp_path), "cpu")
+    assert "\n" not in str(caught.value) and "m.onnx" in str(caught.value)
+
+
+def test_missing_providers(exported, monkeypatch):
+    path = exported("network").files[0]
+    with pytest.raises(ValueError, match="provider must be auto, cpu, cuda or tensorrt, got 'npu'"):
+        OnnxSampler(path, "npu")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ValueError, match=r"provider must be one of this onnxruntime's \(cpu\), got 'cuda'; install"):
+        OnnxSampler(path, "cuda")
+    assert OnnxSampler(path).session.provider == "cpu"
+
+
+def test_a_provider_whose_libraries_are_missing_falls_back_with_a_warning(exported, monkeypatch):
+    if torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("needs onnxruntime-gpu on a machine without a GPU")
+    monkeypatch.setattr("fastddpm.export.session._GPU_FILES", ("/",))
+    path = exported("network").files[0]
+    with pytest.warns(UserWarning, match="cuda does not work here, running on the cpu"):
+        assert OnnxSampler(path).session.provider == "cpu"
+    with pytest.raises(ValueError, match="provider cuda must find its libraries"):
+        OnnxSampler(path, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.zeros((2, 1, 8, 8))}, "x must be an array of float32, got float64"),
+        ({"x": np.zeros((2, 3, 8, 8), dtype=np.float32)}, r"x must have shape \(2, 1, 8, 8\), got \(2, 3, 8, 8\)"),
+        ({"t": np.zeros(3, dtype=np.int64)}, r"t must have shape \(2,\), got \(3,\)"),
+        ({"t": [0, 0]}, "t must be an array of int64, got list"),
+        ({"z": np.zeros(2)}, "inputs must be x, t, y, got"),
+    ],
+)
+def test_wrong_inputs(exported, change, message):
+    session = OnnxSession(exported("network").files[0], "cpu")
+    feeds = {"x": np.zeros((2, 1, 8, 8), dtype=np.float32), "t": np.zeros(2, dtype=np.int64)}
+    with pytest.raises((TypeError, ValueError), match=message):
+        session.run({**feeds, "y": np.zeros(2, dtype=np.int64), **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("chain", {"x_T": torch.zeros(2, 1, 8, 8)}, "x_T must be left out for a chain"),
+        ("chain", {"callback": print}, "callback must be left out for a chain"),
+        ("chain", {"output": "raw"}, "output must not be raw for this file"),
+        ("chain", {"solver": "ddpm"}, "solver must be left out for a chain, got 'ddpm'"),
+        ("step", {"noise": torch.zeros(6, 2, 1, 8, 8)}, "noise must be left out for this file"),
+        ("step", {"steps": 7}, "steps must be left out for a step, got 7"),
+        ("step_input", {"batch_size": 3}, "batch_size must be the file's, 2, got 3"),
+        ("step_input", {"noise": torch.zeros(5, 2, 1, 8, 8)}, "noise must have shape"),
+        ("step", {"class_labels": [5, 0]}, "class_labels must be in"),
+        ("step", {"output": "png"}, "output must be unit, raw, uint8 or pil"),
+    ],
+)
+def test_what_a_file_cannot_do(exported, name, options, message):
+    model = OnnxSampler(exported(name).files[0], "cpu")
+    with pytest.raises(ValueError, match=message):
+        model.sample(2, **{"class_labels": 1, "progress": False, **options})
+
+
+def test_unknown_options_are_refused(exported):
+    model = OnnxSampler(exported("chain").files[0], "cpu")
+    with pytest.raises(TypeError, match="options must be those of Sampler.sample, got sede"):
+        model.sample(2, sede=1)
+    with pytest.raises(ValueError, match="the file must be a network, got a chain"):
+        model.network(torch.zeros(1, 1, 8, 8), torch.zeros(1))
+
+
+def test_cuda_graphs_need_a_step_of_fixed_batch(exported):
+    with pytest.raises(ValueError, match="cuda_graph must be False for a chain"):
+        OnnxSession(exported("chain").files[0], "cpu", cuda_graph=True)
+    with pytest.raises(ValueError, match="export a step with a fixed batch"):
+        OnnxSession(exported("step").files[0], "cpu", cuda_graph=True)
