@@ -158,6 +158,8 @@ def export_onnx(
         "solver": solver, "steps": steps, "timesteps": timesteps, "prev_timesteps": prev_timesteps, "eta": eta,
         "clip": clip, "clipped_eps": clipped_eps, "variance": variance,
     }  # fmt: skip
+    if sampler.precision != "fp32":
+        raise ValueError(f"export: the sampler's precision must be fp32, got {sampler.precision}; make it anew")
     network = as_module(sampler.model)
     table = None if what == "network" else sampler.table(**options).to("cpu")
     device = next((p.device for p in network.parameters()), torch.device("cpu"))

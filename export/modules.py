@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.denoiser import Denoiser, bind
+from fastddpm.export.engine_network import EngineNetwork
 from fastddpm.images import to_unit
 from fastddpm.noise import initial_noise
 from fastddpm.spec import ModelSpec
@@ -137,6 +138,8 @@ def as_module(model: object) -> nn.Module:
     Raises:
         TypeError: it is neither.
     """
+    if isinstance(model, EngineNetwork):
+        model = model.module
     if isinstance(model, nn.Module):
         return model
     if not callable(model):

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,26 +22,19 @@ from torch import Tensor, nn
 
 import fastddpm
 from fastddpm.denoiser import Denoiser
+from fastddpm.fast_convs import with_fast_convs
 from fastddpm.files import atomic_path, make_folder
+from fastddpm.kernels._native import cache_folder, processor
 from fastddpm.state import State, advance
 from fastddpm.step_table import StepTable
 from fastddpm.unet import UNet
 
-CACHE_VARIABLE = "FASTDDPM_CACHE"
 CACHE_BYTES = 4 << 30
 """Most that the packages on disk may take; the ones that were used longest ago go first."""
 
 
 class CompileError(RuntimeError):
     """A step could not be compiled; the message says why and what to do."""
-
-
-def cache_folder() -> Path:
-    """Where packages are kept: $FASTDDPM_CACHE, or `fastddpm` in the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastddpm"
 
 
 class StepModule(nn.Module):
@@ -97,7 +89,21 @@ class StepCall:
         return {name: value for name, value in values.items() if value is not None}
 
     def module(self) -> StepModule:
-        """The step as a module over these tensors."""
+        """The step as a module over these tensors; on a CPU its convolutions run the quicker way for this batch."""
+        step = self._module()
+        if self.state.x.device.type == "cpu" and step.network is not None:
+            copy = dataclasses.replace(self, state=self.state.copy())
+            tensors = tuple(copy.tensors().values())
+
+            def run(network: nn.Module) -> None:
+                step.network = network
+                step(*tensors)
+
+            with torch.no_grad():
+                step.network, _ = with_fast_convs(step.network, run)
+        return step
+
+    def _module(self) -> StepModule:
         table = dataclasses.replace(self.table, uses_noise=True, uses_history=True)
         return StepModule(self.denoiser, table, list(self.tensors()))
 
@@ -121,11 +127,11 @@ class StepCall:
             "network": _describe(self.denoiser),
             "null class": self.denoiser.null_class,
             "self condition": self.denoiser.self_condition,
-            "variance": self.table.variance,
+            "learned variance": self.table.variance == "learned_range",
             "threshold": None if self.table.threshold is None else dataclasses.astuple(self.table.threshold),
             "device": str(self.state.x.device),
             "threads": torch.get_num_threads(),
-            "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_processor()}",
+            "processor": f"{processor()} {torch.backends.cpu.get_cpu_capability()}",
             "versions": [fastddpm.__version__, torch.__version__],
         }
 
@@ -218,16 +224,6 @@ def _prune(folder: Path, keep: Path) -> None:
 def _describe(denoiser: Denoiser) -> str:
     network = denoiser.unet if denoiser.unet is not None else denoiser.model
     return repr(network.config) if isinstance(network, UNet) else type(network).__qualname__
-
-
-def _processor() -> str:
-    """The CPU's model, for packages hold code for one instruction set."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = dict.fromkeys(line.strip() for line in file if line.startswith(("model name", "flags")))
-        return hashlib.blake2b("\n".join(lines).encode(), digest_size=6).hexdigest()
-    except OSError:
-        return platform.processor()
 
 
 @dataclasses.dataclass(frozen=True)

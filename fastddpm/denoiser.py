@@ -57,7 +57,7 @@ class Denoiser:
         index = step
         if self.slots is not None and labels is not None:
             index = step * (self.projections.shape[0] // self.times.shape[0]) + self.slots[labels]
-        return self.unet.body(x, self.projections[index])
+        return self.unet.body(x, self.projections, index)
 
     def predict(
         self,

@@ -5,6 +5,7 @@ An `Engine` belongs to one network. It makes a `Runner` for each batch, which dr
     eager       the Python function itself.
     compiled    one ahead-of-time compiled package (CPU, see `fastddpm.compiled`) or `torch.compile` (GPU).
     cuda_graph  the compiled step, captured K times over and replayed.
+    onnx        eager steps of a network that ONNX Runtime runs (see `fastddpm.export`).
     auto        whichever is quickest, the time to compile included: it compiles only where the run is long enough to
                 earn that back, or takes a package that is there already, and remembers what it measured per network,
                 batch and device.
@@ -12,6 +13,7 @@ An `Engine` belongs to one network. It makes a `Runner` for each batch, which dr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -28,7 +30,6 @@ from fastddpm.compiled import (
     CompileError,
     Measured,
     StepCall,
-    cache_folder,
     compile_step,
     is_cacheable,
     load_step,
@@ -39,11 +40,12 @@ from fastddpm.compiled import (
 )
 from fastddpm.cuda_graph import StepGraph
 from fastddpm.denoiser import Denoiser
+from fastddpm.kernels._native import cache_folder
 from fastddpm.kernels._triton import runs_triton
 from fastddpm.state import State, advance
 from fastddpm.step_table import StepTable
 
-EngineName = Literal["auto", "eager", "compiled", "cuda_graph"]
+EngineName = Literal["auto", "eager", "compiled", "cuda_graph", "onnx"]
 MOST_GRAPH_STEPS = 64
 """Runs of up to so many steps are one CUDA graph; longer ones are cut into graphs of `GRAPH_STEPS`."""
 GRAPH_STEPS = 50
@@ -51,22 +53,42 @@ COMPILE_S = 45.0
 """What compiling is taken to cost where it was never measured."""
 GAIN = 1 / 3
 """The part of an eager step's time that compiling is taken to save where it was never measured."""
-_TRIALS = 3  # steps that are timed, after one that is not
+_FIRST_TIMED = 2  # the first step of a run also allocates, and says little about the others
+_TRIALS = 3  # calls that are timed, after one that is not
 
 
 class Runner:
     """Drives one batch: `run` makes one or more steps of `state`."""
 
-    def __init__(self, state: State, step: Callable[[Tensor | None], object], graph: StepGraph | None = None) -> None:
-        """Take a function that makes one step with the noise it is given, and perhaps a graph of several."""
+    def __init__(
+        self,
+        state: State,
+        step: Callable[[Tensor | None], object],
+        graph: StepGraph | None = None,
+        decide: Callable[[float], Callable[[Tensor | None], object] | None] | None = None,
+    ) -> None:
+        """Take a function that makes one step with the noise it is given.
+
+        Args:
+            state: the samples.
+            step: makes one step of them.
+            graph: several steps at once.
+            decide: is told what a step takes, in milliseconds, once that is known, and may return a better function.
+        """
         self.state, self.step, self.graph = state, step, graph
+        self._decide, self._made = decide, 0
 
     def run(self, most: int, noise: Tensor | None) -> int:
         """Make at most `most` steps, at least one; returns how many."""
         if self.graph is not None and most >= self.graph.steps:
             self.graph.replay()
             return self.graph.steps
+        began = time.perf_counter()
         self.step(noise)
+        self._made += 1
+        if self._decide is not None and self._made == _FIRST_TIMED:
+            self.step = self._decide(1000 * (time.perf_counter() - began)) or self.step
+            self._decide = None
         return 1
 
 
@@ -77,7 +99,7 @@ class Engine:
         """Choose a kind.
 
         Args:
-            name: "auto", "eager", "compiled" or "cuda_graph".
+            name: "auto", "eager", "compiled", "cuda_graph" or "onnx".
             device: where the network is.
             graph_steps: K of a CUDA graph; None captures all steps of runs of up to 64, and 50 of longer ones.
 
@@ -116,12 +138,11 @@ class Engine:
             CompileError: the step does not compile.
             OSError: the package cannot be written.
         """
-        path = package_path(call, self.weights(call.denoiser.model))
-        if path.exists():
+        slot = self._slot(call)
+        if slot.path.exists():
             return None
-        seconds = compile_step(call, path)
-        step = load_step(path)
-        self._compare(path.stem, call, step, None, seconds, keep=True)
+        seconds = compile_step(call, slot.path)
+        self._measure(slot, call, load_step(slot.path), seconds)
         return seconds
 
     def padded(self, size: int, full: int) -> int:
@@ -157,111 +178,100 @@ class Engine:
         def eager(z: Tensor | None) -> None:
             advance(denoiser, table, state, noise=z)
 
-        if self.name == "eager":
-            self.used, self.why = "eager", "asked for"
+        if self.name in ("eager", "onnx"):
+            self.used, self.why = self.name, "asked for"
             return Runner(state, eager)
         if self.device.type == "cuda":
             return self._gpu_runner(denoiser, table, state, noise, eager, to_come, on_compile)
         call = StepCall(denoiser, table, state, noise)
-        step = self._package(call, eager, to_come, on_compile)
-        if step is None:
-            return Runner(state, eager)
-        self.used = "compiled"
-        return Runner(state, _bound(step, call))
+        slot = self._slot(call)
+        if slot.name in self._steps:
+            self.used = "compiled"
+            return Runner(state, _bound(self._steps[slot.name], call))
+        if self.name == "auto" and not slot.path.exists():
+            why = self._failed.get(slot.name) or _not_worth(slot.known, to_come)
+            if why:
+                self.used, self.why = "eager", why
+                return Runner(state, eager)
+
+            def decide(eager_ms: float) -> Callable[[Tensor | None], object] | None:
+                return self._decide(slot, call, eager_ms, to_come - _FIRST_TIMED, on_compile)
+
+            self.used, self.why = "eager", "the run is too short to tell"
+            return Runner(state, eager, decide=decide)
+        step = self._load_or_make(slot, call, on_compile)
+        return Runner(state, eager if step is None else _bound(step, call))
 
     # --- CPU ---
 
-    def _package(
-        self,
-        call: StepCall,
-        eager: Callable[[Tensor | None], None],
-        to_come: int,
-        on_compile: Callable[[bool], None],
-    ) -> Callable[..., Any] | None:
-        """The compiled step for such calls, or None where eager steps are the better choice."""
+    def _slot(self, call: StepCall) -> _Slot:
         keep = is_cacheable(call.denoiser)
         path = package_path(call, self.weights(call.denoiser.model))
         if not keep:  # another network's code is not known to us, so its package is for this process alone
             path = path.with_name(f"{os.getpid()}-{id(self):x}-{path.name}")
-        name = path.stem
-        if name in self._steps:
-            return self._steps[name]
-        known = remembered().get(name) if keep else None
-        auto = self.name == "auto"
-        if auto and name in self._failed:
-            self.used, self.why = "eager", self._failed[name]
+        return _Slot(path.stem, path, keep, remembered().get(path.stem) if keep else None)
+
+    def _decide(
+        self, slot: _Slot, call: StepCall, eager_ms: float, to_come: int, on_compile: Callable[[bool], None]
+    ) -> Callable[[Tensor | None], object] | None:
+        """Whether to go on with compiled steps, now that it is known what an eager one takes."""
+        known = dataclasses.replace(slot.known or Measured(eager_ms), eager_ms=eager_ms)
+        why = _not_worth(known, to_come)
+        if why:
+            self.why = why
             return None
-        if auto and known and known.compiled_ms is not None and known.compiled_ms >= known.eager_ms:
-            self.used = "eager"
-            self.why = f"compiled steps are no quicker ({known.compiled_ms:.3g} against {known.eager_ms:.3g} ms)"
-            return None
-        there = keep and path.exists()
-        seconds: float | None
-        eager_ms = known.eager_ms if known else None
-        if not there:
-            if auto and to_come <= 2 * _TRIALS:
-                self.used, self.why = "eager", f"{to_come} steps are too few to earn the time to compile"
-                return None
-            if auto and eager_ms is None:
-                eager_ms = _milliseconds(_probe(call))
-            if auto and eager_ms is not None:
-                cost = COMPILE_S if known is None or known.compile_s is None else known.compile_s
-                saved = to_come * eager_ms / 1000 * GAIN
-                if saved < cost:
-                    self.used = "eager"
-                    self.why = f"compiling would take about {cost:.0f} s and save about {saved:.0f} s"
-                    return None
-            on_compile(True)
-            try:
-                seconds = compile_step(call, path)
-            except (CompileError, OSError) as error:
-                if not auto:
-                    raise
-                self._failed[name] = self.why = f"the step does not compile: {error}"
-                self.used = "eager"
-                return None
-            finally:
-                on_compile(False)
-        else:
-            seconds = None if known is None else known.compile_s
+        step = self._load_or_make(dataclasses.replace(slot, known=known), call, on_compile)
+        return None if step is None else _bound(step, call)
+
+    def _load_or_make(
+        self, slot: _Slot, call: StepCall, on_compile: Callable[[bool], None]
+    ) -> Callable[..., Any] | None:
+        """The compiled step; None for "auto" where it does not compile or is no quicker, with `why` set."""
+        step: Callable[..., Any] | None = None
+        seconds = None if slot.known is None else slot.known.compile_s
         try:
-            step = load_step(path)
+            if slot.path.exists():
+                with contextlib.suppress(CompileError):  # damaged, and removed
+                    step = load_step(slot.path)
+            if step is None:
+                on_compile(True)
+                seconds = compile_step(call, slot.path)
+                step = load_step(slot.path)
+        except (CompileError, OSError) as error:
+            if self.name != "auto":
+                raise
+            self._failed[slot.name] = f"the step does not compile: {error}"
+            self.used, self.why = "eager", self._failed[slot.name]
+            return None
         finally:
-            if not keep:
-                path.unlink(missing_ok=True)
-        self._steps[name] = step
-        if known is None or known.compiled_ms is None:
-            return self._compare(name, call, step, eager_ms, seconds, keep)
-        self.why = f"{known.compiled_ms:.3g} ms a step against {known.eager_ms:.3g} eager"
+            on_compile(False)
+            if not slot.keep:
+                slot.path.unlink(missing_ok=True)
+        measured = slot.known
+        if measured is None or measured.compiled_ms is None:
+            measured = self._measure(slot, call, step, seconds)
+        times = f"{measured.compiled_ms:.3g} ms a step compiled, {measured.eager_ms:.3g} eager"
+        if self.name == "auto" and measured.compiled_ms is not None and measured.compiled_ms >= measured.eager_ms:
+            self._failed[slot.name] = times
+            self.used, self.why = "eager", times
+            return None
+        self._steps[slot.name] = step
+        self.used, self.why = "compiled", times
         return step
 
-    def _compare(
-        self,
-        name: str,
-        call: StepCall,
-        step: Callable[..., Any],
-        eager_ms: float | None,
-        seconds: float | None,
-        keep: bool,
-    ) -> Callable[..., Any] | None:
-        """Measure a new package against eager steps, once, remember it, and return the quicker one (None: eager)."""
-        copies = _copy(call)
-        compiled_ms = _milliseconds(lambda: step(*copies.tensors().values()))
-        if eager_ms is None:
-            eager_ms = _milliseconds(_probe(call))
-        if keep:
-            batch, *shape = call.state.x.shape
-            label = (
-                f"batch {batch} of {' × '.join(map(str, shape))} on {self.device}, {torch.get_num_threads()} threads"
-            )
-            remember(name, Measured(round(eager_ms, 3), round(compiled_ms, 3), seconds, label))
-        self.why = f"{compiled_ms:.3g} ms a step against {eager_ms:.3g} eager"
-        if compiled_ms < eager_ms or self.name != "auto":
-            return step
-        self._failed[name] = f"compiled steps are no quicker ({compiled_ms:.3g} against {eager_ms:.3g} ms)"
-        self._steps.pop(name, None)
-        self.used, self.why = "eager", self._failed[name]
-        return None
+    def _measure(self, slot: _Slot, call: StepCall, step: Callable[..., Any], seconds: float | None) -> Measured:
+        """What a new package takes per step, and an eager step if that is not known; remembered on disk."""
+        copy = _copy(call)
+        compiled_ms = _milliseconds(lambda: step(*copy.tensors().values()))
+        eager_ms = _milliseconds(_probe(call)) if slot.known is None else slot.known.eager_ms
+        batch, *shape = call.state.x.shape
+        size = " × ".join(map(str, shape))
+        guided = "" if call.state.guidance is None else ", guided"
+        label = f"batch {batch} of {size}{guided} on {self.device}, {torch.get_num_threads()} threads"
+        measured = Measured(round(eager_ms, 3), round(compiled_ms, 3), seconds, label)
+        if slot.keep:
+            remember(slot.name, measured)
+        return measured
 
     # --- GPU ---
 
@@ -322,6 +332,32 @@ class Engine:
         runner = Runner(state, step, graph)
         self._captured = (call, runner) if graph is not None and noise is None else None
         return runner
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Where the package for some calls is, and what is known of it."""
+
+    name: str
+    path: Path
+    keep: bool
+    known: Measured | None
+
+
+def _not_worth(known: Measured | None, to_come: int) -> str:
+    """Why compiling does not pay for so many steps; "" if it does or may."""
+    if to_come <= _FIRST_TIMED:
+        return f"{to_come} steps are too few to compile for"
+    if known is None:
+        return ""
+    if known.compiled_ms is not None and known.compiled_ms >= known.eager_ms:
+        return f"{known.compiled_ms:.3g} ms a step compiled, {known.eager_ms:.3g} eager"
+    cost = COMPILE_S if known.compile_s is None else known.compile_s
+    gain = GAIN if known.compiled_ms is None else 1 - known.compiled_ms / known.eager_ms
+    saved = to_come * known.eager_ms / 1000 * gain
+    if saved < cost:
+        return f"compiling would take about {cost:.0f} s and save about {saved:.0f} s"
+    return ""
 
 
 def _bound(step: Callable[..., Any], call: StepCall) -> Callable[[Tensor | None], object]:

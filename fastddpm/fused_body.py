@@ -8,7 +8,6 @@ Convolutions of one pixel are matrix products, biases of the others are pending,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from fastddpm.blocks import Attention, Downsample, ResBlock, Stage, Upsample, resample
 from fastddpm.kernels._triton import runs_triton
-from fastddpm.kernels.group_norm import Mode, add_group_norm
+from fastddpm.kernels.group_norm import add_group_norm_unchecked
 
 if TYPE_CHECKING:
     from fastddpm.unet import UNet
@@ -26,7 +25,7 @@ __all__ = ["Pending", "fused_body", "is_fusable"]
 
 
 def is_fusable(network: UNet, x: Tensor) -> bool:
-    """Whether `fused_body` is the way to run: on a GPU with Triton, in evaluation mode, without gradients or autocast."""
+    """Whether `fused_body` is the way to run: on a GPU with Triton, for inference, without autocast."""
     if not runs_triton(x.device.type) or network.training or torch.is_grad_enabled():
         return False
     return not torch.is_autocast_enabled(x.device.type)
@@ -60,30 +59,43 @@ class Pending:
 
     def beside(self, skip: Tensor) -> Pending:
         """The sum with more channels behind it."""
-        return Pending(self.x, self.bias, self.residual, skip) if self._total is None else Pending(self._total, skip=skip)
+        return (
+            Pending(self.x, self.bias, self.residual, skip) if self._total is None else Pending(self._total, skip=skip)
+        )
 
-    def normed(
-        self, norm: nn.Module, row: Tensor | None = None, mode: Mode = "none", *, silu: bool = True, keep: bool = True
-    ) -> Tensor:
-        """The sum's group norm; `add_group_norm` explains the arguments. With `keep`, the sum is made as well."""
+    def normed(self, norm: nn.Module, *, silu: bool = True, keep: bool = True, **row: Any) -> Tensor:  # noqa: ANN401
+        """The sum's group norm; with `keep`, the sum is made as well. `row` is as `add_group_norm` has it."""
         module = cast(nn.GroupNorm, norm)
-        given: dict[str, Any] = {"row": row, "mode": mode, "silu": silu}
+        given: dict[str, Any] = {"silu": silu, **row}
         if self._total is None:
             given |= {"bias": self.bias, "residual": self.residual, "skip": self.skip, "keep": keep}
         x = self.x if self._total is None else self._total
-        total, y = add_group_norm(x, module.weight, module.bias, module.num_groups, module.eps, **given)
+        total, y = add_group_norm_unchecked(x, module.weight, module.bias, module.num_groups, module.eps, **given)
         if keep and self._total is None:
             self._total = total
         return y
 
 
-def fused_body(network: UNet, x: Tensor, projections: Tensor) -> Tensor:
+class _Rows:
+    """The time projections of all blocks, handed out block by block."""
+
+    def __init__(self, values: Tensor, index: Tensor | None) -> None:
+        self._values, self._index, self._next = values, index, 0
+
+    def take(self, block: ResBlock) -> dict[str, Any]:
+        """What `add_group_norm` is to be told of the next block's projection."""
+        column, self._next = self._next, self._next + block.projection_width
+        mode = "scale_shift" if block.scale_shift else "add"
+        return {"row": self._values, "index": self._index, "column": column, "mode": mode}
+
+
+def fused_body(network: UNet, x: Tensor, projections: Tensor, index: Tensor | None = None) -> Tensor:
     """What `UNet.body` computes, without gradients; see there.
 
     It runs on any device: where no Triton kernel does, `add_group_norm` is plain PyTorch.
     """
     x = x.to(network.stem.weight.dtype)
-    rows = iter(torch.split(projections, network.projection_widths, dim=1))
+    rows = _Rows(projections.contiguous(), index)
     h = Pending(_convolved(network.stem, 2.0 * x - 1.0 if network.config.center_input else x), network.stem.bias)
     skips = [h]
     for stage in _stages(network.down):
@@ -123,13 +135,13 @@ def _as_pictures(rows: Tensor, like: Tensor) -> Tensor:
     return rows.reshape(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def _res_block(module: nn.Module, h: Pending, rows: Iterator[Tensor]) -> Pending:
+def _res_block(module: nn.Module, h: Pending, rows: _Rows) -> Pending:
     block = cast(ResBlock, module)
     y, x = h.normed(block.norm1), h.total
     if block.resample is not None:
         y, x = resample(y, block.resample), resample(x, block.resample)
     hidden = Pending(_convolved(block.conv1, y), block.conv1.bias)
-    y = hidden.normed(block.norm2, next(rows), "scale_shift" if block.scale_shift else "add", keep=False)
+    y = hidden.normed(block.norm2, keep=False, **rows.take(block))
     if isinstance(block.skip, nn.Conv2d):
         x = _as_pictures(F.linear(_per_pixel(x), block.skip.weight.flatten(1), block.skip.bias), x)
     return Pending(_convolved(block.conv2, y), block.conv2.bias, x)
@@ -144,7 +156,7 @@ def _attended(module: nn.Module, h: Pending) -> Pending:
     return Pending(_as_pictures(F.linear(mixed.flatten(0, 1), module.out.weight), x), module.out.bias, x)
 
 
-def _resampled(module: nn.Module, h: Pending, rows: Iterator[Tensor]) -> Pending:
+def _resampled(module: nn.Module, h: Pending, rows: _Rows) -> Pending:
     if isinstance(module, ResBlock):
         return _res_block(module, h, rows)
     x, convolution = cast("Downsample | Upsample", module).before(h.total), module.conv

@@ -99,8 +99,8 @@ class Sampler:
             spec: the conventions it was trained with.
             device: where to sample; None takes the GPU if there is one. A module is moved there, laid
                 out channels-last and put in evaluation mode.
-            engine: how steps run: "auto", "eager", "compiled" or "cuda_graph" (see `fastddpm.engine`). "auto" takes a
-                compiled step where there is one or the run is long enough to earn the time to compile.
+            engine: how steps run: "auto", "eager", "compiled", "cuda_graph" or "onnx" (see `fastddpm.engine`). "auto"
+                takes a compiled step where there is one or the run is long enough to earn the time to compile.
             precision: the network's arithmetic: "fp32", "bf16", and on GPUs "tf32" and "fp16"; the state and its
                 update are float32 always.
             graph_steps: steps that a CUDA graph holds; None is all of runs of up to 64, and 50 of longer ones.
@@ -118,6 +118,10 @@ class Sampler:
             # Convolutions run fastest on channels-last weights, on CPUs and GPUs alike.
             model = model.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = in_precision(model, precision, self.device)
+        if engine == "onnx":
+            from fastddpm.export.engine_network import engine_network  # late: it needs optional packages
+
+            self.model = engine_network(self.model, schedule, spec, self.device, precision)
 
     @classmethod
     def from_pretrained(
@@ -130,10 +134,11 @@ class Sampler:
         graph_steps: int | None = None,
         **flags: object,
     ) -> Sampler:
-        """Load a checkpoint that ships with the package ("mnist") or one on disk.
+        """Load a checkpoint that ships with the package ("mnist"), one on disk, or one on the Hugging Face Hub.
 
         Args:
-            name_or_path: a shipped name, a checkpoint folder, or another project's file of weights.
+            name_or_path: a shipped name, a checkpoint folder, another project's file of weights, or a name on the Hub
+                ("google/ddpm-cifar10-32"), where there is nothing of that path.
             device: where to sample; None takes the GPU if there is one.
             engine: as in `Sampler`, and so are precision and graph_steps.
             precision: the network's arithmetic.
@@ -299,7 +304,8 @@ class Sampler:
             clipped_eps: DDIM: take ε from the clipped x̂_0 ("rederive") or as the network has it ("raw").
             variance: ddpm: "fixed_small" or "fixed_large" instead of what the checkpoint says.
             class_labels: one class or n of them; None asks for no class, which needs a network trained for that.
-            guidance_scale: w in ε_∅ + w (ε_y − ε_∅) (Ho & Salimans 2022), one or n of them; 1 is no guidance.
+            guidance_scale: w in ε_∅ + w (ε_y − ε_∅) (Ho & Salimans 2022), one or n of them; 1 is no guidance. A
+                learned variance is the one with the label, as in GLIDE and DiT.
             batch_size: samples that run together; None chooses by device. It does not change the pictures, except
                 with a torch.Generator, whose draws go to one batch after the other: there None is all n.
             x_T: float [n, C, H, W] to start from instead of seeded noise.

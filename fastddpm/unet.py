@@ -111,18 +111,20 @@ class UNet(nn.Module):
         """Predict from x [B, C, H, W] at timesteps t [B] (and classes y [B]): [B, out_channels, H, W]."""
         return self.body(x, self.embed(t, y))
 
-    def body(self, x: Tensor, projections: Tensor) -> Tensor:
-        """The network after the time embedding.
+    def body(self, x: Tensor, projections: Tensor, index: Tensor | None = None) -> Tensor:
+        """The network after the time embedding; without gradients, a GPU runs it as `fused_body`.
 
         Args:
             x: [B, in_channels, H, W].
-            projections: [B, D] from `embed` or a row of `tabulate` per sample.
+            projections: [B, D] from `embed`, or [R, D] from `tabulate` with `index`.
+            index: int64 [B], which row of `projections` is a sample's; None is the sample's own.
 
         Returns:
             [B, out_channels, H, W].
         """
         if is_fusable(self, x):
-            return fused_body(self, x, projections)
+            return fused_body(self, x, projections, index)
+        projections = projections if index is None else projections[index]
         dtype = self.stem.weight.dtype
         x, projections = x.to(dtype), projections.to(dtype)
         rows = iter(torch.split(projections, self.projection_widths, dim=1))

@@ -22,7 +22,7 @@ from ._triton import jit, register_op, runs_triton, tl
 Mode = Literal["none", "add", "scale_shift"]
 
 GROUP_NORM_RTOL = 2.0**-19
-"""Kernel against float64 for float32 inputs, relative to the largest |y| of a picture; lower types add their rounding."""
+"""Kernel against float64 for float32 inputs, relative to the largest |y|; lower types add their rounding."""
 
 MOST_ELEMENTS = 32768
 """Elements of one program's tile, padding included, beyond which a group does not fit into registers."""
@@ -34,9 +34,9 @@ _MODES = ("none", "add", "scale_shift")
 
 
 @jit
-def _over_groups(column: tl.tensor, member: tl.tensor) -> tl.tensor:
+def _over_groups(value: tl.tensor, member: tl.tensor) -> tl.tensor:
     """Each channel's value replaced by the sum over its group."""
-    groups = tl.sum(tl.where(member, column[:, None], 0.0), axis=0)
+    groups = tl.sum(tl.where(member, value[:, None], 0.0), axis=0)
     return tl.sum(tl.where(member, groups[None, :], 0.0), axis=1)
 
 
@@ -45,6 +45,7 @@ def _add_group_norm_kernel(
     x: tl.tensor,
     bias: tl.tensor,
     row: tl.tensor,
+    index: tl.tensor,
     residual: tl.tensor,
     skip: tl.tensor,
     weight: tl.tensor,
@@ -54,7 +55,9 @@ def _add_group_norm_kernel(
     pixels: tl.tensor,
     own: tl.tensor,
     channels: tl.tensor,
-    row_stride: tl.tensor,
+    row_width: tl.tensor,
+    column: tl.tensor,
+    rows: tl.tensor,
     eps: tl.tensor,
     SCALE_SHIFT: tl.constexpr,
     SILU: tl.constexpr,
@@ -86,10 +89,17 @@ def _add_group_norm_kernel(
         v += tl.load(residual + own_first + own_e, mask=present, other=0.0).to(tl.float32)
     if bias is not None:
         v += tl.load(bias + c, mask=mine, other=0.0).to(tl.float32)[None, :]
+    known, poison = True, 0.0
     if row is not None:
-        row += tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(row_stride, tl.uint32).to(tl.int64)
+        r = tl.cast(b, tl.uint32).to(tl.int64)
+        if index is not None:
+            r = tl.load(index + b)
+        # A row outside must not read foreign memory; it shows as NaN.
+        known = r.to(tl.uint64, bitcast=True) < rows
+        row += r * tl.cast(row_width, tl.uint32).to(tl.int64) + column
+        poison = tl.where(known, 0.0, float("nan"))
         if not SCALE_SHIFT:
-            v += tl.load(row + c, mask=mine, other=0.0).to(tl.float32)[None, :]
+            v += tl.load(row + c, mask=mine & known, other=0.0).to(tl.float32)[None, :]
     if skip is not None:
         rest = channels - own
         theirs = skip + line * tl.cast(rest, tl.uint32).to(tl.int64)
@@ -103,12 +113,14 @@ def _add_group_norm_kernel(
     mean = _over_groups(tl.sum(tl.where(inside, v, 0.0), axis=0), member) * share
     v = tl.where(inside, v - mean[None, :], 0.0)
     variance = _over_groups(tl.sum(v * v, axis=0), member) * share
-    a = tl.rsqrt(variance + eps) * tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
+    # Inductor passes numbers as float64, which must not spread.
+    a = tl.rsqrt(variance + tl.cast(eps, tl.float32)) * tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
     d = tl.load(beta + c, mask=real, other=0.0).to(tl.float32)
     if SCALE_SHIFT:
-        scale = 1.0 + tl.load(row + c, mask=real, other=0.0).to(tl.float32)
+        scale = 1.0 + tl.load(row + c, mask=real & known, other=0.0).to(tl.float32)
         a *= scale
-        d = tl.fma(d, scale, tl.load(row + channels + c, mask=real, other=0.0).to(tl.float32))
+        d = tl.fma(d, scale, tl.load(row + channels + c, mask=real & known, other=0.0).to(tl.float32))
+    d += poison
     y = tl.fma(v, tl.broadcast_to(a[None, :], v.shape), tl.broadcast_to(d[None, :], v.shape))
     if SILU:
         y = y * tl.sigmoid(y)
@@ -151,12 +163,14 @@ def _add_group_norm_op(
     x: Tensor,
     bias: Tensor | None,
     row: Tensor | None,
+    index: Tensor | None,
     residual: Tensor | None,
     skip: Tensor | None,
     weight: Tensor,
     beta: Tensor,
     groups: int,
     eps: float,
+    column: int,
     scale_shift: bool,
     silu: bool,
     keep: bool,
@@ -164,15 +178,16 @@ def _add_group_norm_op(
     """The sum, or an empty tensor where it is not to be kept, and its norm."""
     batch, own, height, width = x.shape
     channels, pixels = own + (0 if skip is None else skip.shape[1]), height * width
-    size = (batch, channels, height, width)
-    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    total = torch.empty_like(out) if keep else x.new_empty(0)
+    # In this form Inductor sees buffers; of `empty` with a memory format it makes a kernel that fills them.
+    out = x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
+    total = x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2) if keep else x.new_empty(0)
     together, wide = tile(channels, groups, pixels) or (1, 1)
     rows = _power(pixels)
     wrap_triton(_add_group_norm_kernel)[(batch, groups // together)](
         x,
         bias,
         row,
+        index,
         residual,
         skip,
         weight,
@@ -182,7 +197,9 @@ def _add_group_norm_op(
         pixels,
         own,
         channels,
-        0 if row is None else row.stride(0),
+        0 if row is None else row.shape[1],
+        column,
+        0 if row is None else row.shape[0],
         eps,
         SCALE_SHIFT=scale_shift,
         SILU=silu,
@@ -205,6 +222,8 @@ def add_group_norm_reference(
     bias: Tensor | None = None,
     row: Tensor | None = None,
     mode: Mode = "none",
+    column: int = 0,
+    index: Tensor | None = None,
     residual: Tensor | None = None,
     skip: Tensor | None = None,
     silu: bool = True,
@@ -218,8 +237,10 @@ def add_group_norm_reference(
         groups: their number.
         eps: ε.
         bias: a bias.
-        row: a time projection.
-        mode: what the projection does.
+        row: time projections.
+        mode: what they do.
+        column: where in the rows.
+        index: which row is whose.
         residual: a residual branch.
         skip: more channels.
         silu: whether SiLU follows.
@@ -227,16 +248,19 @@ def add_group_norm_reference(
     Returns:
         The sum and its norm.
     """
+    if row is not None and index is not None:
+        row = row[index]
     total = x if bias is None else x + bias[:, None, None]
     if row is not None and mode == "add":
-        total = total + row.to(x.dtype)[:, :, None, None]
+        total = total + row[:, column : column + x.shape[1], None, None].to(x.dtype)
     if residual is not None:
         total = total + residual
     if skip is not None:
         total = torch.cat((total, skip), dim=1)
     y = F.group_norm(total, groups, weight, beta, eps)
     if row is not None and mode == "scale_shift":
-        scale, shift = row.to(x.dtype)[:, :, None, None].chunk(2, dim=1)
+        both = row[:, column : column + 2 * y.shape[1], None, None].to(x.dtype)
+        scale, shift = both.chunk(2, dim=1)
         y = torch.addcmul(shift, y, 1 + scale)
     return total, F.silu(y) if silu else y
 
@@ -251,6 +275,8 @@ def add_group_norm(
     bias: Tensor | None = None,
     row: Tensor | None = None,
     mode: Mode = "none",
+    column: int = 0,
+    index: Tensor | None = None,
     residual: Tensor | None = None,
     skip: Tensor | None = None,
     silu: bool = True,
@@ -268,9 +294,12 @@ def add_group_norm(
         groups: how many groups of consecutive channels; it divides C + C'.
         eps: ε > 0.
         bias: [C], added to x.
-        row: the time projection of each picture: [B, C] for mode "add", [B, 2(C + C')] for "scale_shift", where the
-            scales come first; the last dimension dense, the first of any stride.
-        mode: "none", "add" (the row is added before the norm; Ho et al. 2020) or "scale_shift" (after it).
+        row: [R, D], contiguous: time projections of all blocks, of which this norm takes C entries for mode "add", and
+            2(C + C') for "scale_shift", the scales first.
+        mode: "none", "add" (the entries are added before the norm; Ho et al. 2020) or "scale_shift" (used after it).
+        column: the first of the entries. A slice would do, but a compiler would make a kernel for each.
+        index: int64 [B], which of the rows is a picture's; None is the picture's own number, with R = B. A GPU cannot
+            raise IndexError: outside of 0 ... R-1 it gives NaN.
         residual: like x, added to it.
         skip: [B, C', H, W] of x's type, concatenated behind the sum before it is normalised.
         silu: whether SiLU follows.
@@ -283,18 +312,78 @@ def add_group_norm(
         TypeError: an argument is not a tensor or of another dtype.
         ValueError: shapes or devices do not fit, the mode is unknown, or the mode and the row do not go together.
     """
-    _check(x, weight, beta, groups, bias, row, mode, residual, skip)
+    _check(x, weight, beta, groups, bias, row, mode, column, index, residual, skip)
+    return add_group_norm_unchecked(
+        x,
+        weight,
+        beta,
+        groups,
+        eps,
+        bias=bias,
+        row=row,
+        mode=mode,
+        column=column,
+        index=index,
+        residual=residual,
+        skip=skip,
+        silu=silu,
+        keep=keep,
+    )
+
+
+def add_group_norm_unchecked(
+    x: Tensor,
+    weight: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    bias: Tensor | None = None,
+    row: Tensor | None = None,
+    mode: Mode = "none",
+    column: int = 0,
+    index: Tensor | None = None,
+    residual: Tensor | None = None,
+    skip: Tensor | None = None,
+    silu: bool = True,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`add_group_norm` for a network's own loop: dozens of calls a step, whose arguments fit by construction."""
     channels, pixels = x.shape[1] + (0 if skip is None else skip.shape[1]), x.shape[2] * x.shape[3]
     if not runs_triton(x.device.type) or tile(channels, groups, pixels) is None:
         return add_group_norm_reference(
-            x, weight, beta, groups, eps, bias=bias, row=row, mode=mode, residual=residual, skip=skip, silu=silu
+            x,
+            weight,
+            beta,
+            groups,
+            eps,
+            bias=bias,
+            row=row,
+            mode=mode,
+            column=column,
+            index=index,
+            residual=residual,
+            skip=skip,
+            silu=silu,
         )
     alone = bias is None and residual is None and skip is None and mode != "add"
+    index = None if index is None else index.contiguous()
     x, residual, skip = (_channels_last(tensor) for tensor in (x, residual, skip))
-    if row is not None and row.stride(1) != 1:
-        row = row.contiguous()
     total, out = _add_group_norm_op(
-        x, bias, row, residual, skip, weight, beta, groups, eps, mode == "scale_shift", silu, keep and not alone
+        x,
+        bias,
+        row,
+        index,
+        residual,
+        skip,
+        weight,
+        beta,
+        groups,
+        eps,
+        column,
+        mode == "scale_shift",
+        silu,
+        keep and not alone,
     )
     return (x if alone else total), out
 
@@ -311,6 +400,8 @@ def _check(
     bias: Tensor | None,
     row: Tensor | None,
     mode: str,
+    column: int,
+    index: Tensor | None,
     residual: Tensor | None,
     skip: Tensor | None,
 ) -> None:
@@ -335,6 +426,17 @@ def _check(
         raise ValueError(f"{name}: mode must be one of {', '.join(_MODES)}, got {mode!r}; pick one")
     if (row is None) != (mode == "none"):
         given = "none" if row is None else "one"
-        raise ValueError(f"{name}: row must be given unless mode is none, got {given} with {mode!r}; change one of them")
+        raise ValueError(
+            f"{name}: row must be given unless mode is none, got {given} with {mode!r}; change one of them"
+        )
     if row is not None:
-        check_tensor(name, "row", row, shape=(batch, own if mode == "add" else 2 * channels), **more)
+        check_tensor(name, "row", row, shape=(batch if index is None else "R", "D"), contiguous=True, **more)
+        wanted = own if mode == "add" else 2 * channels
+        if not 0 <= column <= row.shape[1] - wanted:
+            raise ValueError(
+                f"{name}: column must leave {wanted} entries of the row's {row.shape[1]}, got {column}; "
+                "pass all projections and this norm's first column"
+            )
+        if index is not None:
+            fix = "pass one row number per picture"
+            check_tensor(name, "index", index, dtypes=(torch.int64,), shape=(batch,), device=x.device, fix=fix)

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
-import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,10 +12,10 @@ import torch
 from fastddpm import CheckpointError, Sampler, load_checkpoint
 from fastddpm.checkpoints import native
 from fastddpm.checkpoints.convert import convert_checkpoint
-from fastddpm.cli import app
+from fastddpm.cli import app, main
 from tests.foreign import FLAGS, diffusers_config, foreign_network, foreign_state
 from tests.helpers import peers_dir
-from tests.tiny import command, environment, save_checkpoint
+from tests.tiny import save_checkpoint
 
 PEERS = ["diffusers_cifar_like", "diffusers_trained_default", "lucidrains_pred_v", "openai_guided",
          "openai_improved", "pesser_ho", "w86763777_ddpm"]  # fmt: skip
@@ -185,12 +185,12 @@ class TestCommand:
         assert facts["training"]["converted_from"]["dialect"] == "pesser"
         assert facts["format"] == "fastddpm"
 
-    def test_errors_are_one_line_and_exit_code_two(self, tmp_path):
+    def test_errors_are_one_line_and_exit_code_two(self, tmp_path, capsys, monkeypatch):
         save_checkpoint(tmp_path / "own")
-        arguments = command("convert", tmp_path / "own", tmp_path / "own")
-        done = subprocess.run(arguments, capture_output=True, text=True, env=environment())
-        assert done.returncode == 2
-        assert done.stderr.count("\n") == 1 and "must be empty or new" in done.stderr
+        monkeypatch.setattr(sys, "argv", ["fastddpm", "convert", str(tmp_path / "own"), str(tmp_path / "own")])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 class TestForeignNetworks:

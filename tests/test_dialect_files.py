@@ -608,3 +608,51 @@ class TestFlagsOnTheCommandLine:
         app(["info", path, "--json", *flags], standalone_mode=False)
         facts = json.loads(capsys.readouterr().out)["checkpoint"]
         assert (facts["format"], facts["parameters"]) == ("openai", "319,558")
+
+
+class TestInfo:
+    """What `fastddpm info` says of each dialect."""
+
+    @pytest.mark.parametrize("dialect", ["openai", "pesser", "w86763777"])
+    def test_where_each_setting_comes_from(self, tmp_path, capsys, dialect):
+        from fastddpm.cli import app
+
+        save(tmp_path / "model.pt", dialect)
+        flags = [f"--flag={name}={json.dumps(value)}" for name, value in FLAGS[dialect].items()]
+        app(["info", str(tmp_path / "model.pt"), "--json", *flags], standalone_mode=False)
+        facts = json.loads(capsys.readouterr().out)
+        checkpoint, told = facts["checkpoint"], facts["settings"]
+        assert (checkpoint["format"], checkpoint["guidance"]) == (dialect, "not possible without classes")
+        assert checkpoint["recognised by"].startswith("keys ")
+        assert all(told[name]["from"] == "flag" for name in FLAGS[dialect])
+        derived = {"openai": "num_channels", "pesser": "ch", "w86763777": "T"}[dialect]
+        assert told[derived] == {"value": 1000 if derived == "T" else 32, "from": "file"}
+        app(["info", str(tmp_path / "model.pt"), *flags], standalone_mode=False)
+        table = capsys.readouterr().out
+        assert all(name in table for name in (*FLAGS[dialect], derived, "recognised by"))
+
+    def test_presets_and_defaults(self, tmp_path, capsys):
+        from fastddpm.cli import app
+
+        save(tmp_path / "model.pt", "openai", out_channels=6, num_classes=5)
+        flags = ["--flag=preset=cifar10_uncond_50M_500K", "--flag=null_class=4"]
+        app(["info", str(tmp_path / "model.pt"), "--json", *flags], standalone_mode=False)
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["settings"]["num_heads"] == {"value": 4, "from": "preset cifar10_uncond_50M_500K"}
+        assert facts["settings"]["null_class"] == {"value": 4, "from": "flag"}
+        assert facts["settings"]["num_heads_upsample"] == {"value": -1, "from": "default"}
+        assert facts["checkpoint"]["guidance"] == "possible: label 4 stands for no class"
+        assert facts["checkpoint"]["classes"] == "4"
+
+    def test_a_folder_in_shards(self, tmp_path, capsys):
+        from fastddpm.cli import app
+        from tests.test_diffusers_folders import folder, shard
+
+        network = foreign_network("diffusers", num_classes=4)
+        shard(folder(tmp_path, network), foreign_state("diffusers", network))
+        app(["info", str(tmp_path), "--json"], standalone_mode=False)
+        facts = json.loads(capsys.readouterr().out)
+        size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+        assert facts["checkpoint"]["size"] == f"{size / 1e6:.2f} MB"
+        assert "--flag null_class=N" in facts["checkpoint"]["guidance"]
+        assert facts["checkpoint"]["recognised by"] == "config.json with _class_name"

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from fastddpm import CheckpointError, Sampler, load_checkpoint
 from fastddpm.checkpoints.diffusers import network_from
+from fastddpm.checkpoints.diffusers_unet import unet_config
+from fastddpm.unet import UNet
 from tests.foreign import diffusers_config, foreign_network, foreign_state
 
 STEM = "diffusion_pytorch_model"
@@ -300,3 +302,37 @@ def test_a_folder_of_the_hubs_oldest_layout(tmp_path):
     """google/ddpm-cifar10-32 and its like have network and scheduler beside model_index.json."""
     path = pipeline(tmp_path, {"_class_name": "DDPMPipeline", **PARTS}, {})
     assert Sampler.from_pretrained(path, device="cpu").sample(1, steps=2, progress=False).shape == (1, 3, 8, 8)
+
+
+# ------------------------------------------------------------------ what is published
+
+OLD = {
+    "_class_name": "UNet2DModel", "_diffusers_version": "0.0.4", "act_fn": "silu", "attention_head_dim": None,
+    "center_input_sample": False, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "in_channels": 3,
+    "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-06, "norm_num_groups": 32, "out_channels": 3,
+    "time_embedding_type": "positional",
+}  # fmt: skip
+PUBLISHED = {
+    "google/ddpm-cifar10-32": (32, [128, 256, 256, 256], 1, 35_746_307),
+    "google/ddpm-*-256": (256, [128, 128, 256, 256, 512, 512], 4, 113_673_219),
+}
+
+
+@pytest.mark.parametrize(("size", "channels", "attends", "parameters"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_configurations_need_no_flags(size, channels, attends, parameters):
+    """What the JSON of the published networks says, which is less than today's; sizes as the model cards have them."""
+    levels = range(len(channels))
+    down = ["AttnDownBlock2D" if level == attends else "DownBlock2D" for level in levels]
+    up = [block.replace("Down", "Up") for block in reversed(down)]
+    values = {
+        **OLD,
+        "sample_size": size,
+        "block_out_channels": channels,
+        "down_block_types": down,
+        "up_block_types": up,
+    }
+    config = unet_config(values, "config.json")
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in UNet(config).parameters()) == parameters
+    assert (config.sample_size, config.downsample_padding, config.norm_eps) == ((size, size), "asymmetric", 1e-6)
+    assert config.head_channels is None and config.num_heads == 1

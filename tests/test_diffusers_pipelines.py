@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 
 import numpy as np
 import pytest
@@ -145,7 +146,8 @@ def test_the_library_s_own_pictures(mode, monkeypatch):
     options = {"eta": 0.6} if mode == "ddim_eta" else {}
     steps = len(data[f"{mode}/t"])
     images = accelerate(pipe)(batch_size=2, num_inference_steps=steps, output_type="np", **options).images
-    assert np.abs(images - data[f"{mode}/mapped"].numpy()).max() <= 1e-3 if mode == "dpmpp_2m" else TOLERANCE
+    growth, _ = json.loads((folder / "meta.json").read_text())["amplification_and_max_abs_final"][mode]
+    assert np.abs(images - data[f"{mode}/mapped"].numpy()).max() <= max(TOLERANCE, 5e-6 * growth)
 
 
 @pytest.mark.parametrize("kind", [DDPMPipeline, DDIMPipeline, LDMPipeline])
@@ -231,19 +233,12 @@ def test_changed_weights_are_seen():
     [
         {"time_embedding_type": "learned", "num_train_timesteps": 1000},
         {"act_fn": "gelu"},
-        {"down_block_types": ("DownBlock2D", "SkipDownBlock2D")},
+        {"time_embedding_type": "fourier"},
     ],
-    ids=["learned_times", "gelu", "skip"],
+    ids=["learned_times", "gelu", "fourier"],
 )
 def test_a_network_that_ours_cannot_be_runs_as_it_is(options):
-    if "down_block_types" in options:
-        options = {**options, "up_block_types": ("SkipUpBlock2D", "UpBlock2D")}
-    try:
-        pipe = pipeline(DDPMPipeline, DDIMScheduler(**V), **options)
-        draw(pipe)
-    except Exception:
-        pytest.skip("diffusers itself cannot run this one")
-    fast = check_alike(pipe)
+    fast = check_alike(pipeline(DDPMPipeline, DDIMScheduler(steps_offset=1, **V), **options))  # log 0 for "fourier"
     assert not isinstance(fast.__dict__["_network"]._model, UNet)
 
 

@@ -32,6 +32,7 @@ FILES = {
     "step": {"what": "step", "solver": "ddpm", "steps": 6},
     "step_input": {"what": "step", "solver": "dpmpp_2m", "steps": 6, "tensorrt": True, "batch": 2},
     "chain": {"what": "chain", "solver": "ddim", "steps": 6, "eta": 0.5},
+    "noise": {"what": "step", "solver": "ddpm", "steps": 3, "noise": "input", "guidance": False},
 }
 ASKED = {"seed": 2**63 + 5, "sample_ids": [3, 2**33, 2**64 - 1], "class_labels": [0, 2, 1], "progress": False}
 
@@ -95,9 +96,8 @@ def test_a_picture_does_not_depend_on_its_batch(exported, name, batch_size):
 
 
 @pytest.mark.parametrize("kind", ["function", "generator"])
-def test_noise_of_the_callers(exported, kind, sampler, tmp_path):
-    options = {"what": "step", "solver": "ddpm", "steps": 3, "noise": "input", "guidance": False}
-    path = export_onnx(sampler, tmp_path / "m.onnx", **options).files[0]
+def test_noise_of_the_callers(exported, kind, sampler):
+    path = exported("noise").files[0]
 
     def source():
         if kind == "generator":
@@ -178,7 +178,7 @@ def test_file_is_valid_and_says_what_it_is(sampler, exported, name):
 
 def test_the_step_has_no_control_flow_and_the_chain_one_scan(exported):
     kinds = {name: [node.op_type for node in onnx.load(exported(name).files[0]).graph.node] for name in FILES}
-    for name in ("network", "step", "step_input"):
+    for name in kinds.keys() - {"chain"}:
         assert not {"If", "Loop", "Scan"} & set(kinds[name])
     assert kinds["chain"].count("Scan") == 1 and not {"If", "Loop"} & set(kinds["chain"])
 
@@ -285,9 +285,26 @@ def test_a_network_that_cannot_be_traced(tmp_path):
 
 def test_a_bare_function_can_be_exported(tmp_path):
     sampler = bare(lambda x, t: x / (1 + t.view(-1, 1, 1, 1) / 10))
-    path = export_onnx(sampler, tmp_path / "m.onnx", solver="ddpm", steps=4).files[0]
-    theirs = OnnxSampler(path, "cpu").sample(3, progress=False)
+    path = export_onnx(sampler, tmp_path / "m.onnx", what="network").files[0]
+    theirs = OnnxSampler(path, "cpu").sample(3, solver="ddpm", steps=4, progress=False)
     torch.testing.assert_close(theirs, sampler.sample(3, solver="ddpm", steps=4, progress=False), rtol=0, atol=TIGHT)
+
+
+def test_the_onnx_engine_keeps_its_file(sampler, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDDPM_CACHE", str(tmp_path))
+    options = {"class_labels": [0, 1, 2], "guidance_scale": 2.0, "solver": "ddpm", "steps": 5, "progress": False}
+    ours = sampler.sample(3, **options)
+    written = []
+    for _ in range(2):
+        other = Sampler(sampler.model, sampler.schedule, sampler.spec, device="cpu", engine="onnx")
+        torch.testing.assert_close(other.sample(3, **options), ours, rtol=0, atol=TIGHT)
+        assert other.engine.used == "onnx"
+        written.append([(path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir()])
+    assert len(written[0]) == 1 and written[0] == written[1]
+    path = export_onnx(other, tmp_path / "m.onnx", what="network").files[0]  # of the network underneath
+    assert OnnxSampler(path, "cpu").facts["weights_sha256"]
+    with pytest.raises(ValueError, match="precision must be fp32 for the onnx engine, got bf16"):
+        Sampler(sampler.model, sampler.schedule, sampler.spec, device="cpu", engine="onnx", precision="bf16")
 
 
 @pytest.mark.parametrize("name", ["m.txt", "m", "folder.onnx"])

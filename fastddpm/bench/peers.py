@@ -23,7 +23,7 @@ from fastddpm.reference import p_sample_loop
 from fastddpm.sampler import Sampler
 
 OUTSIDE_STEPS = 50
-COPY_BYTES = 1 << 28
+COPY_BYTES = 1 << 27
 
 
 class MissingError(RuntimeError):
@@ -151,6 +151,15 @@ class EnginePeer(Peer):
         """The same call."""
         self.pictures()
 
+    def flops(self) -> float:
+        """Counted on the network in PyTorch."""
+        model = self.sampler.model
+        if not self.job.model or not isinstance(model, nn.Module):
+            return 0.0
+        y = self.job.labels(1)
+        t = self.sampler.spec.times_fed(torch.zeros(1, dtype=torch.int64))
+        return count_flops(model, torch.zeros(1, *self.job.shape), t, *([] if y is None else [y]))
+
     def outside(self) -> float:
         """Of a sampler of the same engine."""
         return outside_ms(EnginePeer(self.engine, self.precision), self.job, self.batch)
@@ -162,9 +171,9 @@ class ReferencePeer(Peer):
     def load(self, job: Job) -> None:
         """Load the network through `Sampler.from_pretrained`."""
         super().load(job)
-        plain = EnginePeer("eager")
-        plain.load(job)
-        self.sampler = plain.sampler
+        self.plain = EnginePeer("eager")
+        self.plain.load(job)
+        self.sampler = self.plain.sampler
         spec = self.sampler.spec
         if spec.self_condition or spec.prediction == "x_prev":
             raise MissingError("the textbook has no loop for this network's conventions")
@@ -194,13 +203,8 @@ class ReferencePeer(Peer):
         self.pictures()
 
     def flops(self) -> float:
-        """Counted on the network as it stands."""
-        model = self.sampler.model
-        if not self.job.model or not isinstance(model, nn.Module):
-            return 0.0
-        y = self.job.labels(1)
-        t = self.sampler.spec.times_fed(torch.zeros(1, dtype=torch.int64))
-        return count_flops(model, torch.zeros(1, *self.job.shape), t, *([] if y is None else [y]))
+        """Counted on the same network."""
+        return self.plain.flops()
 
     def outside(self) -> float:
         """Of the textbook loop."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import select
@@ -22,10 +23,10 @@ PAUSE_S = 0.005
 class WorkerError(RuntimeError):
     """A worker could not answer; the message is a line that says why."""
 
-    def __init__(self, message: str, *, missing: bool = False) -> None:
-        """Keep the line, and whether the peer was never able to take part."""
+    def __init__(self, message: str, *, missing: bool = False, postponed: bool = False) -> None:
+        """Keep the line, whether the peer can never take part here, and whether its turn only did not come."""
         super().__init__(message)
-        self.missing = missing
+        self.missing, self.postponed = missing, postponed
 
 
 class WorkerProcess:
@@ -54,6 +55,9 @@ class WorkerProcess:
                 start_new_session=True,  # Ctrl-C is the parent's affair
                 env={**os.environ, **environment, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
             )
+        if self._process.stdin is None or self._process.stdout is None:
+            raise WorkerError("the process has no pipes")
+        self._requests, self.answers = self._process.stdin, self._process.stdout
 
     @property
     def pid(self) -> int:
@@ -68,11 +72,9 @@ class WorkerProcess:
         """
         self._wake()
         try:
-            if self._process.stdin is None:
-                raise OSError("closed")
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError as error:
+            self._requests.write(json.dumps(request).encode() + b"\n")
+            self._requests.flush()
+        except (OSError, ValueError) as error:  # a ValueError where the pipe is closed on our side
             raise WorkerError(self._last_words()) from error
 
     def poll(self) -> dict[str, Any] | None:
@@ -81,13 +83,10 @@ class WorkerProcess:
         Raises:
             WorkerError: the worker failed or is gone.
         """
-        stdout = self._process.stdout
-        if stdout is None:
-            raise WorkerError(self._last_words())
         while b"\n" not in self._buffer:
-            if not select.select([stdout], [], [], 0)[0]:
+            if not select.select([self.answers], [], [], 0)[0]:
                 return None
-            piece = os.read(stdout.fileno(), 1 << 16)
+            piece = os.read(self.answers.fileno(), 1 << 16)
             if not piece:
                 raise WorkerError(self._last_words())
             self._buffer += piece
@@ -113,21 +112,16 @@ class WorkerProcess:
             left = end - time.monotonic()
             if left <= 0:
                 raise WorkerError(f"no answer to {request['do']!r} within {timeout_s:.0f} s")
-            select.select([self._process.stdout], [], [], min(left, 1.0))
-
-    def wait_readable(self) -> object:
-        """What `select` waits on."""
-        return self._process.stdout
+            select.select([self.answers], [], [], min(left, 1.0))
 
     def close(self) -> None:
         """End the process."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        for stream in (self._requests, self.answers):
+            with contextlib.suppress(OSError):
+                stream.close()
 
     def _wake(self) -> None:
         if self._stopped:
@@ -176,16 +170,18 @@ def side_by_side(
             worker = waiting.popleft()
             on_start(worker)
             active[worker] = []
-            _attempt(worker, active, on_answer, lambda w=worker: w.send(_named(requests[0], w.peer)))
+            _attempt(worker, active, on_answer, functools.partial(worker.send, _named(requests[0], worker.peer)))
         if time.monotonic() >= until:
-            for worker in [*active, *waiting]:
+            for worker in active:
                 worker.close()
                 on_answer(worker, WorkerError("left out: not ready within the time allowed"))
+            for worker in waiting:
+                on_answer(worker, WorkerError("left out: no time was left for it", postponed=True))
             return
         if active:
-            select.select([worker.wait_readable() for worker in active], [], [], 0.5)
+            select.select([worker.answers for worker in active], [], [], 0.5)
         for worker in list(active):
-            _attempt(worker, active, on_answer, lambda w=worker: _go_on(w, active, requests, on_answer))
+            _attempt(worker, active, on_answer, functools.partial(_go_on, worker, active, requests, on_answer))
 
 
 def _go_on(

@@ -77,7 +77,11 @@ class Worker:
         except Exception as error:  # whatever a library raises is a line in the report
             line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             is_missing = type(error).__name__ == "MissingError"
-            return {"ok": False, "missing": is_missing, "error": line if is_missing else f"{type(error).__name__}: {line}"}
+            return {
+                "ok": False,
+                "missing": is_missing,
+                "error": line if is_missing else f"{type(error).__name__}: {line}",
+            }
 
     def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
         import importlib

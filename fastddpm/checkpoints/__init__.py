@@ -29,9 +29,11 @@ def load_checkpoint(name_or_path: str | os.PathLike[str], **flags: object) -> Ch
     Args:
         name_or_path: One of `SHIPPED`, a repository on the Hub ("google/ddpm-cifar10-32", "owner/name@revision") or a
             file of weights in one ("owner/name/model.pt"), a checkpoint folder (fastddpm, diffusers), or a file of
-            weights (OpenAI's improved- and guided-diffusion, pesser/pytorch_diffusion, w86763777/pytorch-ddpm).
+            weights (OpenAI's improved- and guided-diffusion, pesser/pytorch_diffusion, w86763777/pytorch-ddpm,
+            lucidrains' denoising-diffusion-pytorch).
         flags: What a file does not determine, under the names that the project itself gives its options; `preset`
-            names a published network. Names that begin with an underscore are taken for notes.
+            names a published network, and `null_class` the label that stands for "no class", where guidance is wanted
+            of a network that has one. Names that begin with an underscore are taken for notes.
 
     Returns:
         The network with its schedule and conventions.

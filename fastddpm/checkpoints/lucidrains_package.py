@@ -96,7 +96,7 @@ class PackageUNet(nn.Module):
         if self.classes is not None:
             # A label of its own instead of a mask: the package's choice between the two rows, made by the lookup.
             rows = torch.cat((weights["classes_emb.weight"], weights["null_classes_emb"][None]))
-            embedding = nn.Embedding(*rows.shape, device="meta")
+            embedding = nn.Embedding(rows.shape[0], rows.shape[1], device="meta")
             embedding.load_state_dict({"weight": rows}, assign=True)
             self.unet.classes_emb = embedding
             del self.unet.null_classes_emb

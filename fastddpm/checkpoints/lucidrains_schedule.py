@@ -96,7 +96,7 @@ def named_schedule(name: str, T: int, options: Mapping[str, float]) -> NoiseSche
         ValueError: An option is unknown or out of range, or the betas are.
     """
     known = {"linear": (), "cosine": ("s",), "sigmoid": ("start", "end", "tau", "clamp_min")}[name]
-    given = {option: value for option, value in options.items() if option != "clamp_min"}
+    given: dict[str, Any] = {option: value for option, value in options.items() if option != "clamp_min"}
     if name == "linear":
         given |= {"beta_start": 1000 / T * 1e-4, "beta_end": 1000 / T * 0.02}
     if unknown := sorted(set(options) - set(known)):

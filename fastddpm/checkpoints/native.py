@@ -199,7 +199,7 @@ def save(
     else:
         raise TypeError(f"native.save: network must be a UNet, got {type(network).__name__}; only those can be stored")
     tensors = {name: value.to(dtype) for name, value in (weights or own).items()}
-    if isinstance(schedule, RoundedSchedule):
+    if isinstance(schedule, RoundedSchedule) and isinstance(network, PackageUNet):
         known = {name for name in BUFFERS if name == "betas" or name in vars(schedule)}
         tensors |= {_ARRAY + name: getattr(schedule, name).clone() for name in known}
     write_tensors(path / WEIGHTS_NAME, tensors, {"format": FORMAT})

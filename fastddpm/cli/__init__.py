@@ -1,4 +1,4 @@
-"""The command line: `fastddpm sample | train | convert | export | compile | info`."""
+"""The command line: `fastddpm sample | train | convert | export | compile | bench | info`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 
 import typer
 
+from fastddpm.cli.bench import bench
 from fastddpm.cli.compile import compile_model
 from fastddpm.cli.convert import convert
 from fastddpm.cli.errors import INTERRUPTED, report
@@ -38,6 +39,7 @@ app.command()(train)
 app.command()(convert)
 app.command()(export)
 app.command("compile")(compile_model)
+app.command()(bench)
 app.command()(info)
 
 

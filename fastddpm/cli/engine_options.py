@@ -9,7 +9,7 @@ import typer
 _PANEL = "Running"
 
 EngineOption = Annotated[
-    Literal["auto", "eager", "compiled", "cuda_graph"],
+    Literal["auto", "eager", "compiled", "cuda_graph", "onnx"],
     typer.Option(
         help="How steps run. auto: compiled where that is there (`fastddpm compile`) or pays within the run.",
         rich_help_panel=_PANEL,

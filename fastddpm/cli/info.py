@@ -32,13 +32,17 @@ def info(
     Without a checkpoint: the machine, and the checkpoints that ship with the package.
     """
     from fastddpm.checkpoints import SHIPPED, load_checkpoint  # late, for --help: see `sample`
-    from fastddpm.engine import describe_machine
+    from fastddpm.compiled import weights_hash
+    from fastddpm.engine import describe_choices, describe_machine
 
     machine = dataclasses.asdict(describe_machine())
     facts: dict[str, Any] = {"machine": machine, "shipped checkpoints": list(SHIPPED)}
     if model is not None:
         checkpoint = load_checkpoint(model, **parse_flags(flag))
         facts = {"checkpoint": checkpoint_facts(checkpoint), "settings": settings_facts(checkpoint), "machine": machine}
+        facts["engine"] = describe_choices(weights_hash(checkpoint.network)) or {
+            "auto": "nothing measured yet; compiles in runs that earn it, or by `fastddpm compile`"
+        }
     if as_json:
         print(json.dumps(facts, indent=2, default=str))
         return

@@ -15,7 +15,7 @@ WHAT, METHOD, OUTPUT, RUN = "What to draw", "How to draw", "Where to write (seve
 
 def sample(
     model: Annotated[
-        str, typer.Argument(help="A shipped checkpoint (`mnist`), a checkpoint folder, or a file of weights.")
+        str, typer.Argument(help="A shipped checkpoint (`mnist`), a folder, a file of weights, or a name on the Hub.")
     ],
     n: Annotated[int, typer.Option("--n", "-n", help="How many pictures.", rich_help_panel=WHAT)] = 64,
     classes: Annotated[

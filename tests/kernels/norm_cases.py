@@ -12,6 +12,8 @@ TERMS = {
     "bias": ("bias",),
     "add": ("add",),
     "scale-shift": ("scale_shift",),
+    "add, by index": ("add", "index"),
+    "scale-shift, by index": ("scale_shift", "index"),
     "residual": ("bias", "residual"),
     "skip": ("skip",),
     "everything, add": ("bias", "add", "residual", "skip"),
@@ -22,7 +24,7 @@ ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0*
 
 
 def norm_case(shape, groups, terms=(), *, skip_channels=8, dtype=torch.float32, norm_dtype=None, seed=0):
-    """Keyword arguments of one call; the pictures have a mean far from zero, the row is a slice of a wider table."""
+    """Keyword arguments of one call; the pictures have a mean far from zero, the row is wider than what is used."""
     g = torch.Generator().manual_seed(seed)
     batch, own, height, width = shape
     channels = own + (skip_channels if "skip" in terms else 0)
@@ -44,18 +46,22 @@ def norm_case(shape, groups, terms=(), *, skip_channels=8, dtype=torch.float32, 
         case["skip"] = pictures(skip_channels)
     for mode, size in (("add", own), ("scale_shift", 2 * channels)):
         if mode in terms:
-            case |= {"mode": mode, "row": normals(batch, size + 7)[:, 3 : 3 + size]}
+            case |= {"mode": mode, "row": normals(batch, size + 7), "column": 3}
+    if "index" in terms:
+        case |= {"row": normals(5, case["row"].shape[1]), "index": torch.arange(batch) * 3 % 5}
     return case
 
 
 def norm_float64(case):
     """The sum and its norm in float64, and the rounding that the sum alone may bring to the norm."""
     v = {k: t.double().numpy() for k, t in case.items() if isinstance(t, torch.Tensor)}
-    total = v["x"]
+    total, at = v["x"], case.get("column", 0)
+    if "index" in v:
+        v["row"] = v["row"][case["index"]]
     if "bias" in v:
         total = total + v["bias"][:, None, None]
     if case.get("mode") == "add":
-        total = total + v["row"][:, :, None, None]
+        total = total + v["row"][:, at : at + total.shape[1], None, None]
     if "residual" in v:
         total = total + v["residual"]
     if "skip" in v:
@@ -66,17 +72,14 @@ def norm_float64(case):
     y = ((parts - mean) / np.sqrt(variance + case["eps"])).reshape(total.shape)
     y = y * v["weight"][:, None, None] + v["beta"][:, None, None]
     if case.get("mode") == "scale_shift":
-        y = y * (1 + v["row"][:, :channels, None, None]) + v["row"][:, channels:, None, None]
+        scale, shift = (v["row"][:, i : i + channels, None, None] for i in (at, at + channels))
+        y = y * (1 + scale) + shift
     return total, y / (1 + np.exp(-y)) if case["silu"] else y
 
 
 def check_norm(case, device="cpu"):
     """The op against float64, both results; no argument may have changed."""
     moved = {k: t.to(device) if isinstance(t, torch.Tensor) else t for k, t in case.items()}
-    if "row" in moved:
-        wide = torch.full((moved["row"].shape[0], moved["row"].shape[1] + 5), torch.nan, device=device)
-        wide[:, 2:-3] = moved["row"]
-        moved["row"] = wide[:, 2:-3]
     got_total, got = add_group_norm(**moved)
     total, y = norm_float64(case)
     dtype = case["x"].dtype

@@ -95,9 +95,26 @@ def test_nothing_is_read_or_written_outside():
 @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS.keys())
 def test_schema(terms):
     case = norm_case((2, 8, 2, 2), 4, terms)
-    arguments = (case["x"], *(case.get(name) for name in ("bias", "row", "residual", "skip")))
-    arguments += (case["weight"], case["beta"], 4, 1e-5, case.get("mode") == "scale_shift", case["silu"], True)
+    arguments = (case["x"], *(case.get(name) for name in ("bias", "row", "index", "residual", "skip")))
+    arguments += (
+        case["weight"],
+        case["beta"],
+        4,
+        1e-5,
+        case.get("column", 0),
+        case.get("mode") == "scale_shift",
+        case["silu"],
+        True,
+    )
     torch.library.opcheck(torch.ops.fastddpm.add_group_norm.default, arguments, test_utils="test_schema")
+
+
+@pytest.mark.parametrize("terms", [("add", "index"), ("scale_shift", "index")], ids=["add", "scale-shift"])
+def test_rows_that_are_not_there_give_nan(terms):
+    case = norm_case((3, 8, 2, 2), 4, terms)
+    case["index"] = torch.tensor([4, 5, -1])
+    y = add_group_norm(**case)[1]
+    assert y[0].isfinite().all() and y[1:].isnan().all()
 
 
 def test_the_reference_agrees():

@@ -1,0 +1,121 @@
+"""The project's targets on a CPU, read off a run: ours, the other's, the ratio, the limit, met or not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from fastddpm.bench.figures import BatchResult, PeerResult, WorkloadResult, paired_ratio
+from fastddpm.bench.worker import LABELS
+
+RATIOS = (
+    ("cifar10", "fp32", "diffusers", 1.2),
+    ("cifar10", "fp32", "best", 1.0),
+    ("cifar10", "bf16", "diffusers", 2.0),
+    ("cifar10", "bf16", "best", 1.0),
+)
+MNIST_RATIOS = {1: 3.0, 64: 1.5}
+UPDATE_RATIO = 8.0
+OUTSIDE_SHARE = 0.02
+PEAK_SHARE = 0.85
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """One target.
+
+    Attributes:
+        what: what is compared.
+        ours: our figure.
+        other: the other's figure, or the limit's.
+        value: the ratio or share.
+        limit: what it must reach, or must not exceed.
+        at_most: whether the limit is an upper one.
+    """
+
+    what: str
+    ours: str
+    other: str
+    value: float
+    limit: float
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is reached."""
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
+
+
+def judge(results: Iterable[WorkloadResult]) -> list[Bar]:
+    """All targets whose figures are there."""
+    found = {result.name: result for result in results}
+    bars: list[Bar] = []
+    if "cifar10" in found:
+        for one in found["cifar10"].batches:
+            bars += _cifar10(one)
+    if "mnist" in found:
+        for batch, limit in MNIST_RATIOS.items():
+            one_or_none = found["mnist"].at(batch)
+            if one_or_none is not None:
+                bars += _ratio(f"mnist, B = {batch}, fp32", one_or_none, "fp32", "diffusers", limit)
+    if "update" in found:
+        for one in found["update"].batches:
+            bars += _ratio("the update with its noise, [1, 3, 32, 32]", one, "fp32", "diffusers", UPDATE_RATIO)
+    return bars
+
+
+def _cifar10(one: BatchResult) -> list[Bar]:
+    place = f"cifar10, B = {one.batch}"
+    bars: list[Bar] = []
+    for _, precision, other, limit in RATIOS:
+        bars += _ratio(f"{place}, {precision}", one, precision, other, limit)
+    ours = one.fastest("fp32", ours=True)
+    if ours is None or ours.ms_per_step is None:
+        return bars
+    if ours.outside_ms is not None and ours.outside_share is not None:
+        times = (f"{ours.outside_ms:.3g} ms", f"{ours.ms_per_step.p50:.3g} ms")
+        bars.append(Bar(f"{place}: share outside the network", *times, ours.outside_share, OUTSIDE_SHARE, at_most=True))
+    if one.batch < 8:
+        return bars
+    for precision in ("fp32", "bf16"):
+        best = one.fastest(precision, ours=True)
+        if best is not None and best.gflops is not None and best.of_peak is not None:
+            peak = one.peak_gflops[precision].p50
+            speeds = (f"{best.gflops.p50:.0f} GFLOP/s", f"{peak:.0f} GFLOP/s")
+            what = f"{place}, {precision}: of the matrix product's speed"
+            bars.append(Bar(what, *speeds, best.of_peak.p50, PEAK_SHARE))
+    bars += _memory(place, one)
+    return bars
+
+
+def _memory(place: str, one: BatchResult) -> list[Bar]:
+    theirs = one.find("diffusers")
+    if theirs is None or not theirs.run_bytes:
+        return []
+    bars = []
+    for ours in one.peers:
+        if ours.peer in ("fastddpm-eager", "fastddpm-compiled") and ours.run_bytes:
+            sizes = (f"{ours.run_bytes / 1e6:.0f} MB", f"{theirs.run_bytes / 1e6:.0f} MB")
+            what = f"{place}: memory, {LABELS[ours.peer]}"
+            bars.append(Bar(what, *sizes, ours.run_bytes / theirs.run_bytes, 1.0, at_most=True))
+    return bars
+
+
+def _ratio(what: str, one: BatchResult, precision: str, other: str, limit: float) -> list[Bar]:
+    """Our fastest in a precision against a peer by name, or against the best of that precision."""
+    ours = one.fastest(precision, ours=True)
+    theirs = one.fastest(precision, ours=False) if other == "best" else one.find(other)
+    if ours is None or theirs is None:
+        return []
+    name = LABELS[theirs.peer] + (", the best" if other == "best" else "")
+    value = paired_ratio(theirs.seconds, ours.seconds).p50
+    return [Bar(f"{what}: against {name}", _ms(ours), _ms(theirs), value, limit)]
+
+
+def _ms(peer: PeerResult) -> str:
+    return "?" if peer.ms_per_step is None else f"{peer.ms_per_step.p50:.3g} ms"
+
+
+def rows(bars: Iterable[Bar]) -> list[Mapping[str, object]]:
+    """As JSON-ready values."""
+    return [{**dataclasses.asdict(bar), "met": bar.met} for bar in bars]

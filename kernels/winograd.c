@@ -1,0 +1,143 @@
+/* Winograd's F(4x4, 3x3) for CPUs: a 3x3 convolution with stride 1 and padding 1 in a quarter of the multiplications.
+ *
+ *     Y = A' [ (B' d B) . (G g G') ] A        (Lavin & Gray 2016, sec. 4.1, with the points 0, 1, -1, 2, -2, inf)
+ *
+ * Each 4x4 tile of the output comes from a 6x6 tile d of the input. The product over channels is, at each of the 36
+ * positions of a transformed tile, one matrix product [tiles, C] x [C, O]: V_k U_k = M_k, k = 0 ... 35.
+ *
+ * Pictures are NHWC. Tiles are worked through in blocks whose V and M stay in the caches. U is packed in panels:
+ * U[k][o / PANEL][c][o % PANEL]. C must be a multiple of LANES, O one of PANEL. Zen 4 and later and Intel's servers have
+ * LANES 16, older processors 8; see the compiler's flags in winograd.py.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+#define LANES 16
+#define ROWS 12 /* rows of a register block: 12 x 2 sums, 2 of U and a broadcast of V fill 27 of 32 registers */
+#else
+#define LANES 8
+#define ROWS 6 /* 6 x 2 + 2 + 1 of 16 registers */
+#endif
+#define PANEL (2 * LANES)
+#define POSITIONS 36
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef float vec_u __attribute__((vector_size(LANES * 4), aligned(4)));
+
+static inline vec load(const float *p) { return *(const vec_u *)p; }
+static inline void store(float *p, vec v) { *(vec_u *)p = v; }
+
+int winograd_lanes(void) { return LANES; }
+int winograd_rows(void) { return ROWS; }
+
+/* B' applied to six values. */
+static inline void input_line(const vec *d, int stride, vec *out, int step) {
+    vec d0 = d[0], d1 = d[stride], d2 = d[2 * stride], d3 = d[3 * stride], d4 = d[4 * stride], d5 = d[5 * stride];
+    vec a = d4 - 4.0f * d2, b = d3 - 4.0f * d1, c = d4 - d2, e = 2.0f * (d3 - d1);
+    out[0] = 4.0f * d0 - 5.0f * d2 + d4;
+    out[step] = a + b;
+    out[2 * step] = a - b;
+    out[3 * step] = c + e;
+    out[4 * step] = c - e;
+    out[5 * step] = 4.0f * d1 - 5.0f * d3 + d5;
+}
+
+/* A' applied to six values. */
+static inline void output_line(const vec *m, int stride, vec *out, int step) {
+    vec m0 = m[0], m5 = m[5 * stride];
+    vec s = m[stride] + m[2 * stride], d = m[stride] - m[2 * stride];
+    vec u = m[3 * stride] + m[4 * stride], v = m[3 * stride] - m[4 * stride];
+    out[0] = m0 + s + u;
+    out[step] = d + 2.0f * v;
+    out[2 * step] = s + 4.0f * u;
+    out[3 * step] = d + 8.0f * v + m5;
+}
+
+/* V of one tile and LANES channels. */
+static void input_tile(const float *x, int64_t H, int64_t W, int64_t C, int64_t top, int64_t left, float *v, int64_t vk) {
+    vec d[36], t[36];
+    const vec zero = {0};
+    if (top >= 0 && left >= 0 && top + 6 <= H && left + 6 <= W) {
+        for (int i = 0; i < 6; i++)
+            for (int j = 0; j < 6; j++) d[6 * i + j] = load(x + ((top + i) * W + left + j) * C);
+    } else {
+        for (int i = 0; i < 6; i++)
+            for (int j = 0; j < 6; j++) {
+                int64_t r = top + i, q = left + j;
+                int inside = r >= 0 && r < H && q >= 0 && q < W;
+                d[6 * i + j] = inside ? load(x + (r * W + q) * C) : zero;
+            }
+    }
+    for (int j = 0; j < 6; j++) input_line(d + j, 6, t + j, 6);
+    for (int i = 0; i < 6; i++) input_line(t + 6 * i, 1, d + 6 * i, 1);
+    for (int k = 0; k < POSITIONS; k++) store(v + k * vk, d[k]);
+}
+
+/* Y of one tile and LANES channels. */
+static void output_tile(const float *m, int64_t mk, vec bias, float *y, int64_t H, int64_t W, int64_t O, int64_t top,
+                        int64_t left) {
+    vec d[36], t[24], out[16];
+    for (int k = 0; k < POSITIONS; k++) d[k] = load(m + k * mk);
+    for (int j = 0; j < 6; j++) output_line(d + j, 6, t + j, 6);
+    for (int i = 0; i < 4; i++) output_line(t + 6 * i, 1, out + 4 * i, 1);
+    for (int i = 0; i < 4 && top + i < H; i++)
+        for (int j = 0; j < 4 && left + j < W; j++) store(y + ((top + i) * W + left + j) * O, out[4 * i + j] + bias);
+}
+
+/* ROWS x PANEL of M: rows of V times a panel of U. */
+static void product(const float *restrict v, int64_t row, const float *restrict u, int64_t C, float *restrict m,
+                    int64_t mrow) {
+    vec sum[ROWS][2] = {{{0}}};
+    for (int64_t c = 0; c < C; c++) {
+        vec u0 = load(u + c * PANEL), u1 = load(u + c * PANEL + LANES);
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; r++) {
+            float value = v[r * row + c];
+            sum[r][0] += value * u0;
+            sum[r][1] += value * u1;
+        }
+    }
+    for (int r = 0; r < ROWS; r++) {
+        store(m + r * mrow, sum[r][0]);
+        store(m + r * mrow + LANES, sum[r][1]);
+    }
+}
+
+/* y = conv(x) + bias.
+ *
+ * x [B,H,W,C], u [36,O/PANEL,C,PANEL], bias [O], y [B,H,W,O].
+ * block: tiles at a time, a multiple of ROWS; v: 36*block*(C+LANES) floats; m: 36*block*(O+LANES) floats.
+ * The rows of V and M are LANES longer than needed, so that they do not all fall into the same sets of the cache.
+ */
+void winograd_conv(const float *x, const float *u, const float *bias, float *y, float *v, float *m, int64_t B, int64_t H,
+                   int64_t W, int64_t C, int64_t O, int64_t block, int threads) {
+    const int64_t th = (H + 3) / 4, tw = (W + 3) / 4, tiles = B * th * tw;
+    const int64_t vrow = C + LANES, mrow = O + LANES, vk = block * vrow, mk = block * mrow;
+    const int64_t cs = C / LANES, os = O / LANES, panels = O / PANEL;
+#pragma omp parallel num_threads(threads)
+    for (int64_t first = 0; first < tiles; first += block) {
+        const int64_t n = tiles - first < block ? tiles - first : block;
+        const int64_t rows = (n + ROWS - 1) / ROWS;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t tile = first + i, b = tile / (th * tw), r = tile / tw % th, q = tile % tw;
+            for (int64_t c = 0; c < cs; c++)
+                input_tile(x + b * H * W * C + c * LANES, H, W, C, 4 * r - 1, 4 * q - 1, v + i * vrow + c * LANES, vk);
+        }
+#pragma omp for schedule(static)
+        for (int64_t job = 0; job < POSITIONS * panels; job++) {
+            const int64_t k = job / panels, p = job % panels;
+            for (int64_t r = 0; r < rows; r++)
+                product(v + k * vk + r * ROWS * vrow, vrow, u + job * C * PANEL, C,
+                        m + k * mk + r * ROWS * mrow + p * PANEL, mrow);
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t tile = first + i, b = tile / (th * tw), r = tile / tw % th, q = tile % tw;
+            for (int64_t o = 0; o < os; o++)
+                output_tile(m + i * mrow + o * LANES, mk, load(bias + o * LANES), y + b * H * W * O + o * LANES, H, W, O,
+                            4 * r, 4 * q);
+        }
+    }
+}

@@ -1,0 +1,140 @@
+"""Winograd's F(4×4, 3×3) convolution on the CPU (Lavin & Gray 2016): a quarter of the direct one's multiplications.
+
+    Y = Aᵀ [ (Bᵀ d B) ⊙ (G g Gᵀ) ] A        for each 4×4 tile of the output, summed over the input channels
+
+The arithmetic is float32 and the result differs from the direct convolution's by rounding, about five times as much as
+that one's own. The kernel is `winograd.c`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastddpm.kernels._native import load
+
+POSITIONS = 36
+_SOURCE = Path(__file__).with_name("winograd.c")
+_BLOCK_BYTES = 6 << 20  # of V and M, the two transformed blocks: they should stay in the last level's cache
+_G = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6),
+      (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))  # fmt: skip
+_scratch = threading.local()
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL, int, int]:
+    """The compiled kernel, its channels per vector, and its rows per register block."""
+    library = load(_SOURCE)
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.winograd_conv.argtypes = [pointer] * 6 + [size] * 6 + [ctypes.c_int]
+    library.winograd_conv.restype = None
+    return library, int(library.winograd_lanes()), int(library.winograd_rows())
+
+
+def panel() -> int:
+    """The output channels that a panel of packed weights holds, and whose multiples a layer must have.
+
+    Raises:
+        NativeError: the kernel cannot be compiled here.
+    """
+    return 2 * _library()[1]
+
+
+def fits(channels_in: int, channels_out: int) -> bool:
+    """Whether the kernel takes a layer of so many channels.
+
+    Raises:
+        NativeError: the kernel cannot be compiled here.
+    """
+    return channels_in % _library()[1] == 0 and channels_out % panel() == 0
+
+
+def pack(weight: Tensor) -> Tensor:
+    """The weights of a convolution in the form that `winograd_conv` takes.
+
+    U = G g Gᵀ, computed in float64 and rounded once.
+
+    Args:
+        weight: [O, C, 3, 3].
+
+    Returns:
+        float32 [36, O / panel, C, panel].
+    """
+    g = torch.tensor(_G, dtype=torch.float64)
+    width = panel()
+    transformed = (g @ weight.detach().double() @ g.T).float()
+    outputs, inputs = weight.shape[:2]
+    tiles = transformed.permute(2, 3, 1, 0).reshape(POSITIONS, inputs, outputs // width, width)
+    return tiles.transpose(1, 2).contiguous()
+
+
+def winograd_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+    """A 3×3 convolution with stride 1 and padding 1.
+
+    Args:
+        x: float32 [B, C, H, W], best in channels-last layout; another one is copied.
+        packed: float32 [36, O / panel, C, panel], from `pack`.
+        bias: float32 [O].
+
+    Returns:
+        float32 [B, O, H, W], channels-last.
+    """
+    return torch.as_tensor(torch.ops.fastddpm.winograd_conv(x, packed, bias))
+
+
+def _winograd_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+    library, lanes, rows = _library()
+    x = x.contiguous(memory_format=torch.channels_last)
+    (batch, channels, height, width), outputs = x.shape, bias.shape[0]
+    y = torch.empty((batch, outputs, height, width), memory_format=torch.channels_last)
+    tiles = batch * -(-height // 4) * -(-width // 4)
+    per_tile = POSITIONS * (channels + outputs + 2 * lanes)
+    block = max(min(_BLOCK_BYTES // (4 * per_tile), tiles) // rows, 1) * rows
+    if block < tiles <= block + rows:
+        block += rows
+    v_size = POSITIONS * block * (channels + lanes)
+    scratch = _workspace(per_tile * block)
+    base = scratch.data_ptr()
+    library.winograd_conv(
+        x.data_ptr(),
+        packed.data_ptr(),
+        bias.data_ptr(),
+        y.data_ptr(),
+        base,
+        base + 4 * v_size,
+        batch,
+        height,
+        width,
+        channels,
+        outputs,
+        block,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _fake(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+    shape = (x.shape[0], bias.shape[0], *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+# Not `torch.library.custom_op`, whose checks on each call cost as much as a small layer.
+_ops = torch.library.Library("fastddpm", "FRAGMENT")  # type: ignore[no-untyped-call]
+_SCHEMA = "winograd_conv(Tensor x, Tensor packed, Tensor bias) -> Tensor"
+_ops.define(_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))  # type: ignore[no-untyped-call]
+_ops.impl("winograd_conv", _winograd_conv, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("fastddpm::winograd_conv", _fake)
+
+
+def _workspace(size: int) -> Tensor:
+    """Memory for the transformed tiles, kept between calls: fresh pages would cost as much as the arithmetic."""
+    kept: Tensor | None = getattr(_scratch, "kept", None)
+    if kept is None or kept.numel() < size:
+        kept = torch.zeros(size)  # zeros: rows that no tile fills are multiplied too, and must not be denormal
+        _scratch.kept = kept
+    return kept

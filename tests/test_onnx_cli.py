@@ -1,0 +1,121 @@
+"""`fastddpm export`, the example that runs its file without fastddpm, and the layout for a server."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import tiny
+
+pytest.importorskip("onnx", reason="needs onnx")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_only.py"
+
+
+def run(arguments, folder):
+    return subprocess.run(arguments, cwd=folder, env=tiny.environment(), capture_output=True, text=True, check=False)
+
+
+def grids(folder, *options):
+    """The example's grid and the command line's, of the shipped model."""
+    for command in (
+        tiny.command("export", "mnist", "digits.onnx", "--what", "chain"),
+        [sys.executable, EXAMPLE, "digits.onnx", *options],
+        tiny.command("sample", "mnist", *options, "--grid", "reference.png"),
+    ):
+        done = run(command, folder)
+        assert done.returncode == 0, done.stderr
+    return [np.asarray(Image.open(folder / name)).astype(int) for name in ("grid.png", "reference.png")]
+
+
+def check_grids(grid, reference):
+    assert grid.shape == reference.shape
+    assert np.abs(grid - reference).max() <= 1  # a level that lies on the edge between two may fall to either side
+    assert (grid != reference).mean() < 1e-3
+
+
+def test_example_draws_what_sample_draws(tmp_path):
+    check_grids(*grids(tmp_path, "--n", "9", "--seed", "3"))
+
+
+@pytest.mark.slow
+def test_example_draws_what_sample_draws_by_default(tmp_path):
+    check_grids(*grids(tmp_path))
+
+
+def test_example_needs_neither_torch_nor_fastddpm():
+    code = EXAMPLE.read_text()
+    imported = set(re.findall(r"^(?:import|from) (\w+)", code, re.M))
+    assert imported == {"argparse", "json", "math", "numpy", "onnxruntime", "PIL"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def test_server_repository(checkpoint, tmp_path):
+    done = run(tiny.command("export", checkpoint, "my model.onnx", "--what", "network", "--server", "repo"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "wrote my model.onnx (" in done.stdout and "wrote repo/my_model" in done.stdout
+    place = tmp_path / "repo" / "my_model"
+    assert (place / "1" / "model.onnx").read_bytes() == (tmp_path / "my model.onnx").read_bytes()
+    text = (place / "config.pbtxt").read_text()
+    assert text.count("{") == text.count("}")
+    assert 'name: "my_model"\nbackend: "onnxruntime"\nmax_batch_size: 64\ndynamic_batching {' in text
+    names = re.findall(r'^(?:input|output) {\n  name: "(\w+)"', text, re.M)
+    assert names == ["x", "t", "y", "out"]
+    assert re.findall(r'key: "(\w+)"', text) == names[:-1]
+
+
+def test_server_configuration_parses_as_the_published_message(checkpoint, tmp_path):
+    grpc = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="needs tritonclient[grpc]")
+    from google.protobuf import text_format
+
+    from fastddpm.export import OnnxSession, export_onnx
+    from fastddpm.export.server import config
+
+    for options in ({"what": "network"}, {"what": "step", "steps": 3, "tensorrt": True, "batch": 4}):
+        path = export_onnx(checkpoint, tmp_path / "m.onnx", **options).files[0]
+        parsed = text_format.Parse(config("m", OnnxSession(path, "cpu")), grpc.ModelConfig())
+        assert parsed.backend == "onnxruntime"
+
+
+def test_tensorrt_names_its_command(checkpoint, tmp_path):
+    words = ("export", checkpoint, "m.onnx", "--what", "network", "--tensorrt", "--batch", "4")
+    done = run(tiny.command(*words), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "trtexec --onnx=m.onnx --saveEngine=m.engine" in done.stdout
+    assert sorted(os.listdir(tmp_path)) == ["m.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("m.txt",), "the file name must end in .onnx"),
+        (("m.onnx", "--fp16", "--int8"), "--fp16 and --int8 must not both be given"),
+    ],
+)
+def test_bad_options_are_one_line_and_leave_nothing(checkpoint, tmp_path, words, message):
+    done = run(tiny.command("export", checkpoint, *words), tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("fastddpm: error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_metadata_name_the_licence_of_the_card(checkpoint):
+    from fastddpm.export.model_file import licence_of
+
+    assert licence_of(checkpoint) is None
+    (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Card\n")
+    assert licence_of(checkpoint) == "apache-2.0"
+    (checkpoint / "README.md").write_text("# Card\nlicense: none of this\n")
+    assert licence_of(checkpoint) is None
+    assert json.dumps(licence_of(None)) == "null"

@@ -1,0 +1,101 @@
+"""Winograd's convolution against the direct one, and the choice between them."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastddpm.fast_convs import Layer, WinogradConv2d, with_fast_convs
+from fastddpm.kernels._native import NativeError
+from fastddpm.kernels.winograd import fits, pack, winograd_conv
+
+try:
+    fits(32, 32)
+except NativeError as error:
+    pytest.skip(f"no C compiler: {error}", allow_module_level=True)
+
+
+def conv(c_in, c_out, bias=True):
+    torch.manual_seed(c_in + c_out)
+    return nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias).requires_grad_(False)
+
+
+@pytest.mark.parametrize("batch, c_in, c_out", [(1, 32, 32), (2, 96, 64), (5, 64, 160), (3, 128, 32)])
+@pytest.mark.parametrize("height, width", [(1, 1), (4, 4), (7, 5), (8, 12), (13, 3), (33, 17)])
+def test_equals_the_direct_convolution(batch, c_in, c_out, height, width):
+    layer = conv(c_in, c_out)
+    x = torch.randn(batch, c_in, height, width).contiguous(memory_format=torch.channels_last)
+    exact = nn.functional.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+    out = winograd_conv(x, pack(layer.weight), layer.bias)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    # Rounding of the transforms: the points ±2 give factors up to 8, so about 30 units in the last place.
+    assert (out - exact).abs().max() <= 2e-5 * x.abs().max()
+
+
+def test_many_tiles_take_several_blocks():
+    layer = conv(256, 256)
+    x = torch.randn(3, 256, 48, 44)
+    exact = nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
+    assert (winograd_conv(x, pack(layer.weight), layer.bias) - exact).abs().max() <= 1e-4
+
+
+def test_each_picture_is_as_if_alone():
+    layer, x = conv(64, 64), torch.randn(7, 64, 20, 20)
+    packed = pack(layer.weight)
+    together = winograd_conv(x, packed, layer.bias)
+    for i in range(7):
+        assert torch.equal(winograd_conv(x[i : i + 1], packed, layer.bias)[0], together[i])
+
+
+def test_any_layout_and_missing_bias():
+    layer, x = conv(32, 64, bias=False), torch.randn(2, 32, 9, 9)
+    module = WinogradConv2d(layer)
+    assert torch.equal(module(x), module(x.contiguous(memory_format=torch.channels_last)))
+    assert (module(x) - layer(x)).abs().max() < 1e-4
+
+
+def test_nan_stays_within_its_tile():
+    layer, x = conv(32, 32), torch.zeros(1, 32, 16, 16)
+    x[0, 0, 0, 0] = float("nan")
+    out = winograd_conv(x, pack(layer.weight), layer.bias)
+    assert out[..., :2, :2].isnan().all() and not out[..., 4:, 4:].isnan().any()
+
+
+def test_what_fits():
+    assert fits(32, 32) and not fits(3, 32) and not fits(32, 3) and not fits(32, 40)
+
+
+def test_opcheck():
+    torch.library.opcheck(
+        torch.ops.fastddpm.winograd_conv.default,
+        (torch.randn(1, 32, 8, 8).contiguous(memory_format=torch.channels_last), pack(conv(32, 32).weight), torch.zeros(32)),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.wide, self.down = conv(3, 64), conv(64, 64), nn.Conv2d(64, 64, 3, stride=2, padding=1)
+        self.last = conv(64, 3)
+
+    def forward(self, x):
+        return self.last(self.down(self.wide(self.stem(x))))
+
+
+def test_choice_is_by_measurement_and_leaves_the_network_alone(monkeypatch):
+    net, x = Net().eval(), torch.randn(2, 3, 24, 24)
+    monkeypatch.setattr(Layer, "use_winograd", property(lambda self: True))
+    changed, layers = with_fast_convs(net, lambda network: network(x))
+    assert [layer.name for layer in layers] == ["wide"] and layers[0].direct_ms > 0 < layers[0].winograd_ms
+    assert isinstance(changed.wide, WinogradConv2d) and isinstance(net.wide, nn.Conv2d)
+    assert changed.stem.weight is net.stem.weight and not net.wide._forward_pre_hooks
+    assert (changed(x) - net(x)).abs().max() < 1e-4
+    monkeypatch.setattr(Layer, "use_winograd", property(lambda self: False))
+    assert with_fast_convs(net, lambda network: network(x))[0] is net
+    small = torch.randn(1, 3, 8, 8)
+    assert with_fast_convs(net, lambda network: network(small)) == (net, [])
+
+
+def test_other_types_are_left_alone():
+    net = Net().to(torch.bfloat16)
+    assert with_fast_convs(net, lambda network: network(torch.randn(2, 3, 24, 24, dtype=torch.bfloat16))) == (net, [])
