@@ -1,13 +1,13 @@
-"""The ``--benchmark`` switch, and what the results say besides seconds."""
+"""The ``--benchmark`` switch (``--benchmark-only`` does the same), and what the results say besides seconds."""
 
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+from fastddpm.bench.machine import describe
 
 _HERE = Path(__file__).parent
 
@@ -18,9 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the benchmarks without ``--benchmark``; with it, leave out everything else."""
+    """Skip the benchmarks without either switch; with one, leave out everything else."""
     timed = [item for item in items if _HERE in item.path.parents]
-    if config.getoption("--benchmark"):
+    if config.getoption("--benchmark") or config.getoption("--benchmark-only", default=False):
         others = [item for item in items if item not in timed]
         config.hook.pytest_deselected(items=others)
         items[:] = timed
@@ -31,10 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Add what a figure depends on: versions, threads, the GPU if there is one to the results file."""
-    machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["triton"] = version("triton") if find_spec("triton") else None
-    machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine_info["fastddpm"] = describe(torch.get_num_threads())
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:

@@ -119,6 +119,7 @@ class Engine:
         self.why = "nothing was sampled yet"
         self._weights: str | None = None
         self._steps: dict[str, Callable[..., Any]] = {}
+        self._sizes: set[int] = set()  # batches for which a step is compiled
         self._failed: dict[str, str] = {}
         self._captured: tuple[StepCall, Runner] | None = None
 
@@ -146,10 +147,12 @@ class Engine:
         return seconds
 
     def padded(self, size: int, full: int) -> int:
-        """How many samples a batch of `size` is filled up to, where others of the run have `full`."""
-        loaded = self.name in ("compiled", "cuda_graph") or (self.used != "eager" and bool(self._steps))
+        """How many samples a batch of `size` is filled up to, where the run's other batches have `full`.
+
+        A step that is compiled for the others serves the last one too; what it computes for nothing is dropped.
+        """
         worth = self.name != "auto" or size > full // 2
-        return full if loaded and worth else size
+        return full if full in self._sizes and worth else size
 
     def runner(
         self,
@@ -256,6 +259,7 @@ class Engine:
             self.used, self.why = "eager", times
             return None
         self._steps[slot.name] = step
+        self._sizes.add(len(call.state.x))
         self.used, self.why = "compiled", times
         return step
 
@@ -330,6 +334,7 @@ class Engine:
                     ) from error
                 self.why = "the step cannot be captured in a CUDA graph"
         runner = Runner(state, step, graph)
+        self._sizes.add(len(state.x))
         self._captured = (call, runner) if graph is not None and noise is None else None
         return runner
 

@@ -24,10 +24,9 @@ Mode = Literal["none", "add", "scale_shift"]
 GROUP_NORM_RTOL = 2.0**-19
 """Kernel against float64 for float32 inputs, relative to the largest |y|; lower types add their rounding."""
 
-MOST_ELEMENTS = 32768
-"""Elements of one program's tile, padding included, beyond which a group does not fit into registers."""
+MOST_ELEMENTS = 16384
+"""Elements of one program's tile, padding included, beyond which a group does not fit into registers without spills."""
 
-_USUAL_ELEMENTS = 16384
 _WIDE = 32  # channels next to each other in memory from which on accesses are as wide as they get
 _PER_THREAD = 32
 _MODES = ("none", "add", "scale_shift")
@@ -145,9 +144,7 @@ def tile(channels: int, groups: int, pixels: int) -> tuple[int, int] | None:
         return None
     # Neighbouring groups in one program make wide accesses, as long as enough programs are left.
     while (
-        groups % (2 * together) == 0
-        and together * size < _WIDE
-        and _power(2 * together * size) * rows <= _USUAL_ELEMENTS
+        groups % (2 * together) == 0 and together * size < _WIDE and _power(2 * together * size) * rows <= MOST_ELEMENTS
     ):
         together *= 2
     return together, _power(together * size)
@@ -155,7 +152,7 @@ def tile(channels: int, groups: int, pixels: int) -> tuple[int, int] | None:
 
 def warps_for(elements: int, lanes: int = 32) -> int:
     """Warps for a tile of so many elements; `lanes` is 64 on AMD's GPUs."""
-    return min(max(elements // (_PER_THREAD * lanes), 128 // lanes), 1024 // lanes)
+    return min(max(elements // (_PER_THREAD * lanes), 128 // lanes), 512 // lanes)
 
 
 @register_op("fastddpm::add_group_norm")

@@ -156,9 +156,7 @@ def pretended_h100() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.Tensor, name, _on_cuda(getattr(torch.Tensor, name), detour)))
         for name, answer in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-        stack.enter_context(
-            mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _cudnn_memory_format)
-        )
+        stack.enter_context(mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _cudnn_memory_format))
         stack.enter_context(
             mock.patch.dict(device_interface.device_interfaces, {"cuda": _Interface, "cuda:0": _Interface})
         )

@@ -84,15 +84,16 @@ class Peer:
 
 def outside_ms(peer: Peer, job: Job, batch: int, rounds: int = 9) -> float:
     """The median milliseconds of a step of `peer`, whose network is then `Half`."""
+    steps = min(OUTSIDE_STEPS, job.T)
     peer.load(job.without_network())
-    peer.prepare(batch, OUTSIDE_STEPS)
+    peer.prepare(batch, steps)
     peer.run()
     times = []
     for _ in range(rounds):
         began = time.perf_counter()
         peer.run()
         times.append(time.perf_counter() - began)
-    return sorted(times)[rounds // 2] / OUTSIDE_STEPS * 1e3
+    return sorted(times)[rounds // 2] / steps * 1e3
 
 
 def count_flops(network: nn.Module, *example: Tensor) -> float:

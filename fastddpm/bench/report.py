@@ -76,7 +76,7 @@ def markdown(
         "Each peer in a process of its own, in turn, the others stopped; same weights, steps and noise, pictures "
         "compared before anything is timed. Times are medians over the rounds; × is the median of (its time / our "
         "fastest time of that precision) within a round, so above 1 means that ours is faster. Compile: how much "
-        f"longer the first run took than the next, compilers' caches {'empty' if settings.get('cold') else 'as found'}.",
+        f"longer the first run took than the next, caches {'empty' if settings.get('cold') else 'as found'}.",
     ]
     found = bars.judge(results)
     if found:

@@ -324,7 +324,7 @@ class WorkloadRun:
             self._say(result.batch, peer.peer, "cost over steps")
             with contextlib.suppress(WorkerError):
                 worker, costs = self._workers[peer.peer], {}
-                for steps in self.settings.over_steps:
+                for steps in filter(self._job.T.__ge__, self.settings.over_steps):
                     worker.ask({**request, "steps": steps}, ANSWER_S)
                     costs[str(steps)] = min(worker.ask({"do": "run"}, ANSWER_S)["seconds"] for _ in range(3))
                 result.over_steps[peer.peer] = costs

@@ -219,7 +219,7 @@ class Job:
             **self._method(),
             class_labels=self.labels(ids),
             guidance_scale=self.guidance,
-            batch_size=len(ids),
+            batch_size=max(len(ids), self.batch_size or default_batch_size(self.sampler.device)),
             output="uint8",
             callback=animation,
         )

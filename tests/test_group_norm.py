@@ -1,0 +1,324 @@
+"""`add_group_norm` on the CPU, compiled ahead of time, and on a GPU; and `fused_body`, the network made of it."""
+
+import functools
+import re
+
+import pytest
+import torch
+
+from fastddpm.fused_body import Pending, fused_body, is_fusable
+from fastddpm.kernels.group_norm import (
+    MOST_ELEMENTS,
+    _add_group_norm_kernel,
+    _power,
+    add_group_norm,
+    add_group_norm_reference,
+    tile,
+    warps_for,
+)
+from tests.kernels.cases import pretend_on_gpu
+from tests.kernels.norm_cases import TERMS, check_norm, norm_case, norm_float64
+from tests.test_unet import OPTIONS, inputs, make
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS.keys())
+def test_reference_against_float64(terms):
+    case = norm_case((3, 24, 4, 5), 4, terms)
+    # Float64 through the reference itself: it has the equations right, whatever float32 rounds.
+    double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in case.items()}
+    names = ("x", "weight", "beta", "groups", "eps")
+    rest = {k: v for k, v in double.items() if k not in names}
+    total, y = add_group_norm_reference(*(double[name] for name in names), **rest)
+    want_total, want = norm_float64(case)
+    torch.testing.assert_close(total, torch.from_numpy(want_total))
+    torch.testing.assert_close(y, torch.from_numpy(want))
+
+
+@pytest.mark.parametrize("terms", ["everything, add", "everything, scale-shift"])
+def test_cpu(terms):
+    check_norm(norm_case((3, 24, 4, 5), 4, TERMS[terms]))
+
+
+def test_reference_is_differentiable():
+    case = norm_case((2, 8, 3, 3), 4, ("bias", "residual"))
+    case["x"].requires_grad_(True)
+    add_group_norm(**case)[1].square().sum().backward()
+    assert case["x"].grad.abs().sum() > 0
+
+
+def test_op_on_a_pretended_gpu():
+    """The branch that CUDA tensors take, and the op's shapes and layouts, without running the kernel."""
+    pytest.importorskip("triton")
+    case = norm_case((2, 16, 4, 6), 2, TERMS["everything, add"], dtype=torch.bfloat16)
+    fakes = {k: pretend_on_gpu(v) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+    total, y = add_group_norm(**fakes)
+    for result in (total, y):
+        assert result.shape == (2, 24, 4, 6) and result.dtype == torch.bfloat16 and result.device.type == "cuda"
+        assert result.is_contiguous(memory_format=torch.channels_last)
+    arguments = (fakes["x"], *(fakes.get(name) for name in ("bias", "row", "index", "residual", "skip")))
+    arguments += (fakes["weight"], fakes["beta"], 2, 1e-5, fakes["column"], False, True, True)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.fastddpm.add_group_norm.default, arguments, test_utils=tests)
+
+
+def test_pictures_too_large_for_registers_take_pytorch_on_gpus():
+    assert tile(128, 32, 256 * 256) is None
+    fakes = {k: pretend_on_gpu(torch.zeros(s, device="meta")) for k, s in [("x", (1, 8, 256, 256)), ("weight", 8)]}
+    called = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastddpm.kernels.group_norm._add_group_norm_op", lambda *a: called.append("kernel"))
+        patch.setattr(
+            "fastddpm.kernels.group_norm.add_group_norm_reference",
+            lambda *a, **k: called.append("reference") or (a[0], a[0]),
+        )
+        add_group_norm(fakes["x"], fakes["weight"], fakes["weight"], 4, 1e-5)
+    assert called == ["reference"]
+
+
+@pytest.mark.parametrize("channels", [32, 96, 128, 256, 384, 512, 768, 1024])
+@pytest.mark.parametrize("side", [1, 4, 7, 16, 28, 32, 64, 128])
+@pytest.mark.parametrize("groups", [1, 8, 32])
+def test_tiles_hold_whole_groups(channels, side, groups):
+    plan = tile(channels, groups, side * side)
+    alone = _power(channels // groups) * _power(side * side)
+    if plan is None:
+        assert alone > MOST_ELEMENTS
+        return
+    together, wide = plan
+    assert groups % together == 0 and wide == _power(together * channels // groups)
+    elements = wide * _power(side * side)
+    assert elements <= MOST_ELEMENTS
+    assert 4 <= warps_for(elements) <= 16 and 2 <= warps_for(elements, 64) <= 8
+    assert elements / (32 * warps_for(elements)) <= 32
+
+
+def _wrong(change, error, match):
+    return pytest.param(change, error, match, id=match)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        _wrong({"x": 1.0}, TypeError, "x must be a tensor, got float"),
+        _wrong({"x": torch.zeros(2, 8, 4)}, ValueError, r"x must be of shape \[B, C, H, W\]"),
+        _wrong({"x": torch.zeros(2, 8, 4, 4).double()}, TypeError, "x must be float32"),
+        _wrong({"groups": 5}, ValueError, r"groups must divide the channels \(12\), got 5; choose"),
+        _wrong({"groups": 0}, ValueError, "groups must divide"),
+        _wrong({"weight": torch.ones(8)}, ValueError, r"weight must be of shape \[12\], got \[8\]"),
+        _wrong({"beta": torch.ones(12, device="meta")}, ValueError, "beta must be on cpu"),
+        _wrong({"bias": torch.ones(12)}, ValueError, r"bias must be of shape \[8\]"),
+        _wrong({"residual": torch.ones(2, 12, 4, 4)}, ValueError, r"residual must be of shape \[2, 8, 4, 4\]"),
+        _wrong({"residual": torch.ones(2, 8, 4, 4).half()}, TypeError, "residual must be float32, got float16"),
+        _wrong({"skip": torch.ones(2, 4, 4, 5)}, ValueError, "skip must be of shape"),
+        _wrong({"mode": "film"}, ValueError, "mode must be one of none, add, scale_shift, got 'film'; pick one"),
+        _wrong({"mode": "none"}, ValueError, "row must be given unless mode is none, got one with 'none'"),
+        _wrong({"row": None}, ValueError, "row must be given unless mode is none, got none with 'add'"),
+        _wrong({"row": torch.ones(3, 20)}, ValueError, r"row must be of shape \[2, D\]"),
+        _wrong({"column": 8}, ValueError, "column must leave 8 entries of the row's 15, got 8; pass all"),
+        _wrong({"column": -1}, ValueError, "column must leave 8 entries"),
+        _wrong({"index": torch.zeros(3, dtype=torch.int64)}, ValueError, r"index must be of shape \[2\]"),
+        _wrong({"index": torch.zeros(2)}, TypeError, "index must be int64, got float32"),
+    ],
+)
+def test_refuses(change, error, match):
+    case = norm_case((2, 8, 4, 4), 4, TERMS["everything, add"], skip_channels=4)
+    with pytest.raises(error, match=f"^add_group_norm: {match}") as raised:
+        add_group_norm(**case | change)
+    assert "; " in str(raised.value), "the line must say how to mend it"
+
+
+# --- the machine code ---
+
+AOT = {
+    "finest level": ((128, 0), 32, 1024, ("residual",)),
+    "three to one, twelve channels to a group": ((256, 128), 32, 1024, ("residual", "skip")),
+    "with time": ((256, 0), 32, 256, ("add",)),
+    "scale-shift": ((256, 0), 32, 256, ("scale_shift",)),
+    "two halves": ((256, 256), 32, 256, ("residual", "skip")),
+    "coarsest level": ((256, 256), 32, 16, ("residual", "skip")),
+    "the largest tile": ((128, 0), 32, 4096, ("residual",)),
+    "MNIST": ((32, 0), 8, 784, ("scale_shift",)),
+}
+
+
+@functools.cache
+def compiled(name, target, dtype="bf16"):
+    """Registers, stack bytes and machine instructions of one kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from fastddpm.kernels import aot
+
+    (own, more), groups, pixels, terms = AOT[name]
+    cuda, channels = target.startswith("sm_"), own + more
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
+    together, wide = tile(channels, groups, pixels)
+    types = dict.fromkeys(("x", "bias", "residual", "skip", "weight", "beta", "total", "out"), f"*{dtype}")
+    types |= {"row": "*fp32", "index": "*i64", "eps": "fp32"}
+    numbers = {"pixels": pixels, "own": own, "channels": channels, "row_width": 4992, "column": 128, "rows": 1001}
+    constants = {"SCALE_SHIFT": "scale_shift" in terms, "SILU": True, "GROUP": channels // groups, "GROUPS": together}
+    constants |= {"WIDTH": wide, "PIXELS": _power(pixels)}
+    timed = "add" in terms or "scale_shift" in terms
+    given = {"row": timed, "index": timed, "residual": "residual" in terms, "skip": more > 0, "total": not timed}
+    constants |= {argument: None for argument, there in given.items() if not there}
+    kernel = _add_group_norm_kernel
+    types |= dict.fromkeys(numbers, "i32")
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or numbers.get(name, 1) % 16 == 0
+    }
+    source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
+    warps = warps_for(wide * _power(pixels), gpu.warp_size)
+    asm = triton.compile(source, target=gpu, options={"num_warps": warps}).asm
+    instructions, registers, spill = aot._read_cubin(asm["cubin"]) if cuda else aot._read_amdgcn(asm["amdgcn"])
+    return instructions, registers, spill
+
+
+ELSEWHERE = ("finest level", "three to one, twelve channels to a group", "scale-shift", "the largest tile")
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [(name, "sm_90") for name in AOT] + [(n, t) for n in ELSEWHERE for t in ("sm_80", "sm_100", "gfx942")],
+)
+def test_no_spills(name, target):
+    pytest.importorskip("triton")
+    assert compiled(name, target)[2] == 0
+
+
+def test_float32_does_not_spill():
+    pytest.importorskip("triton")
+    assert compiled("the largest tile", "sm_90", "fp32")[2] == 0
+    assert compiled("three to one, twelve channels to a group", "sm_90", "fp32")[2] == 0
+
+
+@pytest.mark.parametrize("name", ["finest level", "two halves", "with time"])
+def test_pictures_are_read_once_in_wide_accesses(name):
+    pytest.importorskip("triton")
+    (own, more), groups, pixels, terms = AOT[name]
+    instructions, _, _ = compiled(name, "sm_90")
+    _, wide = tile(own + more, groups, pixels)
+    per_thread = wide * pixels // (32 * warps_for(wide * pixels))
+    loads = sum("LDG.E.128" in line for line in instructions)
+    stores = sum("STG.E.128" in line for line in instructions)
+    pictures = 1 + ("residual" in terms) + (more > 0)
+    written = 1 if "add" in terms else 2
+    # Eight elements to an access; weight, beta, bias and row are a few more per thread.
+    assert stores == written * per_thread // 8
+    assert loads <= pictures * per_thread // 8 + 6
+    assert not [line for line in instructions if re.search(r"\bSTG\.E(\.64|\.U16)?\s", line)]
+
+
+def test_arithmetic_stays_in_float32():
+    """A float64 ε, which is what Inductor makes of a Python number, must not turn the arithmetic into float64."""
+    pytest.importorskip("triton")
+    instructions, _, _ = compiled("finest level", "sm_90")
+    assert not [line for line in instructions if re.match(r"D(ADD|MUL|FMA)\b", line)]
+
+
+# --- the network ---
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+class TestFusedBody:
+    @torch.no_grad()
+    def test_equals_body(self, options):
+        network = make(**options)
+        x, t, y = inputs(network)
+        projections = network.embed(t, y)
+        want = network.body(x, projections)
+        assert (fused_body(network, x, projections) - want).abs().max() <= 1e-5 * want.abs().max()
+
+    @torch.no_grad()
+    def test_rows_by_index(self, options):
+        network = make(**options)
+        x, t, y = inputs(network)
+        projections, index = network.embed(t, y), torch.tensor([2, 0, 2])
+        want = network.body(x, projections[index])
+        torch.testing.assert_close(network.body(x, projections, index), want, rtol=0, atol=0)
+        assert (fused_body(network, x, projections, index) - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@torch.no_grad()
+def test_fused_body_in_bfloat16_is_no_less_exact_than_body():
+    network = make(num_heads=2)
+    x, t, y = inputs(network, batch=8)
+    projections = network.embed(t, y)
+    want = network.body(x, projections)
+    network.cast(torch.bfloat16)
+    errors = [(f(x, projections).float() - want).square().mean().sqrt() for f in (network.body, network_fused(network))]
+    assert 0 < errors[1] <= 1.2 * errors[0]
+
+
+def network_fused(network):
+    return functools.partial(fused_body, network)
+
+
+def test_it_is_used_on_gpus_for_inference_only(monkeypatch):
+    network = make()
+    x, gpu = torch.zeros(1, 2, 8, 8), pretend_on_gpu(torch.zeros(1, 2, 8, 8))
+    with torch.no_grad():
+        assert not is_fusable(network, x)
+        assert is_fusable(network, gpu)
+        assert not is_fusable(network.train(), gpu)
+        assert is_fusable(network.eval(), gpu)
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        assert not is_fusable(network, gpu)
+        monkeypatch.undo()
+    assert not is_fusable(network, gpu)
+
+
+def test_a_pending_sum_is_made_once_and_alike():
+    case = norm_case((2, 8, 4, 4), 4, ("bias", "residual", "skip"), skip_channels=4)
+    norm = torch.nn.GroupNorm(4, 12)
+    terms = [case[name] for name in ("x", "bias", "residual", "skip")]
+    by_itself, by_norm = Pending(*terms), Pending(*terms)
+    y = by_norm.normed(norm)
+    assert by_itself.total is by_itself.total and by_norm.total is by_norm.total
+    torch.testing.assert_close(by_itself.total, by_norm.total)
+    torch.testing.assert_close(by_itself.normed(norm), y)
+    torch.testing.assert_close(torch.cat((terms[0] + terms[1][:, None, None] + terms[2], terms[3]), 1), by_norm.total)
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+class TestGpu:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+    @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS.keys())
+    def test_terms(self, terms, dtype):
+        check_norm(norm_case((3, 24, 4, 5), 4, terms, dtype=dtype), "cuda")
+
+    @pytest.mark.parametrize(
+        ("shape", "groups"),
+        [
+            ((16, 128, 32, 32), 32),
+            ((16, 384, 32, 32), 32),
+            ((2, 256, 64, 64), 32),
+            ((1, 1, 1, 2), 1),
+            ((3, 12, 31, 33), 3),
+        ],
+        ids=str,
+    )
+    def test_shapes(self, shape, groups):
+        check_norm(norm_case(shape, groups, ("bias", "add", "residual"), dtype=torch.bfloat16), "cuda")
+
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+    @torch.no_grad()
+    def test_network(self, options):
+        network = make(**options)
+        x, t, y = inputs(network)
+        want = network(x, t, y)
+        gpu = network.cuda().to(memory_format=torch.channels_last)
+        allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            got = gpu(x.cuda(), t.cuda(), None if y is None else y.cuda())
+        finally:
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
+        assert (got.cpu() - want).abs().max() <= 1e-5 * want.abs().max()
