@@ -21,8 +21,8 @@ from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import ModelSpec
 
 SHAPE = (3, 32, 32)
-STEPS = 100
-ROUNDS = 15
+STEPS = 1000
+ROUNDS = 7
 ATOL = 1e-4
 JOB = Job("", {}, SHAPE, 1000, None, "", "", None, "", torch.get_num_threads())
 

@@ -151,7 +151,7 @@ def export_onnx(
     """
     require_onnx()
     check_opset(opset)
-    sampler = model if isinstance(model, Sampler) else Sampler.from_pretrained(model, device="cpu")
+    sampler = model if isinstance(model, Sampler) else Sampler.from_pretrained(model, device="cpu", engine="eager")
     plan = _plan(sampler.spec, what, precision, opset, batch, noise, guidance, output, tensorrt)
     _check_path(path)
     options: dict[str, Any] = {

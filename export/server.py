@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastddpm.export.session import OnnxSession
-from fastddpm.files import atomic_path, make_folder, write_text
+from fastddpm.files import atomic_path, check_writable, make_folder, write_text
 
 if TYPE_CHECKING:
     from fastddpm.export.exporter import Exported
@@ -24,9 +24,9 @@ def check_repository(folder: str | os.PathLike[str]) -> None:
 
     Raises:
         NotADirectoryError: something on the way is a file.
-        OSError: the folder cannot be made.
+        OSError: nothing can be written there.
     """
-    make_folder(Path(folder))
+    check_writable(Path(folder))
 
 
 def write_repository(folder: str | os.PathLike[str], exported: Exported) -> Path:

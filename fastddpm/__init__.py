@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from fastddpm.checkpoints import Checkpoint as Checkpoint
     from fastddpm.checkpoints import CheckpointError as CheckpointError
     from fastddpm.checkpoints import load_checkpoint as load_checkpoint
+    from fastddpm.export import OnnxSampler as OnnxSampler
     from fastddpm.integrations import accelerate as accelerate
     from fastddpm.integrations.diffusers_schedulers import FastDDIMScheduler as FastDDIMScheduler
     from fastddpm.integrations.diffusers_schedulers import FastDDPMScheduler as FastDDPMScheduler
@@ -37,6 +38,7 @@ _HOME = {
     "FastDPMSolverMultistepScheduler": "integrations.diffusers_schedulers",
     "ModelSpec": "spec",
     "NoiseSchedule": "schedule",
+    "OnnxSampler": "export",
     "Preview": "sampler",
     "Sampler": "sampler",
     "State": "state",

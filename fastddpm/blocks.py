@@ -110,7 +110,7 @@ class Attention(nn.Module):
         """Attention proper: queries, keys and values [B, H·W, 3C] of the fused projection, mixed to [B, H·W, C]."""
         b, positions, width = qkv.shape
         axes = (3, self.heads) if self.order == "qkv_heads" else (self.heads, 3)
-        parts = qkv.unflatten(2, (*axes, width // (3 * self.heads)))
+        parts = torch.unflatten(qkv, 2, (*axes, width // (3 * self.heads)))
         if self.order == "heads_qkv":
             parts = parts.transpose(2, 3)
         q, k, v = (part.transpose(1, 2) for part in parts.unbind(2))

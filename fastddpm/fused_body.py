@@ -152,7 +152,8 @@ def _attended(module: nn.Module, h: Pending) -> Pending:
         return h
     y = h.normed(module.norm, silu=False) if isinstance(module.norm, nn.GroupNorm) else h.total
     x = h.total
-    mixed = module.mixed(F.linear(_per_pixel(y), module.qkv.weight, module.qkv.bias).unflatten(0, (x.shape[0], -1)))
+    qkv = F.linear(_per_pixel(y), module.qkv.weight, module.qkv.bias)
+    mixed = module.mixed(torch.unflatten(qkv, 0, (x.shape[0], -1)))
     return Pending(_as_pictures(F.linear(mixed.flatten(0, 1), module.out.weight), x), module.out.bias, x)
 
 

@@ -9,7 +9,7 @@ The second step is the adaptive norm of Dhariwal and Nichol (2021, sec. 3); it a
 picture is held in registers, so that memory is read once; where it does not fit, PyTorch's own operations are used.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -365,7 +365,8 @@ def add_group_norm_unchecked(
         )
     alone = bias is None and residual is None and skip is None and mode != "add"
     index = None if index is None else index.contiguous()
-    x, residual, skip = (_channels_last(tensor) for tensor in (x, residual, skip))
+    x = x.contiguous(memory_format=torch.channels_last)
+    residual, skip = _channels_last(residual), _channels_last(skip)
     total, out = _add_group_norm_op(
         x,
         bias,
@@ -405,8 +406,8 @@ def _check(
     name = "add_group_norm"
     check_tensor(name, "x", x, dtypes=OUT_DTYPES, shape=("B", "C", "H", "W"))
     batch, own, height, width = x.shape
-    more = {"dtypes": OUT_DTYPES, "device": x.device}
-    like = {"dtypes": (x.dtype,), "device": x.device}
+    more: dict[str, Any] = {"dtypes": OUT_DTYPES, "device": x.device}
+    like: dict[str, Any] = {"dtypes": (x.dtype,), "device": x.device}
     channels = own
     if skip is not None:
         check_tensor(name, "skip", skip, shape=(batch, "C'", height, width), **like)

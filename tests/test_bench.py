@@ -146,6 +146,7 @@ def test_targets():
     assert found["cifar10, B = 8, fp32: of the matrix product's speed"].value == pytest.approx(6.4)
     assert found["cifar10, B = 8: memory, fastddpm, compiled"].met
     assert not any("bf16" in what for what in found)
+    assert bars.judge([measured("mnist", 1, fastddpm_eager=(1.0,), diffusers=(3.5,))]) == []
     assert all(isinstance(row["met"], bool) for row in bars.rows(found.values()))
 
 

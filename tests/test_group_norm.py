@@ -243,6 +243,21 @@ class TestFusedBody:
         assert (fused_body(network, x, projections, index) - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+@pytest.mark.parametrize("name", ["ho", "scale-shift", "resblock-updown", "asymmetric"])
+@torch.no_grad()
+def test_fused_body_is_one_graph(name, monkeypatch):
+    """As a GPU would trace it: the choice of the way and the way itself, without a break."""
+    network = make(**OPTIONS[name])
+    x, t, y = inputs(network)
+    projections = network.embed(t, y)
+    want = network.body(x, projections)
+    monkeypatch.setattr("fastddpm.fused_body.runs_triton", lambda device: True)
+    assert is_fusable(network, x)
+    torch._dynamo.reset()
+    got = torch.compile(network.body, fullgraph=True, backend="eager")(x, projections)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 @torch.no_grad()
 def test_fused_body_in_bfloat16_is_no_less_exact_than_body():
     network = make(num_heads=2)

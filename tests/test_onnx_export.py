@@ -307,6 +307,22 @@ def test_the_onnx_engine_keeps_its_file(sampler, tmp_path, monkeypatch):
         Sampler(sampler.model, sampler.schedule, sampler.spec, device="cpu", engine="onnx", precision="bf16")
 
 
+class SelfConditioned(torch.nn.Module):
+    def forward(self, x, t, x_self_cond):
+        return 0.4 * x + 0.3 * torch.tanh(x_self_cond) + t.view(-1, 1, 1, 1) / 40
+
+
+def test_self_conditioning_and_dynamic_thresholds(tmp_path):
+    spec = ModelSpec(shape=(1, 8, 8), self_condition=True, to_unit="affine", threshold=(0.9, 2.0))
+    sampler = Sampler(SelfConditioned(), NoiseSchedule.linear(20), spec, device="cpu", engine="eager")
+    method = {"solver": "ddpm", "steps": 6}
+    path = export_onnx(sampler, tmp_path / "m.onnx", **method).files[0]
+    ours = sampler.sample(3, progress=False, **method)
+    torch.testing.assert_close(OnnxSampler(path, "cpu").sample(3, progress=False), ours, rtol=0, atol=1e-5)
+    plain = sampler.sample(3, progress=False, clip=1.0, **method)
+    assert (plain - ours).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("name", ["m.txt", "m", "folder.onnx"])
 def test_bad_file_names(sampler, tmp_path, name):
     (tmp_path / "folder.onnx").mkdir()

@@ -8,10 +8,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastddpm.denoiser import Denoiser
+from fastddpm.denoiser import Denoiser, bind
 from fastddpm.kernels import COLUMNS, aot
+from fastddpm.sampler import Sampler
+from fastddpm.schedule import NoiseSchedule
+from fastddpm.spec import ModelSpec
 from fastddpm.state import State, advance
 from fastddpm.unet import UNet, UNetConfig
+from tests.networks import SPEC, tiny_unet
 from tests.pretend import CUDA, Fakes, Generated, compiled_kernels, cuda_code
 
 CIFAR = UNetConfig(downsample_padding="asymmetric")
@@ -130,3 +134,97 @@ class TestCifar:
 
     def test_kernels_compile_without_spills(self, cifar):
         check_kernels(cifar)
+
+
+# --- on a real one ---
+
+
+@pytest.fixture
+def on_gpu():
+    """Float32 without TF32, a network with every part, and a run of it: (denoiser, table, new state)."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+    def make(device="cuda", dtype=None, batch=5):
+        network = tiny_unet() if dtype is None else tiny_unet().cast(dtype)
+        sampler = Sampler(network, NoiseSchedule.linear(40), SPEC, device=device)
+        table = sampler.table(solver="ddpm", steps=12)
+        labels = torch.arange(batch) % 3
+        state = State.create(sampler.spec.shape, torch.arange(batch), 3, device=sampler.device, labels=labels)
+        return bind(sampler.model, sampler.spec, table, labels.to(sampler.device)), table, state
+
+    yield make
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@torch.no_grad()
+def run_eagerly(denoiser, table, state):
+    for _ in range(table.S):
+        advance(denoiser, table, state)
+    return state.x
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_run_on_the_gpu_gives_the_cpus_pictures(on_gpu):
+    want = run_eagerly(*on_gpu("cpu"))
+    torch.testing.assert_close(run_eagerly(*on_gpu()).cpu(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_the_compiled_step_gives_the_same_trajectory(on_gpu):
+    want = run_eagerly(*on_gpu())
+    denoiser, table, state = on_gpu()
+    compiled = torch.compile(advance, fullgraph=True, dynamic=False)
+    for _ in range(table.S):
+        compiled(denoiser, table, state)
+    torch.testing.assert_close(state.x, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_captured_step_replays_the_whole_trajectory(on_gpu, steps, dtype):
+    want = run_eagerly(*on_gpu(dtype=dtype))
+    denoiser, table, state = on_gpu(dtype=dtype)
+    start = state.x.clone()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        advance(denoiser, table, state)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(steps):
+            advance(denoiser, table, state)
+    state.x.copy_(start)
+    state.step.zero_()
+    for _ in range(table.S // steps + 1):  # one more than needed: finished samples stay
+        graph.replay()
+    assert state.step.tolist() == [table.S] * len(start)
+    tolerance = 1e-5 if dtype is None else 2e-2
+    torch.testing.assert_close(state.x, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@torch.no_grad()
+def test_launches_on_the_gpu_are_those_that_were_counted(cifar):
+    """The profiler's count of kernels of a compiled step against the count from the code."""
+    network = UNet(CIFAR).eval().cast(torch.bfloat16).cuda().to(memory_format=torch.channels_last)
+    sampler = Sampler(network, NoiseSchedule.linear(1000), ModelSpec(shape=(3, 32, 32)), device="cuda")
+    table = sampler.table(solver="ddpm", steps=50)
+    state = State.create((3, 32, 32), torch.arange(16), 0, device=sampler.device)
+    denoiser = bind(network, sampler.spec, table)
+    compiled = torch.compile(advance, fullgraph=True, dynamic=False)
+    for _ in range(3):
+        compiled(denoiser, table, state)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        compiled(denoiser, table, state)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert not [name for name in kernels if "Memcpy DtoH" in name or "Memcpy HtoD" in name]
+    assert sum("p_sample" in name for name in kernels) == 1
+    # Libraries may split a product or re-order a weight, which the code does not show.
+    assert len(kernels) <= sum(cifar.launches().values()) + 40, len(kernels)

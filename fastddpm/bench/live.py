@@ -14,6 +14,11 @@ from fastddpm.bench.figures import BatchResult, WorkloadResult
 from fastddpm.bench.report import COLUMNS, cells, in_order
 from fastddpm.bench.worker import LABELS
 
+WIDE = 150
+"""Columns of a terminal from which on the whole table is shown."""
+NARROW = (0, 1, 2, 5)
+"""The columns that a narrower one gets; the rest stands in results.md."""
+
 
 class View:
     """Shows a run; a context.
@@ -57,10 +62,14 @@ class View:
         if self.quiet:
             return
         title = f"{workload.name}, B = {one.batch} ({one.rounds} rounds of {one.steps} steps)"
-        table = Table(*COLUMNS, title=title, title_justify="left", expand=False)
+        shown = range(len(COLUMNS)) if self.console.width >= WIDE else NARROW
+        table = Table(title=title, title_justify="left")
+        for i in shown:
+            table.add_column(COLUMNS[i], no_wrap=True)
         for peer in in_order(one):
             if peer.ms_per_step is not None:
-                table.add_row(*cells(one, peer))
+                row = cells(one, peer)
+                table.add_row(*(row[i] for i in shown))
         if table.row_count:
             self.console.print(table)
         for peer in one.peers:

@@ -128,6 +128,8 @@ def watch(
                     size = watched.memory_info().rss
                 except psutil.NoSuchProcess:
                     break
+                if not size:  # it has just ended
+                    break
                 curve.seconds.append(time.monotonic() - began)
                 curve.pictures.append(_count(out))
                 curve.bytes.append(size)

@@ -22,7 +22,7 @@ from fastddpm.kernels.philox import X_T_COUNTER
 from fastddpm.reference import p_sample_loop
 from fastddpm.sampler import Sampler
 
-OUTSIDE_STEPS = 50
+OUTSIDE_STEPS = 200
 COPY_BYTES = 1 << 27
 
 
@@ -82,7 +82,7 @@ class Peer:
         return self.job.labels(self.batch)
 
 
-def outside_ms(peer: Peer, job: Job, batch: int, rounds: int = 9) -> float:
+def outside_ms(peer: Peer, job: Job, batch: int, rounds: int = 5) -> float:
     """The median milliseconds of a step of `peer`, whose network is then `Half`."""
     steps = min(OUTSIDE_STEPS, job.T)
     peer.load(job.without_network())

@@ -9,7 +9,7 @@ from typing import Any
 from fastddpm.bench import bars
 from fastddpm.bench.figures import BatchResult, PeerResult, Quantiles, WorkloadResult, as_json
 from fastddpm.bench.memory import MemoryCurve
-from fastddpm.bench.worker import LABELS
+from fastddpm.bench.worker import COMPILES, LABELS
 from fastddpm.files import write_json, write_text
 
 FORMAT_VERSION = 1
@@ -141,7 +141,7 @@ def cells(one: BatchResult, peer: PeerResult) -> list[str]:
         f"{peer.gflops.p50:.0f}" if peer.gflops else "",
         f"{peer.of_peak.p50:.0%}" if peer.of_peak else "",
         "" if peer.outside_ms is None else f"{peer.outside_ms:.3g} ms ({peer.outside_share or 0:.1%})",
-        f"{peer.compile_s:.0f} s" if peer.compile_s is not None and peer.compile_s >= 1 else "",
+        f"{peer.compile_s:.0f} s" if peer.compile_s is not None and peer.peer in COMPILES else "",
         f"{peer.run_bytes / 1e6:.0f} MB" if peer.run_bytes else "",
         str(peer.equality or ""),
     ]

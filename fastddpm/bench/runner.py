@@ -177,7 +177,7 @@ class WorkloadRun:
         self._time(result, until)
         for peer in result.peers:
             if peer.seconds:
-                self._look_closer(result, peer)
+                self._look_closer(result, peer, until)
         is_first = self.workload.batches[0] == batch
         if self.settings.over_steps and is_first and not self.workload.is_update and self.workload.model:
             self._cost_over_steps(result)
@@ -302,14 +302,16 @@ class WorkloadRun:
         measured: dict[str, float] = answer["measured"]
         return measured
 
-    def _look_closer(self, result: BatchResult, peer: PeerResult) -> None:
+    def _look_closer(self, result: BatchResult, peer: PeerResult, until: float) -> None:
         """Memory, and the time of a step outside the network; a failure only leaves these out."""
         self._say(result.batch, peer.peer, "memory and overhead")
         worker = self._workers[peer.peer]
         try:
             memory = worker.ask({"do": "memory"}, ANSWER_S)
             peer.run_bytes, peer.whole_bytes = memory["run_bytes"], memory["whole_bytes"]
-            if not self.workload.is_update:
+            # A compiled engine compiles anew for this: once, at the smallest batch, where it weighs most.
+            is_cheap = "compiled" not in peer.peer or result.batch == self.workload.batches[0]
+            if not self.workload.is_update and is_cheap and time.monotonic() < until:
                 peer.outside_ms = worker.ask({"do": "outside"}, ANSWER_S)["ms"]
         except WorkerError as error:
             if peer.peer in self._workers and "no answer" in str(error):

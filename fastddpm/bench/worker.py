@@ -49,6 +49,10 @@ LABELS = {
 """Name → what people read."""
 
 
+COMPILES = frozenset(name for name in PEERS if "compiled" in name or "openvino" in name)
+"""Those whose first run has a compiler in it."""
+
+
 def precision_of(name: str) -> str:
     """The precision of a peer's network."""
     return "bf16" if name.endswith("-bf16") else "fp32"

@@ -80,7 +80,7 @@ _MNIST_UNET = {"dim": 32, "dim_mults": [1, 2, 3], "channels": 1}
 _CIFAR10_UNET = {"dim": 128, "dim_mults": [1, 2, 2, 2], "channels": 3}
 
 FULL = (
-    Workload("update", "the update alone, [B, 3, 32, 32]", (1,), (100,),
+    Workload("update", "the update alone, [B, 3, 32, 32]", (1,), (1000,),
              ("fastddpm-compiled", "fastddpm-eager", "diffusers", "reference"), share=0.4),
     Workload("mnist", "the shipped 28×28 model", (1, 16, 64), (20, 10, 4),
              (*OURS, *_THEIRS, "reference", "openvino-bf16"), "mnist", lucidrains=_MNIST_UNET, share=3),
@@ -91,7 +91,8 @@ FULL = (
              unet={**_GOOGLE, **_CELEBAHQ}, variance="fixed_small", share=4),
 )  # fmt: skip
 QUICK = (
-    Workload("update", FULL[0].title, (1,), (100,), ("fastddpm-eager", "diffusers", "reference"), share=0.3),
+    Workload("update", FULL[0].title, (1,), (1000,),
+             ("fastddpm-compiled", "fastddpm-eager", "diffusers", "reference"), share=0.5),
     Workload("mnist", FULL[1].title, (1, 16), (10, 4),
              ("fastddpm-compiled", "fastddpm-eager", "diffusers", "onnxruntime", "reference"), "mnist", share=2),
     Workload("cifar10", FULL[2].title, (1,), (2,), ("fastddpm-eager", "diffusers", "reference"),

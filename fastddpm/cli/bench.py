@@ -98,13 +98,16 @@ def _measure(chosen: list[Workload], settings: Settings, out: Path, pictures: in
     from rich.console import Console
 
     from fastddpm.bench import bars, plots, report, runner
-    from fastddpm.bench.live import View
+    from fastddpm.bench.live import WIDE, View
     from fastddpm.bench.machine import describe
 
     machine = describe(settings.threads)
     facts: dict[str, Any] = {**dataclasses.asdict(settings), "workloads": [workload.name for workload in chosen]}
     results: list[WorkloadResult] = []
-    with View(Console(highlight=False), quiet) as view:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    with View(console, quiet) as view:
         view.say(f"{machine['processor']}, {settings.threads} threads; commit {machine['commit'] or 'unknown'}")
         for result in runner.run(chosen, settings, view.on_event, view.on_result):
             results.append(result)

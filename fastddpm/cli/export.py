@@ -123,7 +123,7 @@ def export(
         "licence": licence, "precision": "int8" if int8 else "fp16" if fp16 else "fp32", "tensorrt": tensorrt,
         "clip": "spec" if threshold is None else DynamicThreshold(threshold),
     }  # fmt: skip
-    sampler = Sampler.from_pretrained(model, device="cpu", **parse_flags(flag))
+    sampler = Sampler.from_pretrained(model, device="cpu", engine="eager", **parse_flags(flag))
     if server is not None:
         from fastddpm.export.server import check_repository, write_repository
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from fastddpm.kernels import group_norm
 from fastddpm.kernels.group_norm import add_group_norm, add_group_norm_reference
 from tests.kernels.norm_cases import TERMS, check_norm, norm_case, norm_float64
+from tests.test_unet import inputs, make
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The sixth is 12 channels to a group, and groups in which own channels and the skip's meet.
@@ -115,6 +116,21 @@ def test_rows_that_are_not_there_give_nan(terms):
     case["index"] = torch.tensor([4, 5, -1])
     y = add_group_norm(**case)[1]
     assert y[0].isfinite().all() and y[1:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scale_shift": True, "resblock_updown": True, "num_heads": 2}, {"channels": (8, 24), "num_classes": 5}],
+    ids=["ho", "adm", "groups across a concatenation"],
+)
+def test_a_whole_network(options):
+    network = make(**options)
+    x, t, y = inputs(network)
+    want = network(x, t, y).detach()  # with gradients it runs without the kernel
+    with torch.no_grad():
+        got = network(x, t, y)
+    assert not torch.equal(got, want)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def test_the_reference_agrees():
