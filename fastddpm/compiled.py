@@ -33,12 +33,20 @@ CACHE_BYTES = 4 << 30
 """Most that the packages on disk may take; the ones that were used longest ago go first."""
 
 
+CHANGED = ("x", "step", "history")
+"""The tensors of a `State` that `advance` changes."""
+
+
 class CompileError(RuntimeError):
     """A step could not be compiled; the message says why and what to do."""
 
 
 class StepModule(nn.Module):
-    """`advance` with all tensors that it touches as arguments, in the order of `names`, and the network inside."""
+    """`advance` as a function of all tensors that it reads, in the order of `names`, with the network inside.
+
+    It returns what `advance` changes and changes nothing itself: ahead-of-time packages were seen to lose changes that
+    are made to an argument in place.
+    """
 
     def __init__(self, denoiser: Denoiser, table: StepTable, names: Sequence[str]) -> None:
         """Keep what is not a tensor of a denoiser and a table; the network becomes a sub-module."""
@@ -47,9 +55,10 @@ class StepModule(nn.Module):
         self.network = network if isinstance(network, nn.Module) else None
         self._denoiser, self._table, self._names = denoiser, table, tuple(names)
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """One step, in place; returns the state."""
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """One step; returns the new values of `CHANGED`."""
         values = dict(zip(self._names, tensors, strict=True))
+        values |= {name: values[name].clone() for name in CHANGED}
         network: Any = self._denoiser.model if self.network is None else self.network
         denoiser = dataclasses.replace(
             self._denoiser,
@@ -62,7 +71,7 @@ class StepModule(nn.Module):
         table = dataclasses.replace(self._table, rows=values["rows"], timesteps=values["timesteps"])
         state = State(*(values.get(field.name) for field in dataclasses.fields(State)))  # type: ignore[arg-type]
         advance(denoiser, table, state, noise=values.get("noise"))
-        return state.x
+        return tuple(values[name] for name in CHANGED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +96,19 @@ class StepCall:
         values |= {"rows": self.table.rows, "timesteps": self.table.timesteps, "times": self.denoiser.times}
         values |= {"projections": self.denoiser.projections, "slots": self.denoiser.slots, "noise": self.noise}
         return {name: value for name, value in values.items() if value is not None}
+
+    def bound(self, step: Callable[..., Any]) -> Callable[[Tensor | None], None]:
+        """A compiled step on these samples: a function of the noise, if there is any, that changes them in place."""
+        tensors = self.tensors()
+        targets = [tensors[name] for name in CHANGED]
+        fixed = [value for name, value in tensors.items() if name != "noise"]
+        supplied = "noise" in tensors
+
+        def run(noise: Tensor | None) -> None:
+            for target, value in zip(targets, step(*fixed, noise) if supplied else step(*fixed), strict=True):
+                target.copy_(value)
+
+        return run
 
     def module(self) -> StepModule:
         """The step as a module over these tensors; on a CPU its convolutions run the quicker way for this batch."""
@@ -197,7 +219,7 @@ def compile_step(call: StepCall, path: Path) -> float:
 
 
 def load_step(path: Path) -> Callable[..., Any]:
-    """Load a package: a function of the tensors of a `StepCall`, in order, that makes one step in place.
+    """Load a package: a function of the tensors of a `StepCall`, in order, to those of `CHANGED`, one step later.
 
     Raises:
         CompileError: the file is no package that runs here; it is removed.

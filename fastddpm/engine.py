@@ -44,6 +44,7 @@ from fastddpm.kernels._native import cache_folder
 from fastddpm.kernels._triton import runs_triton
 from fastddpm.state import State, advance
 from fastddpm.step_table import StepTable
+from fastddpm.unet import UNet
 
 EngineName = Literal["auto", "eager", "compiled", "cuda_graph", "onnx"]
 MOST_GRAPH_STEPS = 64
@@ -53,6 +54,7 @@ COMPILE_S = 45.0
 """What compiling is taken to cost where it was never measured."""
 GAIN = 1 / 3
 """The part of an eager step's time that compiling is taken to save where it was never measured."""
+_TOLERANCE, _LOW_TOLERANCE = 1e-3, 3e-2  # of a compiled step against an eager one, relative to max |x|
 _FIRST_TIMED = 2  # the first step of a run also allocates, and says little about the others
 _TRIALS = 3  # calls that are timed, after one that is not
 
@@ -143,7 +145,7 @@ class Engine:
         if slot.path.exists():
             return None
         seconds = compile_step(call, slot.path)
-        self._measure(slot, call, load_step(slot.path), seconds)
+        self._measure(slot, call, _checked(load_step(slot.path), call, slot.path), seconds)
         return seconds
 
     def padded(self, size: int, full: int) -> int:
@@ -190,7 +192,7 @@ class Engine:
         slot = self._slot(call)
         if slot.name in self._steps:
             self.used = "compiled"
-            return Runner(state, _bound(self._steps[slot.name], call))
+            return Runner(state, call.bound(self._steps[slot.name]))
         if self.name == "auto" and not slot.path.exists():
             why = self._failed.get(slot.name) or _not_worth(slot.known, to_come)
             if why:
@@ -203,7 +205,7 @@ class Engine:
             self.used, self.why = "eager", "the run is too short to tell"
             return Runner(state, eager, decide=decide)
         step = self._load_or_make(slot, call, on_compile)
-        return Runner(state, eager if step is None else _bound(step, call))
+        return Runner(state, eager if step is None else call.bound(step))
 
     # --- CPU ---
 
@@ -224,7 +226,7 @@ class Engine:
             self.why = why
             return None
         step = self._load_or_make(dataclasses.replace(slot, known=known), call, on_compile)
-        return None if step is None else _bound(step, call)
+        return None if step is None else call.bound(step)
 
     def _load_or_make(
         self, slot: _Slot, call: StepCall, on_compile: Callable[[bool], None]
@@ -239,7 +241,7 @@ class Engine:
             if step is None:
                 on_compile(True)
                 seconds = compile_step(call, slot.path)
-                step = load_step(slot.path)
+                step = _checked(load_step(slot.path), call, slot.path)
         except (CompileError, OSError) as error:
             if self.name != "auto":
                 raise
@@ -266,7 +268,8 @@ class Engine:
     def _measure(self, slot: _Slot, call: StepCall, step: Callable[..., Any], seconds: float | None) -> Measured:
         """What a new package takes per step, and an eager step if that is not known; remembered on disk."""
         copy = _copy(call)
-        compiled_ms = _milliseconds(lambda: step(*copy.tensors().values()))
+        bound = copy.bound(step)
+        compiled_ms = _milliseconds(lambda: bound(copy.noise))
         eager_ms = _milliseconds(_probe(call)) if slot.known is None else slot.known.eager_ms
         batch, *shape = call.state.x.shape
         size = " × ".join(map(str, shape))
@@ -316,7 +319,7 @@ class Engine:
                     ) from error
                 self.why = f"the step does not compile: {reason}"
             else:
-                step = _bound(compiled, call)
+                step = call.bound(compiled)
                 self.used, self.why = "compiled", "asked for" if self.name != "auto" else "the run is long"
             finally:
                 on_compile(False)
@@ -365,13 +368,29 @@ def _not_worth(known: Measured | None, to_come: int) -> str:
     return ""
 
 
-def _bound(step: Callable[..., Any], call: StepCall) -> Callable[[Tensor | None], object]:
-    """A compiled step on the tensors of one batch; where noise is supplied it changes from step to step."""
-    tensors = call.tensors()
-    names, fixed = list(tensors), tuple(tensors.values())
-    if "noise" not in names:
-        return lambda _: step(*fixed)
-    return lambda noise: step(*fixed[:-1], noise)
+def _checked(step: Callable[..., Any], call: StepCall, path: Path) -> Callable[..., Any]:
+    """A new package, after its first step was compared with an eager one; a compiler's mistake must not pass unseen.
+
+    Raises:
+        CompileError: the two differ by more than the arithmetic explains; the package is removed.
+    """
+    eager, compiled = _copy(call), _copy(call)
+    advance(eager.denoiser, eager.table, eager.state, noise=eager.noise)
+    compiled.bound(step)(compiled.noise)
+    tolerance = _TOLERANCE if _is_float32(call.denoiser) else _LOW_TOLERANCE
+    scale = float(eager.state.x.abs().amax())
+    difference = float((eager.state.x - compiled.state.x).abs().amax())
+    if not difference <= tolerance * max(scale, 1.0) or not torch.equal(eager.state.step, compiled.state.step):
+        path.unlink(missing_ok=True)
+        raise CompileError(
+            f"engine: a compiled step must give what an eager one gives, got a difference of {difference:.2g}; "
+            "use engine='eager'"
+        )
+    return step
+
+
+def _is_float32(denoiser: Denoiser) -> bool:
+    return not isinstance(denoiser.unet, UNet) or denoiser.unet.stem.weight.dtype == torch.float32
 
 
 def _copy(call: StepCall) -> StepCall:

@@ -20,7 +20,7 @@ from fastddpm.kernels._native import load
 
 POSITIONS = 36
 _SOURCE = Path(__file__).with_name("winograd.c")
-_BLOCK_BYTES = 6 << 20  # of V and M, the two transformed blocks: they should stay in the last level's cache
+_BLOCK = 36  # tiles at a time, so that V and M stay in the caches; a multiple of the rows of every register block
 _G = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6),
       (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))  # fmt: skip
 _scratch = threading.local()
@@ -93,12 +93,9 @@ def _winograd_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
     (batch, channels, height, width), outputs = x.shape, bias.shape[0]
     y = torch.empty((batch, outputs, height, width), memory_format=torch.channels_last)
     tiles = batch * -(-height // 4) * -(-width // 4)
-    per_tile = POSITIONS * (channels + outputs + 2 * lanes)
-    block = max(min(_BLOCK_BYTES // (4 * per_tile), tiles) // rows, 1) * rows
-    if block < tiles <= block + rows:
-        block += rows
+    block = min(_BLOCK, -(-tiles // rows) * rows)
     v_size = POSITIONS * block * (channels + lanes)
-    scratch = _workspace(per_tile * block)
+    scratch = _workspace(v_size + POSITIONS * block * (outputs + lanes))
     base = scratch.data_ptr()
     library.winograd_conv(
         x.data_ptr(),

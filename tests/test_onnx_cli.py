@@ -88,6 +88,7 @@ def test_server_configuration_parses_as_the_published_message(checkpoint, tmp_pa
         assert parsed.backend == "onnxruntime"
 
 
+@pytest.mark.slow
 def test_tensorrt_names_its_command(checkpoint, tmp_path):
     words = ("export", checkpoint, "m.onnx", "--what", "network", "--tensorrt", "--batch", "4")
     done = run(tiny.command(*words), tmp_path)

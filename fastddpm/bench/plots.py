@@ -84,7 +84,8 @@ def _throughput(panel: Any, result: WorkloadResult) -> None:  # noqa: ANN401 - m
 
 def _ratios(panel: Any, result: WorkloadResult) -> None:  # noqa: ANN401 - matplotlib's own
     """Our fastest in float32 against everybody, with p20 and p80."""
-    one: BatchResult = result.batches[-1]
+    compared = [one for one in result.batches if any(one.ratios.values())]
+    one: BatchResult = (compared or result.batches)[-1]
     ours = one.fastest("fp32", ours=True)
     entries = sorted((one.ratios.get(ours.peer, {}) if ours else {}).items(), key=lambda entry: entry[1].p50)
     values = [ratio.p50 for _, ratio in entries]

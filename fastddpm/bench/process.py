@@ -115,9 +115,9 @@ class WorkerProcess:
             select.select([self.answers], [], [], min(left, 1.0))
 
     def close(self) -> None:
-        """End the process."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        """End the process, and the compilers that it may have started: they would go on computing."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for stream in (self._requests, self.answers):
             with contextlib.suppress(OSError):

@@ -22,7 +22,7 @@ from fastddpm.bench.workloads import Job, Workload
 from fastddpm.checkpoints import load_checkpoint
 
 LIMITS = "limits"
-WARM_UP_SHARE = 0.6
+WARM_UP_SHARE = 0.75
 """Of a batch's time, how much may go into the first runs, compilation included."""
 ANSWER_S = 120.0
 
@@ -38,6 +38,7 @@ class Settings:
         jobs: workers that load and compile at a time.
         device: "cpu" or "cuda".
         cold: whether compilers start with empty caches, so that compile times are those of a first use.
+        reuse: whether a peer keeps its process for all workloads, which saves time; its memory then says little.
         over_steps: numbers of steps whose whole runs are timed, for the first workload's smallest batch.
     """
 
@@ -47,16 +48,21 @@ class Settings:
     jobs: int = 2
     device: str = "cpu"
     cold: bool = False
+    reuse: bool = False
     over_steps: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, quick: bool, threads: int, device: str = "cpu", cold: bool = False) -> Settings:
-        """Those of a quick or a full run: two minutes or fifteen, less a margin for the memory curve and the files.
+    def of(
+        cls, quick: bool, threads: int, device: str = "cpu", cold: bool = False, minutes: float | None = None
+    ) -> Settings:
+        """Those of a quick or a full run: two minutes or fifteen, unless the caller says otherwise.
 
-        Cold compilers get twice the time.
+        A part is set aside for the memory curve and the files. Cold compilers get twice the time.
         """
-        seconds, rounds, steps = (90.0, 5, (5, 10, 20)) if quick else (780.0, 9, (5, 10, 20, 40))
-        return cls(seconds * (1 + cold), rounds, threads, device=device, cold=cold, over_steps=steps)
+        minutes = minutes or (2 if quick else 15) * (1 + cold)
+        seconds = 60 * minutes - min(30 * minutes, 30 if quick else 120)
+        rounds, steps = (5, (5, 10, 20)) if quick else (9, (5, 10, 20, 40))
+        return cls(seconds, rounds, threads, device=device, cold=cold, reuse=quick, over_steps=steps)
 
 
 OnEvent = Callable[[str, int, str, str], None]
@@ -83,13 +89,15 @@ def run(
     """
     end = time.monotonic() + settings.seconds
     shares = sum(workload.share for workload in workloads)
-    with tempfile.TemporaryDirectory(prefix="fastddpm-bench-") as scratch:
+    pool: dict[str, WorkerProcess] = {}
+    with tempfile.TemporaryDirectory(prefix="fastddpm-bench-") as scratch, contextlib.ExitStack() as stack:
+        stack.callback(_close_all, pool)
         for workload in workloads:
             allowed = (end - time.monotonic()) * workload.share / shares
             shares -= workload.share
             folder = Path(scratch) / workload.name
             folder.mkdir()
-            with WorkloadRun(workload, settings, folder, Path(scratch), on_event) as one:
+            with WorkloadRun(workload, settings, folder, Path(scratch), on_event, pool) as one:
                 yield one.measure(time.monotonic() + allowed, on_result)
 
 
@@ -128,14 +136,22 @@ class WorkloadRun:
         folder: for the workload's files.
         scratch: for files of the whole run, such as compilers' caches.
         on_event: is told what is going on.
+        pool: workers that earlier workloads left, and where this one leaves its own if they are used again.
     """
 
     def __init__(
-        self, workload: Workload, settings: Settings, folder: Path, scratch: Path, on_event: OnEvent = lambda *_: None
+        self,
+        workload: Workload,
+        settings: Settings,
+        folder: Path,
+        scratch: Path,
+        on_event: OnEvent = lambda *_: None,
+        pool: dict[str, WorkerProcess] | None = None,
     ) -> None:
         self.workload, self.settings, self.folder = workload, settings, folder
         self._environment = _caches(scratch) if settings.cold else {}
         self._say = functools.partial(on_event, workload.name)
+        self._pool = {} if pool is None else pool
         self._workers: dict[str, WorkerProcess] = {}
         self._loaded: dict[str, dict[str, Any]] = {}
         self._gone: dict[str, str] = {}
@@ -145,8 +161,10 @@ class WorkloadRun:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers.values():
-            worker.close()
+        if self.settings.reuse:
+            self._pool.update(self._workers)
+        else:
+            _close_all(self._workers)
 
     def measure(self, until: float, on_result: OnResult = lambda *_: None) -> WorkloadResult:
         """Measure all batch sizes by `time.monotonic()` = until."""
@@ -157,7 +175,7 @@ class WorkloadRun:
             self.result.note = str(error)
             return self.result
         weights = [float(batch) ** 0.5 for batch in self.workload.batches]
-        weights[0] *= 2  # every peer is loaded there
+        weights[0] *= 3  # every peer is loaded there
         for i, (batch, steps) in enumerate(zip(self.workload.batches, self.workload.steps, strict=True)):
             allowed = (until - time.monotonic()) * weights[i] / sum(weights[i:])
             one = self._measure_batch(batch, steps, time.monotonic() + allowed)
@@ -192,7 +210,8 @@ class WorkloadRun:
             if name in self._gone and name in found:
                 found[name].note = self._gone[name]
             elif name not in self._workers:
-                self._workers[name] = WorkerProcess(name, self.folder, self.settings.threads, self._environment)
+                left = self._pool.pop(name, None)
+                self._workers[name] = self._start(name) if left is None else left
         fresh = [name for name in everyone if name in self._workers and name not in self._loaded]
         load = {"do": "load", "job": dataclasses.asdict(self._job)}
         check = {"do": "check", "batch": result.batch, "steps": result.steps, "out": str(self.folder / "{peer}.npy")}
@@ -214,6 +233,9 @@ class WorkloadRun:
         side_by_side([self._workers[name] for name in ready if "compiled" not in name], [check], *arguments)
         side_by_side([self._workers[name] for name in new], [load, check], *arguments)
         side_by_side([self._workers[name] for name in ready if "compiled" in name], [check], *arguments)
+
+    def _start(self, name: str) -> WorkerProcess:
+        return WorkerProcess(name, self.folder, self.settings.threads, self._environment)
 
     def _take_in(
         self,
@@ -343,6 +365,11 @@ class WorkloadRun:
             else:
                 result.peak_gflops[precision] = values
         result.compare()
+
+
+def _close_all(workers: Mapping[str, WorkerProcess]) -> None:
+    for worker in workers.values():
+        worker.close()
 
 
 def _caches(scratch: Path) -> Mapping[str, str]:

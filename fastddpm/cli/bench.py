@@ -36,6 +36,9 @@ def bench(
     batches: Annotated[str | None, typer.Option(help="With MODEL: batch sizes, as in `1,8`.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of every peer. [default: all cores]")] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the networks run.")] = "cpu",
+    minutes: Annotated[
+        float | None, typer.Option(help="About how long the run may take. [default: 15; --quick 2; --cold twice that]")
+    ] = None,
     cold: Annotated[
         bool, typer.Option("--cold", help="Start compilers with empty caches, for compile times; takes twice as long.")
     ] = False,
@@ -66,6 +69,8 @@ def bench(
     sizes = _integers(batches)
     if threads is not None and threads < 1:
         raise ValueError(f"--threads must be at least 1, got {threads}; leave it out for all cores")
+    if minutes is not None and not 0.1 <= minutes <= 24 * 60:
+        raise ValueError(f"--minutes must be in 0.1 … 1440, got {minutes:g}; leave it out for the usual time")
     if model is None and (flags or sizes):
         raise ValueError("--flag and --batches must come with a MODEL, got none; name one")
     if model is not None and workloads is not None:
@@ -75,7 +80,7 @@ def bench(
         _profile(model or "mnist", flags, out, sizes[0] if sizes else 1, engine, device, threads)
         return
     chosen, with_memory = _choose(model, flags, sizes, workloads, quick)
-    settings = Settings.of(quick, threads or default_threads(), device, cold=cold)
+    settings = Settings.of(quick, threads or default_threads(), device, cold, minutes)
     _measure(chosen, settings, out, PICTURES["quick" if quick else "full"] if with_memory else 0, quiet)
 
 
