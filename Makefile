@@ -55,9 +55,8 @@ lint: $(TEST) ## ruff: rules and formatting
 types: $(TEST) ## mypy, strict
 	@$(BIN)/mypy
 
-bench: $(TEST) ## the benchmarks; figures go to benchmarks/results
-	@mkdir -p $(RESULTS)
-	@$(BIN)/pytest --benchmark --benchmark-json=$(RESULTS)/latest.json
+bench: $(TEST) ## measure beside the peers; tables, JSON and plots go to benchmarks/results
+	@$(BIN)/fastddpm bench --out $(RESULTS)
 
 train: $(BASE) ## train on MNIST: make train DATA=<folder with the idx files>
 	@if [ -z "$(DATA)" ]; then \

@@ -226,11 +226,17 @@ def load_step(path: Path) -> Callable[..., Any]:
     """
     try:
         os.utime(path)
-        loaded: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
+        loader = torch._inductor.aoti_load_package(str(path)).loader
     except Exception as error:
         path.unlink(missing_ok=True)
         raise CompileError(f"engine: {path} must be a compiled step, got one that does not load; run again") from error
-    return loaded
+
+    def call(*tensors: Tensor) -> list[Tensor]:
+        # The package's own call would flatten its arguments first, which takes longer than a small update.
+        changed: list[Tensor] = loader.boxed_run(list(tensors))
+        return changed
+
+    return call
 
 
 def _prune(folder: Path, keep: Path) -> None:

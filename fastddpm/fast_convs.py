@@ -18,6 +18,7 @@ _LEAST_PIXELS = 256
 """Pixels of all pictures together, below which reading the larger weights costs more than is saved."""
 _MARGIN = 0.95  # Winograd must take at most this part of the direct time
 _PASSES = 5
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class WinogradConv2d(nn.Module):
@@ -27,7 +28,7 @@ class WinogradConv2d(nn.Module):
         """Take the weights of a convolution."""
         super().__init__()
         self.register_buffer("packed", pack(conv.weight))
-        bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
+        bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().float()
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def with_fast_convs(network: nn.Module, run: Callable[[nn.Module], Any]) -> tupl
     """A network whose convolutions run the quicker way for one batch size.
 
     Args:
-        network: float32, on the CPU; it stays as it is, and the result shares its weights.
+        network: float32 or bfloat16, on the CPU; it stays as it is, and the result shares its weights.
         run: calls a network once with a batch of the size that it is meant for.
 
     Returns:
@@ -94,7 +95,7 @@ def with_fast_convs(network: nn.Module, run: Callable[[nn.Module], Any]) -> tupl
 
 def _is_candidate(conv: nn.Conv2d) -> bool:
     plain = (conv.kernel_size, conv.stride, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
-    if not plain or conv.padding != (1, 1) or conv.weight.dtype != torch.float32 or conv.weight.device.type != "cpu":
+    if not plain or conv.padding != (1, 1) or conv.weight.dtype not in _DTYPES or conv.weight.device.type != "cpu":
         return False
     try:
         return fits(conv.in_channels, conv.out_channels)
@@ -111,17 +112,17 @@ def _note(shapes: dict[str, tuple[int, ...]], name: str) -> Callable[[nn.Module,
 
 def _measure(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> list[Layer]:
     """Time all layers one after the other, as in a step, so that the weights are as cold as they are there."""
-    inputs = {
-        shape: torch.randn(shape).contiguous(memory_format=torch.channels_last)
-        for shape in sorted(set(shapes.values()))
-    }
+    inputs: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
     direct: dict[str, Callable[[], Any]] = {}
     winograd: dict[str, Callable[[], Any]] = {}
     for name, shape in shapes.items():
         conv = network.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
-        direct[name] = _direct(conv, inputs[shape])
-        winograd[name] = _winograd(WinogradConv2d(conv), inputs[shape])
+        key = (shape, conv.weight.dtype)
+        if key not in inputs:
+            inputs[key] = torch.randn(shape).to(conv.weight.dtype, memory_format=torch.channels_last)
+        direct[name] = _direct(conv, inputs[key])
+        winograd[name] = _winograd(WinogradConv2d(conv), inputs[key])
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in shapes}
     with torch.no_grad():
         for i in range(_PASSES + 1):

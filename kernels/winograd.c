@@ -5,7 +5,8 @@
  * Each 4x4 tile of the output comes from a 6x6 tile d of the input. The product over channels is, at each of the 36
  * positions of a transformed tile, one matrix product [tiles, C] x [C, O]: V_k U_k = M_k, k = 0 ... 35.
  *
- * Pictures are NHWC. Tiles are worked through in blocks whose V and M stay in the caches. U is packed in panels:
+ * Pictures are NHWC, float32 or bfloat16; everything between them is float32.
+ * Tiles are worked through in blocks whose V and M stay in the caches. U is packed in panels:
  * U[k][o / PANEL][c][o % PANEL]. C must be a multiple of LANES, O one of PANEL. Zen 4 and later and Intel's servers have
  * LANES 16, older processors 8; see the compiler's flags in winograd.py.
  */
@@ -27,6 +28,27 @@ typedef float vec_u __attribute__((vector_size(LANES * 4), aligned(4)));
 
 static inline vec load(const float *p) { return *(const vec_u *)p; }
 static inline void store(float *p, vec v) { *(vec_u *)p = v; }
+
+typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2)));
+typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+
+/* LANES values of a picture, from element i on: bfloat16 if `half`. */
+static inline vec load_pixel(const void *x, int64_t i, int half) {
+    if (!half) return load((const float *)x + i);
+    return (vec)(__builtin_convertvector(*(const halves *)((const uint16_t *)x + i), words) << 16);
+}
+
+static inline void store_pixel(void *y, int64_t i, vec v, int half) {
+    if (!half) {
+        store((float *)y + i, v);
+        return;
+    }
+    words bits = (words)v; /* round to nearest, ties to even; a NaN stays one */
+    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    words nan = (words)(v != v);
+    rounded = (nan & 0x7fc0) | (~nan & rounded);
+    *(halves *)((uint16_t *)y + i) = __builtin_convertvector(rounded, halves);
+}
 
 int winograd_lanes(void) { return LANES; }
 int winograd_rows(void) { return ROWS; }
@@ -55,18 +77,19 @@ static inline void output_line(const vec *m, int stride, vec *out, int step) {
 }
 
 /* V of one tile and LANES channels. */
-static void input_tile(const float *x, int64_t H, int64_t W, int64_t C, int64_t top, int64_t left, float *v, int64_t vk) {
+static void input_tile(const void *x, int64_t at, int half, int64_t H, int64_t W, int64_t C, int64_t top, int64_t left,
+                       float *v, int64_t vk) {
     vec d[36], t[36];
     const vec zero = {0};
     if (top >= 0 && left >= 0 && top + 6 <= H && left + 6 <= W) {
         for (int i = 0; i < 6; i++)
-            for (int j = 0; j < 6; j++) d[6 * i + j] = load(x + ((top + i) * W + left + j) * C);
+            for (int j = 0; j < 6; j++) d[6 * i + j] = load_pixel(x, at + ((top + i) * W + left + j) * C, half);
     } else {
         for (int i = 0; i < 6; i++)
             for (int j = 0; j < 6; j++) {
                 int64_t r = top + i, q = left + j;
                 int inside = r >= 0 && r < H && q >= 0 && q < W;
-                d[6 * i + j] = inside ? load(x + (r * W + q) * C) : zero;
+                d[6 * i + j] = inside ? load_pixel(x, at + (r * W + q) * C, half) : zero;
             }
     }
     for (int j = 0; j < 6; j++) input_line(d + j, 6, t + j, 6);
@@ -75,14 +98,15 @@ static void input_tile(const float *x, int64_t H, int64_t W, int64_t C, int64_t 
 }
 
 /* Y of one tile and LANES channels. */
-static void output_tile(const float *m, int64_t mk, vec bias, float *y, int64_t H, int64_t W, int64_t O, int64_t top,
-                        int64_t left) {
+static void output_tile(const float *m, int64_t mk, vec bias, void *y, int64_t at, int half, int64_t H, int64_t W,
+                        int64_t O, int64_t top, int64_t left) {
     vec d[36], t[24], out[16];
     for (int k = 0; k < POSITIONS; k++) d[k] = load(m + k * mk);
     for (int j = 0; j < 6; j++) output_line(d + j, 6, t + j, 6);
     for (int i = 0; i < 4; i++) output_line(t + 6 * i, 1, out + 4 * i, 1);
     for (int i = 0; i < 4 && top + i < H; i++)
-        for (int j = 0; j < 4 && left + j < W; j++) store(y + ((top + i) * W + left + j) * O, out[4 * i + j] + bias);
+        for (int j = 0; j < 4 && left + j < W; j++)
+            store_pixel(y, at + ((top + i) * W + left + j) * O, out[4 * i + j] + bias, half);
 }
 
 /* ROWS x PANEL of M: rows of V times a panel of U. */
@@ -106,12 +130,12 @@ static void product(const float *restrict v, int64_t row, const float *restrict 
 
 /* y = conv(x) + bias.
  *
- * x [B,H,W,C], u [36,O/PANEL,C,PANEL], bias [O], y [B,H,W,O].
+ * x [B,H,W,C] and y [B,H,W,O], bfloat16 if `half`; u [36,O/PANEL,C,PANEL], bias [O].
  * block: tiles at a time, a multiple of ROWS; v: 36*block*(C+LANES) floats; m: 36*block*(O+LANES) floats.
  * The rows of V and M are LANES longer than needed, so that they do not all fall into the same sets of the cache.
  */
-void winograd_conv(const float *x, const float *u, const float *bias, float *y, float *v, float *m, int64_t B, int64_t H,
-                   int64_t W, int64_t C, int64_t O, int64_t block, int threads) {
+void winograd_conv(const void *x, const float *u, const float *bias, void *y, float *v, float *m, int64_t B, int64_t H,
+                   int64_t W, int64_t C, int64_t O, int64_t block, int half, int threads) {
     const int64_t th = (H + 3) / 4, tw = (W + 3) / 4, tiles = B * th * tw;
     const int64_t vrow = C + LANES, mrow = O + LANES, vk = block * vrow, mk = block * mrow;
     const int64_t cs = C / LANES, os = O / LANES, panels = O / PANEL;
@@ -123,7 +147,7 @@ void winograd_conv(const float *x, const float *u, const float *bias, float *y, 
         for (int64_t i = 0; i < n; i++) {
             const int64_t tile = first + i, b = tile / (th * tw), r = tile / tw % th, q = tile % tw;
             for (int64_t c = 0; c < cs; c++)
-                input_tile(x + b * H * W * C + c * LANES, H, W, C, 4 * r - 1, 4 * q - 1, v + i * vrow + c * LANES, vk);
+                input_tile(x, b * H * W * C + c * LANES, half, H, W, C, 4 * r - 1, 4 * q - 1, v + i * vrow + c * LANES, vk);
         }
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < POSITIONS * panels; job++) {
@@ -136,8 +160,8 @@ void winograd_conv(const float *x, const float *u, const float *bias, float *y, 
         for (int64_t i = 0; i < n; i++) {
             const int64_t tile = first + i, b = tile / (th * tw), r = tile / tw % th, q = tile % tw;
             for (int64_t o = 0; o < os; o++)
-                output_tile(m + i * mrow + o * LANES, mk, load(bias + o * LANES), y + b * H * W * O + o * LANES, H, W, O,
-                            4 * r, 4 * q);
+                output_tile(m + i * mrow + o * LANES, mk, load(bias + o * LANES), y, b * H * W * O + o * LANES, half, H,
+                            W, O, 4 * r, 4 * q);
         }
     }
 }

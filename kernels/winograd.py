@@ -2,8 +2,8 @@
 
     Y = Aᵀ [ (Bᵀ d B) ⊙ (G g Gᵀ) ] A        for each 4×4 tile of the output, summed over the input channels
 
-The arithmetic is float32 and the result differs from the direct convolution's by rounding, about five times as much as
-that one's own. The kernel is `winograd.c`.
+The arithmetic is float32, also for bfloat16 pictures, and the result differs from the direct convolution's by rounding,
+about five times as much as that one's own. The kernel is `winograd.c`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _library() -> tuple[ctypes.CDLL, int, int]:
     """The compiled kernel, its channels per vector, and its rows per register block."""
     library = load(_SOURCE)
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.winograd_conv.argtypes = [pointer] * 6 + [size] * 6 + [ctypes.c_int]
+    library.winograd_conv.argtypes = [pointer] * 6 + [size] * 6 + [ctypes.c_int] * 2
     library.winograd_conv.restype = None
     return library, int(library.winograd_lanes()), int(library.winograd_rows())
 
@@ -77,21 +77,26 @@ def winograd_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
     """A 3×3 convolution with stride 1 and padding 1.
 
     Args:
-        x: float32 [B, C, H, W], best in channels-last layout; another one is copied.
+        x: float32 or bfloat16 [B, C, H, W], best in channels-last layout; another one is copied.
         packed: float32 [36, O / panel, C, panel], from `pack`.
         bias: float32 [O].
 
     Returns:
-        float32 [B, O, H, W], channels-last.
+        [B, O, H, W] of x's type, channels-last.
+
+    Raises:
+        TypeError: x is of another type.
     """
     return torch.as_tensor(torch.ops.fastddpm.winograd_conv(x, packed, bias))
 
 
 def _winograd_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+    if x.dtype not in (torch.float32, torch.bfloat16) or packed.dtype != torch.float32 or bias.dtype != torch.float32:
+        raise TypeError(f"winograd_conv: x must be float32 or bfloat16, the rest float32, got {x.dtype}; convert it")
     library, lanes, rows = _library()
     x = x.contiguous(memory_format=torch.channels_last)
     (batch, channels, height, width), outputs = x.shape, bias.shape[0]
-    y = torch.empty((batch, outputs, height, width), memory_format=torch.channels_last)
+    y = torch.empty((batch, outputs, height, width), dtype=x.dtype, memory_format=torch.channels_last)
     tiles = batch * -(-height // 4) * -(-width // 4)
     block = min(_BLOCK, -(-tiles // rows) * rows)
     v_size = POSITIONS * block * (channels + lanes)
@@ -110,6 +115,7 @@ def _winograd_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
         channels,
         outputs,
         block,
+        x.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
     return y

@@ -67,7 +67,7 @@ def test_what_fits():
 def test_opcheck():
     torch.library.opcheck(
         torch.ops.fastddpm.winograd_conv.default,
-        (torch.randn(1, 32, 8, 8).contiguous(memory_format=torch.channels_last), pack(conv(32, 32).weight), torch.zeros(32)),
+        (torch.randn(1, 32, 8, 8).to(memory_format=torch.channels_last), pack(conv(32, 32).weight), torch.zeros(32)),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 
@@ -97,5 +97,16 @@ def test_choice_is_by_measurement_and_leaves_the_network_alone(monkeypatch):
 
 
 def test_other_types_are_left_alone():
-    net = Net().to(torch.bfloat16)
-    assert with_fast_convs(net, lambda network: network(torch.randn(2, 3, 24, 24, dtype=torch.bfloat16))) == (net, [])
+    net = Net().double()
+    assert with_fast_convs(net, lambda network: network(torch.randn(2, 3, 24, 24).double())) == (net, [])
+
+
+def test_bf16_is_rounded_once_on_the_way_out():
+    layer, x = conv(64, 64), torch.randn(2, 64, 10, 10).bfloat16()
+    packed = pack(layer.weight)
+    assert torch.equal(winograd_conv(x, packed, layer.bias), winograd_conv(x.float(), packed, layer.bias).bfloat16())
+    x[0, 0, 0, 0] = float("nan")
+    out = winograd_conv(x, packed, layer.bias)
+    assert out[0, :, 0, 0].isnan().all() and out[1].isfinite().all()
+    with pytest.raises(TypeError, match="float32 or bfloat16"):
+        winograd_conv(x.double(), packed, layer.bias)
