@@ -85,10 +85,13 @@ class Runner:
         if self.graph is not None and most >= self.graph.steps:
             self.graph.replay()
             return self.graph.steps
+        if self._decide is None:
+            self.step(noise)
+            return 1
         began = time.perf_counter()
         self.step(noise)
         self._made += 1
-        if self._decide is not None and self._made == _FIRST_TIMED:
+        if self._made == _FIRST_TIMED:
             self.step = self._decide(1000 * (time.perf_counter() - began)) or self.step
             self._decide = None
         return 1

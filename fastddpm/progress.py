@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextvars import ContextVar, Token
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_REDRAW_S = 0.05  # telling the bar of each step would take longer than a small network's update
 
 
 class StepProgress:
@@ -38,6 +41,7 @@ class StepProgress:
         self._caption = f"sampling {samples} {noun}"
         self._task = self._progress.add_task(self._caption, total=total)
         self._total, self._done, self._in_batch = total, 0, 0
+        self._visible, self._drawn = visible, 0.0
         self._outer: StepProgress | None = None
         self._token: Token[StepProgress | None] | None = None
 
@@ -52,7 +56,11 @@ class StepProgress:
         made, self._in_batch = step - self._in_batch, step
         bar = self._outer or self
         bar._done += made
-        bar._progress.advance(bar._task, made)
+        if bar._visible:
+            now = time.monotonic()
+            if now - bar._drawn > _REDRAW_S or bar._done >= bar._total:
+                bar._drawn = now
+                bar._progress.update(bar._task, completed=bar._done)
 
     def step(self) -> None:
         """One step of the batch under way is done."""

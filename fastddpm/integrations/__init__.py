@@ -6,17 +6,21 @@ For diffusers there are also schedulers, in `fastddpm.integrations.diffusers_sch
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastddpm.engine import EngineName
 
 __all__ = ["accelerate"]
 
 
-def accelerate(target: object) -> Any:  # noqa: ANN401 - the kind depends on what is given
+def accelerate(target: object, *, engine: EngineName = "auto") -> Any:  # noqa: ANN401 - the kind depends on the target
     """The same sampler, faster: the same call, and for the same generator the same pictures.
 
     Args:
         target: diffusers' DDPMPipeline, DDIMPipeline or LDMPipeline (unconditional), or the GaussianDiffusion of
             denoising-diffusion-pytorch. It is not changed.
+        engine: how steps run, as in `fastddpm.Sampler`: "auto" compiles in runs that are long enough to earn that.
 
     Returns:
         An object that is called like `target` and hands everything else on to it. What is accelerated already comes
@@ -32,11 +36,11 @@ def accelerate(target: object) -> Any:  # noqa: ANN401 - the kind depends on wha
     if "denoising_diffusion_pytorch" in packages or names & {"GaussianDiffusion", "AcceleratedGaussianDiffusion"}:
         from fastddpm.integrations.lucidrains import accelerate_gaussian_diffusion
 
-        return accelerate_gaussian_diffusion(target)
+        return accelerate_gaussian_diffusion(target, engine)
     if "diffusers" in packages or hasattr(type(target), "accelerates_diffusers"):
         from fastddpm.integrations.diffusers_pipelines import accelerate_pipeline
 
-        return accelerate_pipeline(target)
+        return accelerate_pipeline(target, engine)
     raise TypeError(
         "accelerate: target must be diffusers' DDPMPipeline, DDIMPipeline or LDMPipeline, or denoising-diffusion-"
         f"pytorch's GaussianDiffusion, got {type(target).__name__}; for other networks make a fastddpm.Sampler"

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastddpm.checkpoints.base import CheckpointError
 from fastddpm.checkpoints.diffusers_unet import network_from
 from fastddpm.denoiser import bind
+from fastddpm.engine import Engine, EngineName
 from fastddpm.integrations.diffusers_schedulers import (
     FastDDIMScheduler,
     FastDDPMScheduler,
@@ -29,8 +30,9 @@ from fastddpm.integrations.diffusers_schedulers import (
 )
 from fastddpm.integrations.scheduler_tables import ancestral_table, ddim_table, multistep_tables
 from fastddpm.spec import ModelSpec
-from fastddpm.state import State, advance
+from fastddpm.state import State
 from fastddpm.step_table import StepTable
+from fastddpm.unet import UNet
 
 try:
     from diffusers import (
@@ -74,10 +76,10 @@ class _AcceleratedPipeline:
 
     accelerates_diffusers = True
 
-    def __init__(self, pipe: Any) -> None:  # noqa: ANN401 - diffusers is not typed
+    def __init__(self, pipe: Any, engine: EngineName = "auto") -> None:  # noqa: ANN401 - diffusers is not typed
         """Wrap a pipeline, which stays as it is."""
         self.__dict__["pipe"] = pipe
-        self.__dict__["_network"] = _Network()
+        self.__dict__["_network"] = _Network(engine)
         _check_scheduler(pipe.scheduler)
         _check_unet(pipe.unet)
 
@@ -106,7 +108,7 @@ class _AcceleratedPipeline:
         _check_scheduler(scheduler)
         _check_unet(unet)
         scheduler.set_timesteps(num_inference_steps)
-        model = self.__dict__["_network"].of(unet, x_T.device)
+        model, engine = self.__dict__["_network"].of(unet, x_T.device)
         steps = _steps(scheduler, eta, use_clipped)
         if steps.table is None:
             return self._run_by_steps(model, x_T, generator, eta, use_clipped)
@@ -115,15 +117,17 @@ class _AcceleratedPipeline:
         spec = ModelSpec(shape=cast(tuple[int, int, int], tuple(x_T.shape[1:])))
         denoiser = bind(model, spec, table)
         ids = torch.arange(len(x_T))
-        state = State.create(spec.shape, ids, 0, device=x_T.device, x_T=x_T, history=table.uses_history)
+        state = State.create(spec.shape, ids, 0, device=x_T.device, x_T=x_T, history=True)
+        zeros = torch.zeros_like(state.x)[None] if table.uses_noise else None
+        runner = engine.runner(denoiser, table, state, zeros, to_come=table.S)
         for i in self.pipe.progress_bar(range(table.S)):
-            noise = None
+            noise = zeros
             if steps.draws and steps.draws[i]:
-                noise = draw(x_T.shape, generator, x_T).float().contiguous()[None]
-            elif table.uses_noise:
-                noise = torch.zeros_like(state.x)[None]
-            advance(denoiser, table, state, noise=noise if table.uses_noise else None)
-        return state.x.to(x_T.dtype)
+                drawn = draw(x_T.shape, generator, x_T)
+                noise = drawn.float().contiguous()[None] if table.uses_noise else None
+            runner.run(1, noise)
+        final: Tensor = runner.state.x.to(x_T.dtype)
+        return final
 
     def _run_by_steps(
         self, model: Callable[..., Tensor], x: Tensor, generator: Generator, eta: float, use_clipped: bool
@@ -280,25 +284,28 @@ class AcceleratedLDMPipeline(_AcceleratedPipeline):
 class _Network:
     """Our U-Net with a UNet2DModel's weights, kept until those change."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: EngineName) -> None:
+        self._engine = engine
         self._made_of: tuple[object, ...] | None = None
         self._model: Callable[..., Tensor] | None = None
+        self._runs: Engine | None = None
 
-    def of(self, unet: Any, device: torch.device) -> Callable[..., Tensor]:  # noqa: ANN401
-        """(x, t) → output; t is int64 [B].
+    def of(self, unet: Any, device: torch.device) -> tuple[Callable[..., Tensor], Engine]:  # noqa: ANN401
+        """(x, t) → output, t int64 [B]; and what runs it.
 
         Args:
             unet: the pipeline's network.
             device: where it runs.
         """
         if not _is_plain(unet):
-            return _as_it_is(unet)
+            return _as_it_is(unet), Engine("eager", device)
         made_of = (
             id(unet), device, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in unet.parameters())
         )  # fmt: skip
-        if self._model is None or self._made_of != made_of:
+        if self._model is None or self._runs is None or self._made_of != made_of:
             self._model, self._made_of = _our_network(unet, device), made_of
-        return self._model
+            self._runs = Engine(self._engine if isinstance(self._model, UNet) else "eager", device)
+        return self._model, self._runs
 
 
 def _our_network(unet: Any, device: torch.device) -> Callable[..., Tensor]:  # noqa: ANN401 - diffusers is not typed
@@ -387,12 +394,13 @@ _PIPELINES = {
 }
 
 
-def accelerate_pipeline(pipe: object) -> _AcceleratedPipeline:
+def accelerate_pipeline(pipe: object, engine: EngineName = "auto") -> _AcceleratedPipeline:
     """A pipeline that is called like `pipe` and draws the same pictures, faster; see `fastddpm.accelerate`.
 
     Args:
         pipe: a DDPMPipeline, DDIMPipeline or LDMPipeline with a DDPMScheduler, DDIMScheduler or
             DPMSolverMultistepScheduler. It is kept, and not changed.
+        engine: how steps run, as in `fastddpm.Sampler`.
 
     Returns:
         The accelerated pipeline.
@@ -405,7 +413,7 @@ def accelerate_pipeline(pipe: object) -> _AcceleratedPipeline:
         return pipe
     for kind, accelerated in _PIPELINES.items():
         if isinstance(pipe, kind) and type(pipe).__call__ is kind.__call__:
-            return accelerated(pipe)
+            return accelerated(pipe, engine)
     raise TypeError(
         f"accelerate: the pipeline must be {', '.join(kind.__name__ for kind in _PIPELINES)}, with its own call, got "
         f"{type(pipe).__name__}; set its scheduler to a fastddpm.FastDDIMScheduler, or make a fastddpm.Sampler"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastddpm.checkpoints.base import CheckpointError
 from fastddpm.checkpoints.lucidrains import PREDICTIONS
 from fastddpm.checkpoints.lucidrains_schedule import BUFFERS, RoundedSchedule, read_schedule
+from fastddpm.engine import EngineName
 from fastddpm.sampler import Preview, Sampler
 from fastddpm.spec import ModelSpec
 from fastddpm.timesteps import spaced_timesteps
@@ -28,11 +29,15 @@ NOISE_BYTES = 256 << 20
 """Up to this size the noise of all steps is drawn beforehand, so that the steps need nothing from the host."""
 
 
-def accelerate_gaussian_diffusion(diffusion: Any) -> AcceleratedGaussianDiffusion:  # noqa: ANN401 - a foreign class
+def accelerate_gaussian_diffusion(
+    diffusion: Any,  # noqa: ANN401 - a foreign class
+    engine: EngineName = "auto",
+) -> AcceleratedGaussianDiffusion:
     """The same diffusion with a faster `sample`; see `AcceleratedGaussianDiffusion`.
 
     Args:
         diffusion: A GaussianDiffusion or LearnedGaussianDiffusion of denoising-diffusion-pytorch. It is not changed.
+        engine: How steps run, as in `fastddpm.Sampler`.
 
     Raises:
         TypeError: It is another class, or a subclass that has its own way of sampling.
@@ -55,7 +60,7 @@ def accelerate_gaussian_diffusion(diffusion: Any) -> AcceleratedGaussianDiffusio
             raise TypeError(
                 f"{expected} with its own {name}, got {kind.__name__} with another; sample with it directly"
             )
-    return AcceleratedGaussianDiffusion(diffusion)
+    return AcceleratedGaussianDiffusion(diffusion, engine)
 
 
 class AcceleratedGaussianDiffusion:
@@ -68,10 +73,11 @@ class AcceleratedGaussianDiffusion:
     be trained on; what `sampling_timesteps`, `ddim_sampling_eta` and `objective` say counts at each call.
     """
 
-    _own = ("_diffusion", "_sampler", "_key")
+    _own = ("_diffusion", "_sampler", "_key", "_engine")
 
-    def __init__(self, diffusion: Any) -> None:  # noqa: ANN401 - a foreign class
+    def __init__(self, diffusion: Any, engine: EngineName = "auto") -> None:  # noqa: ANN401 - a foreign class
         self._diffusion = diffusion
+        self._engine = engine
         self._sampler: Sampler | None = None
         self._key: object = None
 
@@ -176,7 +182,9 @@ class AcceleratedGaussianDiffusion:
         key = (shape, diffusion.objective, diffusion.self_condition, diffusion.device, versions)
         if self._sampler is None or key != self._key:
             network = _Network(copy.deepcopy(diffusion.model), _is_learned(diffusion))
-            self._sampler = Sampler(network, _schedule(diffusion), _spec(diffusion, shape), device=diffusion.device)
+            self._sampler = Sampler(
+                network, _schedule(diffusion), _spec(diffusion, shape), device=diffusion.device, engine=self._engine
+            )
             self._key = key
         return self._sampler
 
