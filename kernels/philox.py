@@ -154,15 +154,18 @@ def philox4x32_reference(
     Returns:
         Four int64 tensors of the broadcast shape with values in [0, 2³²).
     """
-    # int64 products wrap modulo 2⁶⁴, which leaves their bits right; the masks remove what `>>` drags in as sign.
+    # Inductor would multiply a bare `arange` as an index, with a step of 32 bits; what is masked is data to it.
+    c0 = c0 & _LOW
+    # A product needs 64 bits without sign, and compilers may take for granted that signed ones do not overflow. So each
+    # factor M is taken less 2³¹, and c·2³¹ is added to the product's high and low word apart; nothing is ever negative.
     for _ in range(_ROUNDS):
-        p0 = c0 * _MULTIPLIERS[0]
-        p1 = c2 * _MULTIPLIERS[1]
+        p0 = c0 * (_MULTIPLIERS[0] - 2**31)
+        p1 = c2 * (_MULTIPLIERS[1] - 2**31)
         c0, c1, c2, c3 = (
-            ((p1 >> 32) ^ (c1 ^ k0)) & _LOW,
-            p1 & _LOW,
-            ((p0 >> 32) ^ (c3 ^ k1)) & _LOW,
-            p0 & _LOW,
+            (((p1 >> 31) + c2) >> 1) ^ c1 ^ k0,
+            (p1 ^ (c2 << 31)) & _LOW,
+            (((p0 >> 31) + c0) >> 1) ^ c3 ^ k1,
+            (p0 ^ (c0 << 31)) & _LOW,
         )
         k0 = (k0 + _WEYL[0]) & _LOW
         k1 = (k1 + _WEYL[1]) & _LOW

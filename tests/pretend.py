@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+import torch.utils._triton
 from torch import Tensor, nn
 from torch._dynamo import device_interface
 from torch._inductor import compile_fx, config
@@ -129,6 +130,13 @@ def cuda_code(
     return captured[-1]
 
 
+def _forget_what_triton_can_do() -> None:
+    """torch asks once per process whether Triton works, and keeps the answer."""
+    for function in vars(torch.utils._triton).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
 @contextlib.contextmanager
 def pretended_h100() -> Iterator[None]:
     """Make torch, Inductor and Triton believe that CUDA device 0 is an H100."""
@@ -152,6 +160,8 @@ def pretended_h100() -> Iterator[None]:
         "_lazy_init": lambda: None,
     }
     with contextlib.ExitStack() as stack:
+        _forget_what_triton_can_do()
+        stack.callback(_forget_what_triton_can_do)
         for name, detour in detours.items():
             stack.enter_context(mock.patch.object(torch.Tensor, name, _on_cuda(getattr(torch.Tensor, name), detour)))
         for name, answer in cuda.items():

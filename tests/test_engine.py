@@ -48,6 +48,12 @@ def test_compiled_draws_the_same_pictures(compiled, options):
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def test_large_ids_and_seeds(compiled):
+    asked = {"seed": 2**63 + 5, "sample_ids": [3, 2**33, 2**64 - 1], "class_labels": [0, 2, 1], "output": "raw"}
+    expected = like(compiled, "eager").sample(3, solver="ddpm", steps=6, **asked)
+    assert (compiled.sample(3, solver="ddpm", steps=6, **asked) - expected).abs().max() < 1e-4
+
+
 def test_one_package_serves_all_solvers_steps_and_labels(compiled):
     names = {file.name for file in cache_folder().glob("*.pt2")}
     for options in RUNS:
@@ -105,16 +111,18 @@ def _slot(sampler: Sampler, n: int):
 # --- the choice -----------------------------------------------------------------------------------
 
 
+def passes(x, step, sample_id, seed, labels, history, *more):
+    """A compiled step that only counts."""
+    return x, step + 1, history
+
+
 @pytest.fixture
 def no_compiler(monkeypatch):
     """Compiling takes no time and gives a step that does nothing; returns the list of what was asked for."""
     asked = []
     monkeypatch.setattr(engine_module, "compile_step", lambda call, path: asked.append(call) or 1.0)
-    monkeypatch.setattr(
-        engine_module,
-        "load_step",
-        lambda path: lambda x, step, sample_id, seed, labels, history, *more: (x, step + 1, history),
-    )
+    monkeypatch.setattr(engine_module, "load_step", lambda path: passes)
+    monkeypatch.setattr(engine_module, "_checked", lambda step, call, path: step)
     monkeypatch.setattr(engine_module, "_milliseconds", lambda function: 1.0)
     monkeypatch.setattr(engine_module, "remembered", dict)
     monkeypatch.setattr(engine_module, "remember", lambda name, measured: None)
@@ -170,6 +178,19 @@ def test_auto_goes_on_eagerly_where_nothing_compiles(monkeypatch):
     assert "no compiler here" in sampler.engine.why
     with pytest.raises(CompileError, match="no compiler here"):
         like(sampler, "compiled").sample(2, class_labels=1, steps=6)
+
+
+def test_a_wrongly_compiled_step_is_refused(monkeypatch):
+    def compile_step(call, path):
+        path.write_bytes(b"")
+        return 1.0
+
+    monkeypatch.setattr(engine_module, "compile_step", compile_step)
+    monkeypatch.setattr(engine_module, "load_step", lambda path: passes)
+    sampler = like(fresh(), "compiled")
+    with pytest.raises(CompileError, match="must give what an eager one gives"):
+        sampler.sample(2, class_labels=1, steps=6)
+    assert not _slot(sampler, 2).path.exists()
 
 
 class Branching(nn.Module):

@@ -54,3 +54,16 @@ def test_ids_must_be_a_list(ids):
 def test_float_ids_are_refused():
     with pytest.raises(TypeError, match="sample_ids must be integers"):
         id_bits(torch.zeros(2))
+
+
+IDS = [0, 1, 2**31, 2**32 - 1, 2**33, 2**40 - 1, 2**63 - 1, 2**63, 2**64 - 2**32, 2**64 - 1]
+
+
+def test_compiled_noise_is_the_same_for_all_ids():
+    """A compiler may take for granted that signed products do not overflow, and may multiply indices in 32 bits."""
+    compiled = torch.compile(lambda seed, ids, t: normals(seed, ids, t, (1, 16, 20)), fullgraph=True)
+    ids = id_bits(IDS)
+    for seed in (0, 1234, 2**63 + 5, 2**64 - 1):
+        arguments = (torch.full_like(ids, seed_bits(seed)), ids, torch.arange(len(IDS)) * 111)
+        expected = normals(*arguments, (1, 16, 20))
+        assert (compiled(*arguments) - expected).abs().max() < 1e-5

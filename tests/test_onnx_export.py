@@ -183,6 +183,7 @@ def test_the_step_has_no_control_flow_and_the_chain_one_scan(exported):
     assert kinds["chain"].count("Scan") == 1 and not {"If", "Loop"} & set(kinds["chain"])
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_process(exported, tmp_path):
     code = (
         "import sys; from tests.networks import tiny_sampler; from fastddpm.export import export_onnx;"
@@ -224,6 +225,7 @@ def test_fp16_keeps_norms_and_state_in_float32(sampler, tmp_path):
     assert 1e-6 < error < 5e-3
 
 
+@pytest.mark.slow
 def test_int8_is_calibrated_and_close(sampler, tmp_path):
     path = export_onnx(sampler, tmp_path / "m.onnx", what="network", precision="int8").files[0]
     kinds = {node.op_type for node in onnx.load(path).graph.node}

@@ -38,7 +38,12 @@ def place(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+SLOW = ("fastddpm compile",)  # tests/test_engine.py compiles a smaller network
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=pytest.mark.slow) if c.startswith(SLOW) else c for c in COMMANDS]
+)
 def test_command(command, place):
     words = shlex.split(command)
     if words[0] == "make":  # these install and test everything: here it is enough that make knows them
@@ -65,4 +70,6 @@ def test_python(code, tmp_path):
 
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+        headings = re.findall(r"^## (.*)$", README, re.M)
+        anchors = ["#" + heading.lower().replace(" ", "-") for heading in headings]
+        assert target.startswith("https://") or target in anchors or (ROOT / target).exists(), target
