@@ -7,7 +7,10 @@ of the solver's table are arguments, so one package serves any solver and any nu
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -215,6 +218,7 @@ def compile_step(call: StepCall, path: Path) -> float:
             f"engine: the network must compile as one graph, got {type(error).__name__}: {reason}; use engine='eager'"
         ) from error
     _prune(path.parent, keep=path)
+    _give_memory_back()
     return time.perf_counter() - began
 
 
@@ -237,6 +241,13 @@ def load_step(path: Path) -> Callable[..., Any]:
         return changed
 
     return call
+
+
+def _give_memory_back() -> None:
+    """Hand what compiling took back to the system, where its C library can."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _prune(folder: Path, keep: Path) -> None:

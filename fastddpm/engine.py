@@ -54,7 +54,7 @@ COMPILE_S = 45.0
 """What compiling is taken to cost where it was never measured."""
 GAIN = 1 / 3
 """The part of an eager step's time that compiling is taken to save where it was never measured."""
-_TOLERANCE, _LOW_TOLERANCE = 1e-3, 3e-2  # of a compiled step against an eager one, relative to max |x|
+_TOLERANCE, _LOW_TOLERANCE = 1e-3, 5e-2  # of a compiled step against an eager one, relative to the samples
 _FIRST_TIMED = 2  # the first step of a run also allocates, and says little about the others
 _TRIALS = 3  # calls that are timed, after one that is not
 
@@ -381,9 +381,11 @@ def _checked(step: Callable[..., Any], call: StepCall, path: Path) -> Callable[.
     advance(eager.denoiser, eager.table, eager.state, noise=eager.noise)
     compiled.bound(step)(compiled.noise)
     tolerance = _TOLERANCE if _is_float32(call.denoiser) else _LOW_TOLERANCE
-    scale = float(eager.state.x.abs().amax())
-    difference = float((eager.state.x - compiled.state.x).abs().amax())
-    if not difference <= tolerance * max(scale, 1.0) or not torch.equal(eager.state.step, compiled.state.step):
+    # Per sample, root mean square: single values may jump from one clipping bound to the other.
+    off = (eager.state.x - compiled.state.x).flatten(1).square().mean(1).sqrt()
+    scale = eager.state.x.flatten(1).square().mean(1).sqrt().clamp(min=1.0)
+    difference = float((off / scale).amax())
+    if not difference <= tolerance or not torch.equal(eager.state.step, compiled.state.step):
         path.unlink(missing_ok=True)
         raise CompileError(
             f"engine: a compiled step must give what an eager one gives, got a difference of {difference:.2g}; "
