@@ -248,7 +248,7 @@ class Sampler:
         labels = None if classes is None else torch.zeros(batch_size, dtype=torch.int64)
         scale = 2.0 if guided else 1.0
         request = make_request(self.spec, self.device, batch_size, None, labels, scale, None, None, batch_size)
-        table = self.table(steps=1)
+        table = self.table(solver="ddpm", steps=min(4, self.schedule.T))
         denoiser = bind(self.model, self.spec, table, request.labels, guided)
         return self.engine.compile(StepCall(denoiser, table, self._start(table, request, 0, None)))
 
