@@ -47,21 +47,23 @@ class CompileError(RuntimeError):
 class StepModule(nn.Module):
     """`advance` as a function of all tensors that it reads, in the order of `names`, with the network inside.
 
-    It returns what `advance` changes and changes nothing itself: ahead-of-time packages were seen to lose changes that
-    are made to an argument in place.
+    With `in_place` it changes its arguments, as a CUDA graph needs. Otherwise it returns what `advance` changes and
+    changes nothing itself: ahead-of-time packages were seen to lose changes that are made to an argument.
     """
 
-    def __init__(self, denoiser: Denoiser, table: StepTable, names: Sequence[str]) -> None:
+    def __init__(self, denoiser: Denoiser, table: StepTable, names: Sequence[str], *, in_place: bool) -> None:
         """Keep what is not a tensor of a denoiser and a table; the network becomes a sub-module."""
         super().__init__()
         network = denoiser.unet if denoiser.unet is not None else denoiser.model
         self.network = network if isinstance(network, nn.Module) else None
         self._denoiser, self._table, self._names = denoiser, table, tuple(names)
+        self._in_place = in_place
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """One step; returns the new values of `CHANGED`."""
+        """One step; returns the new values of `CHANGED`, or nothing where they are changed in place."""
         values = dict(zip(self._names, tensors, strict=True))
-        values |= {name: values[name].clone() for name in CHANGED}
+        if not self._in_place:
+            values |= {name: values[name].clone() for name in CHANGED}
         network: Any = self._denoiser.model if self.network is None else self.network
         denoiser = dataclasses.replace(
             self._denoiser,
@@ -74,7 +76,7 @@ class StepModule(nn.Module):
         table = dataclasses.replace(self._table, rows=values["rows"], timesteps=values["timesteps"])
         state = State(*(values.get(field.name) for field in dataclasses.fields(State)))  # type: ignore[arg-type]
         advance(denoiser, table, state, noise=values.get("noise"))
-        return tuple(values[name] for name in CHANGED)
+        return () if self._in_place else tuple(values[name] for name in CHANGED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,16 +102,29 @@ class StepCall:
         values |= {"projections": self.denoiser.projections, "slots": self.denoiser.slots, "noise": self.noise}
         return {name: value for name, value in values.items() if value is not None}
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the step changes the state's own tensors."""
+        return self.state.x.device.type == "cuda"
+
     def bound(self, step: Callable[..., Any]) -> Callable[[Tensor | None], None]:
-        """A compiled step on these samples: a function of the noise, if there is any, that changes them in place."""
+        """A compiled step on these samples: a function of the noise, if there is any.
+
+        On a CPU the state gets new tensors for those that change, which is quicker than to copy into the old ones.
+        """
         tensors = self.tensors()
-        targets = [tensors[name] for name in CHANGED]
-        fixed = [value for name, value in tensors.items() if name != "noise"]
-        supplied = "noise" in tensors
+        supplied = tensors.pop("noise", None) is not None
+        arguments = list(tensors.values())
+        in_place = self.in_place
+        places = [(list(tensors).index(name), name) for name in CHANGED]
 
         def run(noise: Tensor | None) -> None:
-            for target, value in zip(targets, step(*fixed, noise) if supplied else step(*fixed), strict=True):
-                target.copy_(value)
+            changed = step(*arguments, noise) if supplied else step(*arguments)
+            if in_place:
+                return
+            for (place, name), value in zip(places, changed, strict=True):
+                arguments[place] = value
+                setattr(self.state, name, value)
 
         return run
 
@@ -130,7 +145,7 @@ class StepCall:
 
     def _module(self) -> StepModule:
         table = dataclasses.replace(self.table, uses_noise=True, uses_history=True)
-        return StepModule(self.denoiser, table, list(self.tensors()))
+        return StepModule(self.denoiser, table, list(self.tensors()), in_place=self.in_place)
 
     def dynamic_shapes(self) -> tuple[dict[int, Any] | None, ...]:
         """Which sizes may differ between calls: the number of rows."""

@@ -28,7 +28,7 @@ FIXTURES = (
     "pesser_ho",
     "w86763777_ddpm",
 )
-QUICK = {("openai_improved", "chain")}
+QUICK = {("openai_improved", "network")}
 """Learned variance, fractional times, scale-shift: the case with the most in it. The others are slow."""
 
 

@@ -115,6 +115,7 @@ class TestSmall:
     def test_nothing_waits_for_the_host(self, small):
         check_nothing_waits(small)
 
+    @pytest.mark.slow
     def test_kernels_compile_without_spills(self, small):
         check_kernels(small)
 

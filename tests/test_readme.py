@@ -38,7 +38,8 @@ def place(tmp_path):
     return tmp_path
 
 
-SLOW = ("fastddpm compile",)  # tests/test_engine.py compiles a smaller network
+# What other tests do with smaller networks, or more closely: test_engine.py, kernels/test_report.py.
+SLOW = ("fastddpm compile", "python -m fastddpm.kernels.report")
 
 
 @pytest.mark.parametrize(
