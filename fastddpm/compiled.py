@@ -228,13 +228,18 @@ def compile_step(call: StepCall, path: Path) -> float:
     except OSError:
         raise
     except Exception as error:  # whatever the exporter, the compiler or the C++ compiler raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise CompileError(
-            f"engine: the network must compile as one graph, got {type(error).__name__}: {reason}; use engine='eager'"
-        ) from error
+        raise not_one_graph(error) from error
     _prune(path.parent, keep=path)
     _give_memory_back()
     return time.perf_counter() - began
+
+
+def not_one_graph(error: Exception) -> CompileError:
+    """The error for a network that an exporter or compiler stumbled over, in one line."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return CompileError(
+        f"engine: the network must compile as one graph, got {type(error).__name__}: {reason}; use engine='eager'"
+    )
 
 
 def load_step(path: Path) -> Callable[..., Any]:

@@ -33,6 +33,7 @@ from fastddpm.compiled import (
     compile_step,
     is_cacheable,
     load_step,
+    not_one_graph,
     package_path,
     remember,
     remembered,
@@ -147,8 +148,8 @@ class Engine:
         slot = self._slot(call)
         if slot.path.exists():
             return None
-        seconds = compile_step(call, slot.path)
-        self._measure(slot, call, _checked(load_step(slot.path), call, slot.path), seconds)
+        step, seconds = _made(slot, call)
+        self._measure(slot, call, step, seconds)
         return seconds
 
     def padded(self, size: int, full: int) -> int:
@@ -243,8 +244,7 @@ class Engine:
                     step = load_step(slot.path)
             if step is None:
                 on_compile(True)
-                seconds = compile_step(call, slot.path)
-                step = _checked(load_step(slot.path), call, slot.path)
+                step, seconds = _made(slot, call)
         except (CompileError, OSError) as error:
             if self.name != "auto":
                 raise
@@ -314,13 +314,10 @@ class Engine:
             try:
                 compiled(*_copy(call).tensors().values())
             except Exception as error:  # whatever the compiler raises
-                reason = (str(error).strip().splitlines() or [""])[0][:200]
+                failed = not_one_graph(error)
                 if self.name != "auto":
-                    raise CompileError(
-                        f"engine: the network must compile as one graph, got {type(error).__name__}: {reason}; "
-                        "use engine='eager'"
-                    ) from error
-                self.why = f"the step does not compile: {reason}"
+                    raise failed from error
+                self.why = f"the step does not compile: {failed}"
             else:
                 step = call.bound(compiled)
                 self.used, self.why = "compiled", "asked for" if self.name != "auto" else "the run is long"
@@ -369,6 +366,12 @@ def _not_worth(known: Measured | None, to_come: int) -> str:
     if saved < cost:
         return f"compiling would take about {cost:.0f} s and save about {saved:.0f} s"
     return ""
+
+
+def _made(slot: _Slot, call: StepCall) -> tuple[Callable[..., Any], float]:
+    """A new package, compared with an eager step, and the seconds that compiling took."""
+    seconds = compile_step(call, slot.path)
+    return _checked(load_step(slot.path), call, slot.path), seconds
 
 
 def _checked(step: Callable[..., Any], call: StepCall, path: Path) -> Callable[..., Any]:
