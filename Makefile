@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PINS := constraints.txt
 RESULTS := benchmarks/results
+# Test files in up to four processes; the tests of one file stay together, since they share what is dear to make.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
 # Another environment that happens to be active, or the user's own site-packages, must not leak in.
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_USER PIP_CONSTRAINT
@@ -43,10 +45,10 @@ sample: $(BASE) ## sample 64 digits from the shipped checkpoint into samples/gri
 	@$(BIN)/fastddpm sample mnist --n 64 --solver dpmpp_2m --guidance 1.5 --grid samples/grid.png
 
 test: lint types ## lint, types and the test suite
-	@$(BIN)/pytest
+	@$(BIN)/pytest $(SIDE_BY_SIDE)
 
 test-all: lint types ## the same with the slow tests
-	@$(BIN)/pytest --slow
+	@$(BIN)/pytest --slow $(SIDE_BY_SIDE)
 
 lint: $(TEST) ## ruff: rules and formatting
 	@$(BIN)/ruff check .

@@ -98,6 +98,7 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(groups, channels, eps=config.norm_eps) if normalise else nn.Identity()
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
+        self.by_products = False  # see `fastddpm.fast_layers`
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, C, H, W] to the same shape."""
@@ -114,7 +115,19 @@ class Attention(nn.Module):
         if self.order == "heads_qkv":
             parts = parts.transpose(2, 3)
         q, k, v = (part.transpose(1, 2) for part in parts.unbind(2))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, positions, width // 3)
+        mix = attention_by_products if self.by_products else F.scaled_dot_product_attention
+        return mix(q, k, v).transpose(1, 2).reshape(b, positions, width // 3)
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v of q, k, v [B, heads, N, D] as two matrix products, the sum divided out at the end.
+
+    PyTorch's own attention keeps to small blocks on a CPU; where a whole product of scores fits into the caches and the
+    processor multiplies bfloat16 by itself, this is up to three times quicker.
+    """
+    scores = (q @ k.transpose(-1, -2)).float()
+    weights = torch.exp((scores - scores.amax(-1, keepdim=True)) * q.shape[-1] ** -0.5)
+    return ((weights.to(v.dtype) @ v).float() / weights.sum(-1, keepdim=True)).to(v.dtype)
 
 
 class Downsample(nn.Module):

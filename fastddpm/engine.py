@@ -1,4 +1,4 @@
-"""How `advance` runs: eagerly, compiled, or as a CUDA graph; and, for people, what the machine offers.
+"""How `advance` runs: eagerly, compiled, or as a CUDA graph.
 
 An `Engine` belongs to one network. It makes a `Runner` for each batch, which drives `advance` and nothing else:
 
@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,24 +26,20 @@ from torch import Tensor, nn
 
 from fastddpm.compiled import (
     CompileError,
-    Measured,
-    StepCall,
+    checked,
     compile_step,
     is_cacheable,
     load_step,
     not_one_graph,
     package_path,
-    remember,
-    remembered,
     weights_hash,
 )
 from fastddpm.cuda_graph import StepGraph
 from fastddpm.denoiser import Denoiser
-from fastddpm.kernels._native import cache_folder
-from fastddpm.kernels._triton import runs_triton
+from fastddpm.measured import Measured, remember, remembered
 from fastddpm.state import State, advance
+from fastddpm.step_call import StepCall
 from fastddpm.step_table import StepTable
-from fastddpm.unet import UNet
 
 EngineName = Literal["auto", "eager", "compiled", "cuda_graph", "onnx"]
 MOST_GRAPH_STEPS = 64
@@ -55,8 +49,8 @@ COMPILE_S = 45.0
 """What compiling is taken to cost where it was never measured."""
 GAIN = 1 / 3
 """The part of an eager step's time that compiling is taken to save where it was never measured."""
-_TOLERANCE, _LOW_TOLERANCE = 1e-3, 5e-2  # of a compiled step against an eager one, relative to the samples
 _FIRST_TIMED = 2  # the first step of a run also allocates, and says little about the others
+_LOOK_S = 0.05  # small steps are made without looking up for so long
 _TRIALS = 3  # calls that are timed, after one that is not
 
 
@@ -86,10 +80,13 @@ class Runner:
         if self.graph is not None and most >= self.graph.steps:
             self.graph.replay()
             return self.graph.steps
-        if self._decide is None:
-            self.step(noise)
-            return 1
         began = time.perf_counter()
+        if self._decide is None:
+            end, made = began + _LOOK_S, 0
+            while made < most and (made == 0 or time.perf_counter() < end):
+                self.step(noise)
+                made += 1
+            return made
         self.step(noise)
         self._made += 1
         if self._made == _FIRST_TIMED:
@@ -270,7 +267,7 @@ class Engine:
 
     def _measure(self, slot: _Slot, call: StepCall, step: Callable[..., Any], seconds: float | None) -> Measured:
         """What a new package takes per step, and an eager step if that is not known; remembered on disk."""
-        copy = _copy(call)
+        copy = call.copy()
         bound = copy.bound(step)
         compiled_ms = _milliseconds(lambda: bound(copy.noise))
         eager_ms = _milliseconds(_probe(call)) if slot.known is None else slot.known.eager_ms
@@ -312,7 +309,7 @@ class Engine:
             compiled = torch.compile(module, fullgraph=True)
             on_compile(True)
             try:
-                compiled(*_copy(call).tensors().values())
+                compiled(*call.copy().tensors().values())
             except Exception as error:  # whatever the compiler raises
                 failed = not_one_graph(error)
                 if self.name != "auto":
@@ -371,51 +368,12 @@ def _not_worth(known: Measured | None, to_come: int) -> str:
 def _made(slot: _Slot, call: StepCall) -> tuple[Callable[..., Any], float]:
     """A new package, compared with an eager step, and the seconds that compiling took."""
     seconds = compile_step(call, slot.path)
-    return _checked(load_step(slot.path), call, slot.path), seconds
-
-
-def _checked(step: Callable[..., Any], call: StepCall, path: Path) -> Callable[..., Any]:
-    """A new package, after its first step was compared with an eager one; a compiler's mistake must not pass unseen.
-
-    Raises:
-        CompileError: the two differ by more than the arithmetic explains; the package is removed.
-    """
-    eager, compiled = _copy(call), _copy(call)
-    middle = (
-        call.table.S // 2
-    )  # at the first rows a network's rounding grows a hundredfold, at the last there is no noise
-    for samples in (eager.state, compiled.state):
-        samples.step.fill_(middle)
-    advance(eager.denoiser, eager.table, eager.state, noise=eager.noise)
-    compiled.bound(step)(compiled.noise)
-    row = call.table.row(middle)
-    gain = 1.0 + abs(row["a_o"] * row["c_0"]) + abs(row["c_o"])
-    tolerance = gain * (_TOLERANCE if _is_float32(call.denoiser) else _LOW_TOLERANCE)
-    # Per sample, root mean square: single values may jump from one clipping bound to the other.
-    off = (eager.state.x - compiled.state.x).flatten(1).square().mean(1).sqrt()
-    scale = eager.state.x.flatten(1).square().mean(1).sqrt().clamp(min=1.0)
-    difference = float((off / scale).amax())
-    if not difference <= tolerance or not torch.equal(eager.state.step, compiled.state.step):
-        path.unlink(missing_ok=True)
-        raise CompileError(
-            f"engine: a compiled step must give what an eager one gives, got a difference of {difference:.2g}; "
-            "use engine='eager'"
-        )
-    return step
-
-
-def _is_float32(denoiser: Denoiser) -> bool:
-    return not isinstance(denoiser.unet, UNet) or denoiser.unet.stem.weight.dtype == torch.float32
-
-
-def _copy(call: StepCall) -> StepCall:
-    """The same call on a copy of the samples."""
-    return dataclasses.replace(call, state=call.state.copy())
+    return checked(load_step(slot.path), call, slot.path), seconds
 
 
 def _probe(call: StepCall) -> Callable[[], None]:
     """An eager step on a copy of the samples, to be timed."""
-    copy = _copy(call)
+    copy = call.copy()
     return lambda: advance(copy.denoiser, copy.table, copy.state, noise=copy.noise)
 
 
@@ -439,99 +397,3 @@ def _gpu_ms(call: StepCall) -> float:
         torch.cuda.synchronize()
 
     return _milliseconds(timed)
-
-
-def pick_device(device: torch.device | str | None) -> torch.device:
-    """The device to sample on.
-
-    Args:
-        device: a device or its name; None takes the first GPU, or the CPU if there is none.
-
-    Returns:
-        The device.
-
-    Raises:
-        ValueError: the name is unknown or the device is not there.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}; see `fastddpm info`") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}; see `fastddpm info`")
-    count = torch.cuda.device_count() if chosen.type == "cuda" else 1
-    if (chosen.index or 0) >= count:
-        raise ValueError(f"device must be there, got {device!r}, but this machine has {count} GPUs; use cpu")
-    return chosen
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """What sampling would use here.
-
-    Attributes:
-        device: the device that `pick_device(None)` takes, with its name.
-        precision: the arithmetic of the network, unless another is asked for.
-        engine: how `advance` runs, unless another is asked for.
-        cache: where compiled steps are kept, and how many there are.
-        update: which implementation of the fused update runs.
-        threads: CPU threads that PyTorch uses.
-        versions: of what the result depends on.
-    """
-
-    device: str
-    precision: str
-    engine: str
-    cache: str
-    update: str
-    threads: int
-    versions: dict[str, str]
-
-
-def describe_machine() -> Machine:
-    """What sampling would use on this machine."""
-    device = pick_device(None)
-    if device.type == "cuda":
-        name = f"{device} ({torch.cuda.get_device_name(device)})"
-    else:
-        name = f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
-    versions = {"python": platform.python_version()}
-    for package in ("fastddpm", "torch", "triton"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return Machine(
-        device=name,
-        precision="fp32",
-        engine="auto: compiled steps, where they are there or the run earns the time to compile",
-        cache=_describe_cache(),
-        update="Triton kernel" if runs_triton(device.type) else "PyTorch",
-        threads=torch.get_num_threads(),
-        versions=versions,
-    )
-
-
-def _describe_cache() -> str:
-    files = list(cache_folder().glob("*.pt2"))
-    size = sum(file.stat().st_size for file in files) / 1e6
-    return f"{cache_folder()} ({len(files)} compiled steps, {size:.0f} MB)"
-
-
-def describe_choices(weights: str) -> dict[str, str]:
-    """What `auto` knows of a network: for each batch and device that was measured, what it takes and why.
-
-    Args:
-        weights: the network's `weights_hash`.
-    """
-    lines = {}
-    for name, measured in remembered().items():
-        if name.startswith(weights[:8]) and measured.compiled_ms is not None:
-            choice = "compiled" if measured.compiled_ms < measured.eager_ms else "eager"
-            kept = "" if Path(cache_folder(), f"{name}.pt2").exists() else ", not compiled at present"
-            lines[measured.label] = (
-                f"{choice}: {measured.compiled_ms:.3g} ms a step compiled, {measured.eager_ms:.3g} eager{kept}"
-            )
-    return lines

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastddpm.blocks import Attention, Downsample, ResBlock, Stage, Upsample, resample
-from fastddpm.kernels._triton import runs_triton
+from fastddpm.kernels._dispatch import runs_triton
 from fastddpm.kernels.group_norm import add_group_norm_unchecked
 
 if TYPE_CHECKING:

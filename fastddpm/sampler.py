@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.checkpoints import Checkpoint, load_checkpoint
-from fastddpm.compiled import CompileError, StepCall
+from fastddpm.compiled import CompileError
 from fastddpm.denoiser import Denoiser, bind
-from fastddpm.engine import Engine, EngineName, Runner, pick_device
+from fastddpm.engine import Engine, EngineName, Runner
 from fastddpm.images import Output, to_output
 from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.machine import pick_device
 from fastddpm.noise import NoiseFunction, NoiseSource, seed_bits
 from fastddpm.plan import DEFAULT_STEPS, plan
 from fastddpm.precision import Precision, check_precision, float32_kernels, in_precision
@@ -25,6 +26,7 @@ from fastddpm.schedule import NoiseSchedule
 from fastddpm.solvers import ClippedEps, DynamicThreshold, Solver
 from fastddpm.spec import ModelSpec, Variance
 from fastddpm.state import State, advance
+from fastddpm.step_call import StepCall
 from fastddpm.step_table import StepTable
 from fastddpm.unet import UNet
 

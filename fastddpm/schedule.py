@@ -14,14 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddpm.betas import (
-    cosine_betas,
-    laplace_betas,
-    linear_betas,
-    logistic_betas,
-    scaled_linear_betas,
-    sigmoid_betas,
-)
+from fastddpm.betas import cosine_betas, laplace_betas, linear_betas, logistic_betas, scaled_linear_betas, sigmoid_betas
 from fastddpm.forward import ForwardProcess
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -68,48 +61,36 @@ class NoiseSchedule(ForwardProcess):
             )
         if betas.ndim != 1 or betas.numel() == 0 or betas.device.type != "cpu":
             raise ValueError(
-                "NoiseSchedule: betas must be 1-D with T ≥ 1 entries on the CPU, got shape "
-                f"{tuple(betas.shape)} "
-                f"on {betas.device}; pass one beta per training step"
+                f"NoiseSchedule: betas must be 1-D with T ≥ 1 entries on the CPU, got shape {tuple(betas.shape)} on "
+                f"{betas.device}; pass one beta per training step"
             )
         inside = (betas > 0) & (betas < 1)
         inside[-1] |= betas[-1] == 1
         if not bool(inside.all()):
             first = int((~inside).nonzero()[0, 0])
             raise ValueError(
-                "NoiseSchedule: betas must be in (0, 1), or 1 at the last step, got "
-                f"{betas[first].item()} at t={first}; "
-                "check the schedule's parameters"
+                f"NoiseSchedule: betas must be in (0, 1), or 1 at the last step, got {betas[first].item()} at "
+                f"t={first}; check the schedule's parameters"
             )
-        if bool(betas[0] < torch.finfo(betas.dtype).eps):
+        eps = torch.finfo(betas.dtype).eps
+        if bool(betas[0] < eps):
             raise ValueError(
-                f"NoiseSchedule: betas[0] must be at least {torch.finfo(betas.dtype).eps:.2g} in "
-                f"{betas.dtype}, "
-                f"got {betas[0].item()}; below it 1 − ᾱ_0 rounds to 0: use float64 or a larger beta"
+                f"NoiseSchedule: betas[0] must be at least {eps:.2g} in {betas.dtype}, got {betas[0].item()}; below it "
+                "1 − ᾱ_0 rounds to 0: use float64 or a larger beta"
             )
 
     # ------------------------------------------------------------------ constructors
 
     @classmethod
     def linear(
-        cls,
-        T: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        *,
-        dtype: torch.dtype = torch.float64,
+        cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *, dtype: torch.dtype = torch.float64
     ) -> NoiseSchedule:
         """Linear betas (Ho et al. 2020, sec. 4); see `fastddpm.betas.linear_betas`."""
         return cls.by_name("linear", T, dtype=dtype, beta_start=beta_start, beta_end=beta_end)
 
     @classmethod
     def scaled_linear(
-        cls,
-        T: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        *,
-        dtype: torch.dtype = torch.float64,
+        cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *, dtype: torch.dtype = torch.float64
     ) -> NoiseSchedule:
         """Betas linear in √β (Rombach et al. 2022); see `fastddpm.betas.scaled_linear_betas`."""
         return cls.by_name("scaled_linear", T, dtype=dtype, beta_start=beta_start, beta_end=beta_end)
@@ -137,12 +118,7 @@ class NoiseSchedule(ForwardProcess):
 
     @classmethod
     def logistic(
-        cls,
-        T: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        *,
-        dtype: torch.dtype = torch.float64,
+        cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *, dtype: torch.dtype = torch.float64
     ) -> NoiseSchedule:
         """Logistic betas (Xu et al. 2022; diffusers' "sigmoid"); see `fastddpm.betas.logistic_betas`."""
         return cls.by_name("logistic", T, dtype=dtype, beta_start=beta_start, beta_end=beta_end)
@@ -210,13 +186,12 @@ class NoiseSchedule(ForwardProcess):
         given = {option: value for option, value in given.items() if value is not None}
         if foreign := sorted(given.keys() - defaults.keys()):
             raise ValueError(
-                f"NoiseSchedule.by_name: options of {name!r} must be among {sorted(defaults)}, got "
-                f"{foreign}; "
-                "leave the others out"
+                f"NoiseSchedule.by_name: options of {name!r} must be among {sorted(defaults)}, got {foreign}; leave "
+                "the others out"
             )
         options = {**defaults, **given}
         canonical = _ALIASES.get(name, name)
-        recipe = {"name": canonical, "T": T, **options, "dtype": str(dtype).removeprefix("torch.")}
+        recipe = {"name": canonical, "T": T, **options, "dtype": _dtype_name(dtype)}
         return cls(function(T, **options, dtype=dtype), recipe=recipe)
 
     # ------------------------------------------------------------------ configuration
@@ -225,11 +200,7 @@ class NoiseSchedule(ForwardProcess):
         """Plain JSON data that `from_config` turns back into the same betas, bit for bit."""
         if self.recipe is not None:
             return dict(self.recipe)
-        return {
-            "name": "betas",
-            "betas": self.betas.tolist(),
-            "dtype": str(self.betas.dtype).removeprefix("torch."),
-        }
+        return {"name": "betas", "betas": self.betas.tolist(), "dtype": _dtype_name(self.betas.dtype)}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
@@ -267,9 +238,8 @@ class NoiseSchedule(ForwardProcess):
         values = rest.pop("betas", None)
         if rest or not isinstance(values, list) or not all(_is_beta(value) for value in values):
             raise ValueError(
-                "NoiseSchedule.from_config: a config named 'betas' must hold a list 'betas' of numbers "
-                f"in (0, 1] and nothing else, got {type(values).__name__} and {sorted(map(str, rest))}; "
-                "see to_config"
+                "NoiseSchedule.from_config: a config named 'betas' must hold a list 'betas' of numbers in (0, 1] and "
+                f"nothing else, got {type(values).__name__} and {sorted(map(str, rest))}; see to_config"
             )
         return cls.from_betas(values, dtype=dtype)
 
@@ -285,8 +255,8 @@ class NoiseSchedule(ForwardProcess):
         """
         if self.T < 2:
             raise ValueError(
-                f"rescale_zero_terminal_snr: T must be at least 2, got {self.T}; one step has no "
-                "terminal SNR to rescale"
+                f"rescale_zero_terminal_snr: T must be at least 2, got {self.T}; one step has no terminal SNR to "
+                "rescale"
             )
         root = self.alphas_cumprod.sqrt()
         root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
@@ -310,8 +280,7 @@ class NoiseSchedule(ForwardProcess):
         ascending = all(a < b for a, b in zip(steps, steps[1:], strict=False))
         if timesteps.ndim != 1 or not steps or not ascending or steps[0] < 0 or steps[-1] >= self.T:
             raise ValueError(
-                f"NoiseSchedule.respaced: timesteps must be strictly ascending in 0 … {self.T - 1}, "
-                f"got {steps[:8]}…; "
+                f"NoiseSchedule.respaced: timesteps must be strictly ascending in 0 … {self.T - 1}, got {steps[:8]}…; "
                 "flip a list in sampling order"
             )
         kept = self.alphas_cumprod[timesteps]
@@ -327,6 +296,10 @@ def _lookup(name: str) -> tuple[Callable[..., Tensor], dict[str, float]]:
             "pass other schedules as betas"
         )
     return _SCHEDULES[canonical]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_beta(value: object) -> bool:

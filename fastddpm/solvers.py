@@ -8,7 +8,6 @@ apart: a strided run is a run whose β_t is 1 − ᾱ_t/ᾱ_prev (Nichol & Dhari
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,15 +15,9 @@ from torch import Tensor
 
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import Prediction, Variance
-from fastddpm.step_table import (
-    DynamicThreshold,
-    Solver,
-    StepTable,
-    assemble,
-    check_choice,
-    dynamic_bound,
-)
-from fastddpm.timesteps import check_timesteps, respace, spaced_timesteps
+from fastddpm.step_pairs import StepPairs
+from fastddpm.step_table import DynamicThreshold, Solver, StepTable, assemble, check_choice, dynamic_bound
+from fastddpm.timesteps import respace, spaced_timesteps
 
 __all__ = [
     "ClippedEps",
@@ -45,17 +38,6 @@ ClippedEps = Literal["rederive", "raw"]
 NoiseGate = Literal["final", "t0"]
 # What a peer that adds noise on a row with β̃ = 0 takes for it, so that its logarithm exists.
 _SMALLEST_VARIANCE = 1e-20
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """The rows' ends: t and prev, int64 [S]; ᾱ at both, and at t − 1 (1 before t = 0), float64 [S]."""
-
-    t: Tensor
-    prev: Tensor
-    a_t: Tensor
-    a_prev: Tensor
-    a_before: Tensor
 
 
 def ddpm_table(
@@ -96,13 +78,13 @@ def ddpm_table(
     """
     check_choice("ddpm_table", "variance", variance, get_args(Variance))
     check_choice("ddpm_table", "noise_gate", noise_gate, get_args(NoiseGate))
-    pairs = _pairs("ddpm_table", schedule, timesteps, prev_timesteps)
+    pairs = StepPairs.of("ddpm_table", schedule, timesteps, prev_timesteps)
     a_t, a_prev = pairs.a_t, pairs.a_prev
     alpha = a_t / a_prev
     beta = 1.0 - alpha
     beta_tilde = (1.0 - a_prev) / (1.0 - a_t) * beta
     noisy = ((pairs.prev >= 0) if noise_gate == "final" else (pairs.t > 0)).double()
-    columns = _x_start_columns("ddpm_table", prediction, pairs)
+    columns = pairs.x_start_columns("ddpm_table", prediction)
     columns["c_0"] = a_prev.sqrt() * beta / (1.0 - a_t)
     columns["c_x"] = alpha.sqrt() * (1.0 - a_prev) / (1.0 - a_t)
     if variance == "learned_range":
@@ -153,12 +135,12 @@ def ddim_table(
     check_choice("ddim_table", "clipped_eps", clipped_eps, get_args(ClippedEps))
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"ddim_table: eta must be in [0, 1], got {eta}; 0 is deterministic, 1 is ancestral")
-    pairs = _pairs("ddim_table", schedule, timesteps, prev_timesteps, final_alpha_to_one)
+    pairs = StepPairs.of("ddim_table", schedule, timesteps, prev_timesteps, final_alpha_to_one)
     a_t, a_prev = pairs.a_t, pairs.a_prev
     sigma = eta * ((1.0 - a_prev) / (1.0 - a_t) * (1.0 - a_t / a_prev)).sqrt()
     direction = (1.0 - a_prev - sigma**2).clamp(min=0.0).sqrt()  # the factor of ε
     signal, noise = a_t.sqrt(), (1.0 - a_t).sqrt()
-    columns = _x_start_columns("ddim_table", prediction, pairs)
+    columns = pairs.x_start_columns("ddim_table", prediction)
     columns["c_0"] = a_prev.sqrt()
     columns["sigma"] = sigma
     if clipped_eps == "rederive":
@@ -214,13 +196,12 @@ def dpmpp_2m_table(
         TypeError: timesteps are not integers.
         ValueError: an argument is out of range, or ε-prediction meets ᾱ_t = 0 (zero terminal SNR).
     """
-    pairs = _pairs("dpmpp_2m_table", schedule, timesteps, prev_timesteps, final_alpha_to_one)
+    pairs = StepPairs.of("dpmpp_2m_table", schedule, timesteps, prev_timesteps, final_alpha_to_one)
     broken = (pairs.prev[:-1] != pairs.t[1:]).nonzero()
     if broken.numel():
         i = int(broken[0, 0])
         raise ValueError(
-            "dpmpp_2m_table: prev_timesteps must continue with the next timestep, got "
-            f"{int(pairs.prev[i])} before "
+            f"dpmpp_2m_table: prev_timesteps must continue with the next timestep, got {int(pairs.prev[i])} before "
             f"{int(pairs.t[i + 1])}; leave prev_timesteps out, or choose only its last entry"
         )
     lam_t, lam_prev = (0.5 * (a.log() - (1.0 - a).log()) for a in (pairs.a_t, pairs.a_prev))
@@ -231,18 +212,12 @@ def dpmpp_2m_table(
     if lower_order_final:
         kappa[-1] = 0.0
     gain = -pairs.a_prev.sqrt() * torch.expm1(-h)
-    columns = _x_start_columns("dpmpp_2m_table", prediction, pairs)
+    columns = pairs.x_start_columns("dpmpp_2m_table", prediction)
     columns["c_0"] = gain * (1.0 + kappa)
     columns["c_h"] = -gain * kappa
     columns["c_x"] = ((1.0 - pairs.a_prev) / (1.0 - pairs.a_t)).sqrt()
     return assemble(
-        "dpmpp_2m_table",
-        "dpmpp_2m",
-        pairs.t,
-        columns,
-        prediction=prediction,
-        variance="fixed_small",
-        clip=clip,
+        "dpmpp_2m_table", "dpmpp_2m", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip
     )
 
 
@@ -287,83 +262,23 @@ def make_table(
         ValueError: an option that the solver does not have, or one of the solver's own errors.
     """
     check_choice("make_table", "solver", solver, get_args(Solver))
-    given = {
-        "variance": variance,
-        "noise_gate": noise_gate,
-        "eta": eta,
-        "clipped_eps": clipped_eps,
-        "final_alpha_to_one": final_alpha_to_one,
-        "lower_order_final": lower_order_final,
+    solvers: dict[Solver, tuple[Callable[..., StepTable], set[str]]] = {
+        "ddpm": (ddpm_table, {"variance", "noise_gate"}),
+        "ddim": (ddim_table, {"eta", "clipped_eps", "final_alpha_to_one"}),
+        "dpmpp_2m": (dpmpp_2m_table, {"final_alpha_to_one", "lower_order_final"}),
     }
-    known = {
-        "ddpm": {"variance", "noise_gate"},
-        "ddim": {"eta", "clipped_eps", "final_alpha_to_one"},
-        "dpmpp_2m": {"final_alpha_to_one", "lower_order_final"},
-    }[solver]
-    foreign = sorted(name for name, value in given.items() if value is not None and name not in known)
-    if foreign:
+    table, known = solvers[solver]
+    given: dict[str, Any] = {
+        "variance": variance, "noise_gate": noise_gate, "eta": eta, "clipped_eps": clipped_eps,
+        "final_alpha_to_one": final_alpha_to_one, "lower_order_final": lower_order_final,
+    }  # fmt: skip
+    options = {name: value for name, value in given.items() if value is not None}
+    if foreign := sorted(options.keys() - known):
         raise ValueError(
-            f"make_table: options of {solver} must be among {', '.join(sorted(known))}, got "
-            f"{', '.join(foreign)}; "
+            f"make_table: options of {solver} must be among {', '.join(sorted(known))}, got {', '.join(foreign)}; "
             "leave the others out"
         )
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    tables: dict[Solver, Callable[..., StepTable]] = {
-        "ddpm": ddpm_table,
-        "ddim": ddim_table,
-        "dpmpp_2m": dpmpp_2m_table,
-    }
-    return tables[solver](
-        schedule, timesteps, prediction=prediction, clip=clip, prev_timesteps=prev_timesteps, **options
-    )
-
-
-def _pairs(
-    function: str,
-    schedule: NoiseSchedule,
-    timesteps: Tensor | Sequence[int],
-    prev_timesteps: Tensor | Sequence[int] | None,
-    final_alpha_to_one: bool = True,
-) -> _Pairs:
-    t = check_timesteps(function, schedule.T, timesteps)
-    if prev_timesteps is None:
-        prev = torch.cat([t[1:], t.new_tensor([-1])])
-    else:
-        prev = torch.as_tensor(prev_timesteps).detach().cpu()
-        if prev.shape != t.shape or prev.is_floating_point() or bool(((prev >= t) | (prev < -1)).any()):
-            raise ValueError(
-                f"{function}: prev_timesteps must be {t.numel()} integers, each −1 or between 0 and "
-                "its timestep, got "
-                f"{prev.tolist()[:8]} for {t.tolist()[:8]}; use −1 for x_0"
-            )
-        prev = prev.to(torch.int64)
-    alpha_bar = schedule.alphas_cumprod_exact
-    final = 1.0 if final_alpha_to_one else float(alpha_bar[0])
-    a_prev = torch.where(prev >= 0, alpha_bar[prev.clamp(min=0)], final)
-    return _Pairs(t, prev, alpha_bar[t], a_prev, torch.where(t > 0, alpha_bar[(t - 1).clamp(min=0)], 1.0))
-
-
-def _x_start_columns(function: str, prediction: Prediction, pairs: _Pairs) -> dict[str, Tensor]:
-    """a_x and a_o of x̂_0 = a_x x_t + a_o out: Ho et al. 2020, eq. 15; Salimans & Ho 2022, appendix D.
-
-    Where the network returns the mean of x_{t−1}, Ho et al.'s eq. 7 is solved for x_0.
-    """
-    check_choice(function, "prediction", prediction, get_args(Prediction))
-    signal, noise = pairs.a_t.sqrt(), (1.0 - pairs.a_t).sqrt()
-    if prediction == "x_start":
-        return {"a_x": torch.zeros_like(signal), "a_o": torch.ones_like(signal)}
-    if prediction == "v":
-        return {"a_x": signal, "a_o": -noise}
-    if prediction == "x_prev":
-        alpha = pairs.a_t / pairs.a_before
-        weight = pairs.a_before.sqrt() * (1.0 - alpha)  # of x_0 in the mean, times 1 − ᾱ_t
-        return {"a_x": -alpha.sqrt() * (1.0 - pairs.a_before) / weight, "a_o": (1.0 - pairs.a_t) / weight}
-    if bool((pairs.a_t == 0).any()):
-        raise ValueError(
-            f"{function}: prediction must be v or x_start where the terminal SNR is zero, got eps at "
-            f"t={int(pairs.t[pairs.a_t == 0][0])}; ε says nothing about x_0 there: leave that timestep out"
-        )
-    return {"a_x": 1.0 / signal, "a_o": -noise / signal}
+    return table(schedule, timesteps, prediction=prediction, clip=clip, prev_timesteps=prev_timesteps, **options)
 
 
 def _clipped_log(beta_tilde: Tensor, beta: Tensor, noisy: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
 - `q_sample`: the forward noising of a training batch, with its noise.
 - `normals_reference`, `philox4x32_reference`: the noise itself, in PyTorch.
 
-On CPU tensors, and where Triton is not installed, the ops run their references.
+On CPU tensors, and where Triton is not installed, the ops run their references. Elsewhere an op's first call imports
+Triton and registers it: `torch.ops.fastddpm.p_sample` is there from then on.
 """
 
 if __name__ != "fastddpm.kernels":

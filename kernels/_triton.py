@@ -1,55 +1,29 @@
-"""Triton where it is installed, and a harmless stand-in where it is not (macOS, Windows, CPU-only machines).
+"""What the modules of kernels share: Triton itself, and parts that several kernels are made of.
 
-The kernels are written once, with `jit` and `tl` from here. Without Triton they are plain functions that
-nothing calls: the wrappers then take the PyTorch reference.
+It imports Triton, so only modules that hold kernels (`…_triton.py`) may import it; see `_dispatch` for the others.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.library import triton_op
-
-try:
-    import triton
-    from triton import language as tl
-    from triton.language.extra import libdevice
-
-    HAS_TRITON = True
-    INTERPRETED = bool(triton.knobs.runtime.interpret)
-except ImportError:
-
-    class _Absent:
-        """Answers what the kernels touch while their module is imported, and nothing else."""
-
-        tensor = object
-
-        @staticmethod
-        def constexpr(value: object) -> object:
-            return value
-
-    tl: Any = _Absent()  # type: ignore[no-redef]
-    libdevice: Any = _Absent()  # type: ignore[no-redef]
-    HAS_TRITON = False
-    INTERPRETED = False
+import triton
+from triton import language as tl
+from triton.language.extra import libdevice
 
 __all__ = [
     "GROUPS",
-    "HAS_TRITON",
-    "INTERPRETED",
     "ON_INTERPRETER",
     "approximations",
     "jit",
     "libdevice",
     "load_two_quads",
     "num_warps",
-    "register_op",
-    "runs_triton",
     "store_quad",
     "tl",
 ]
 
-ON_INTERPRETER = tl.constexpr(INTERPRETED)
+ON_INTERPRETER = tl.constexpr(triton.knobs.runtime.interpret)
 """For kernels: whether hardware instructions must be replaced by what NumPy can do."""
 
 GROUPS = 128
@@ -57,22 +31,8 @@ GROUPS = 128
 
 
 def jit(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - a JITFunction has no useful static type
-    """`triton.jit` where Triton is installed; elsewhere the function itself."""
-    return triton.jit(function) if HAS_TRITON else function
-
-
-def register_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """`torch.library.triton_op` where Triton is installed; elsewhere nothing is registered, since nothing could run."""
-    return triton_op(name, mutates_args=mutates) if HAS_TRITON else lambda function: function
-
-
-def runs_triton(device_type: str) -> bool:
-    """Whether tensors on this kind of device go to the Triton kernels.
-
-    They do on CUDA and ROCm, and under `TRITON_INTERPRET=1` on the CPU too. The choice is made in Python, before
-    the op, because an op backed by Triton cannot run on CPU tensors outside the interpreter.
-    """
-    return HAS_TRITON and device_type == ("cpu" if INTERPRETED else "cuda")
+    """`triton.jit`, with a type for the checker, which does not look into Triton."""
+    return triton.jit(function)
 
 
 def num_warps() -> int:

@@ -5,16 +5,12 @@ means for time is a bound (see `report`), because nothing here has run.
 """
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from ._triton import GROUPS, HAS_TRITON, INTERPRETED
-from .p_sample import _p_sample_kernel
-from .q_sample import _q_sample_kernel
+from ._dispatch import HAS_TRITON, INTERPRETED
+from .machine_code import amd_bits, read_amdgcn, read_cubin, sass_bits
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 """The GPUs that every kernel is compiled for: A100, H100 and H200, B200, MI300."""
@@ -150,11 +146,11 @@ def measure(variant: Variant, target: str) -> Measured:
         raise ValueError(f"measure: target must be one of {', '.join(TARGETS)}, got {target}; choose one of these")
     compiled = compile_variant(variant, target)
     if target.startswith("sm_"):
-        instructions, registers, spill = _read_cubin(compiled.asm["cubin"])
-        widths = [_sass_bits(line) for line in instructions if re.search(r"\b(LDG|STG)\b", line)]
+        instructions, registers, spill = read_cubin(compiled.asm["cubin"])
+        widths = [sass_bits(line) for line in instructions if re.search(r"\b(LDG|STG)\b", line)]
     else:
-        instructions, registers, spill = _read_amdgcn(compiled.asm["amdgcn"])
-        widths = [_amd_bits(line) for line in instructions if re.match(r"(global|buffer|flat)_(load|store)", line)]
+        instructions, registers, spill = read_amdgcn(compiled.asm["amdgcn"])
+        widths = [amd_bits(line) for line in instructions if re.match(r"(global|buffer|flat)_(load|store)", line)]
     # A sample's own numbers (clock, seed, coefficients) are loaded once for all lanes of a warp, and narrowly. Triton's
     # IR tells how many such loads there are; a narrow access beyond them is one that is made for every element.
     scalars = len(re.findall(r"tt\.load .* : !tt\.ptr<", compiled.asm["ttgir"]))
@@ -193,6 +189,9 @@ def missed_bars(variant: Variant, measured: Measured) -> list[str]:
 
 def _arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[str, object]]:
     """The kernel, its pointer and integer arguments' types, and its constants but for the target's."""
+    from .p_sample_triton import _p_sample_kernel
+    from .q_sample_triton import _q_sample_kernel
+
     if variant.kernel == "p_sample":
         types = _POINTERS | {"out": f"*{variant.dtype}", "numel": "i32", "last": "i32", "noise_rows": "i32"}
         constants: dict[str, object] = {
@@ -231,6 +230,8 @@ def compile_variant(variant: Variant, target: str, *, ones: Iterable[str] = (), 
     import triton
     from triton.backends.compiler import GPUTarget
 
+    from ._triton import GROUPS
+
     cuda = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
     kernel, types, constants = _arguments(variant)
@@ -245,63 +246,3 @@ def compile_variant(variant: Variant, target: str, *, ones: Iterable[str] = (), 
     # Without contraction the count cannot lean on a default that differs between Triton's versions.
     options = {"num_warps": GROUPS // gpu.warp_size, "enable_fp_fusion": False}
     return triton.compile(source, target=gpu, options=options)
-
-
-def _read_cubin(cubin: bytes) -> tuple[list[str], int, int]:
-    """Instructions up to the padding, registers and stack bytes of a CUDA binary."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        code = subprocess.run([tools / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"measure: cuobjdump must say REG and STACK, got {usage!r}; report it with Triton's version")
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*);", code, re.M)
-    # Behind the last EXIT stand a branch to itself, which no thread reaches, and NOPs that fill the cache line.
-    return _until_last(instructions, "EXIT"), int(found[1]), int(found[2])
-
-
-def _read_amdgcn(text: str) -> tuple[list[str], int, int]:
-    """Instructions, vector registers and scratch bytes of an AMD kernel."""
-    lines = (line.split(";")[0].strip() for line in text.splitlines())
-    instructions = [line for line in lines if re.match(r"(s|v|global|buffer|flat|ds|scratch)_\w+", line)]
-    fields = {
-        name: int(value) for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)
-    }
-    if len(fields) != 2:
-        raise RuntimeError("measure: the AMD assembly must state vgpr_count and private_segment_fixed_size, got none")
-    return _until_last(instructions, "s_endpgm"), fields["vgpr_count"], fields["private_segment_fixed_size"]
-
-
-def _until_last(instructions: list[str], end: str) -> list[str]:
-    """The instructions up to and with the last one that holds `end`."""
-    last = max(index for index, line in enumerate(instructions) if end in line)
-    return instructions[: last + 1]
-
-
-def _first_bits(line: str, widths: Iterable[tuple[str, int]], default: int) -> int:
-    return next((bits for pattern, bits in widths if re.search(pattern, line)), default)
-
-
-def _sass_bits(line: str) -> int:
-    """Bits that one LDG or STG moves."""
-    widths = (
-        (r"\.256\b", 256),
-        (r"\.128\b", 128),
-        (r"\.64\b(?!\+|\])", 64),
-        (r"\.[US]16\b", 16),
-        (r"\.[US]8\b", 8),
-    )
-    return _first_bits(line.split("[")[0].split("desc")[0], widths, 32)
-
-
-def _amd_bits(line: str) -> int:
-    """Bits that one global access moves."""
-    widths = (("dwordx4", 128), ("dwordx3", 96), ("dwordx2", 64), ("short", 16), ("byte", 8))
-    return _first_bits(line.split()[0], widths, 32)

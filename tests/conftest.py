@@ -3,6 +3,10 @@
 import os
 from collections.abc import Iterator
 
+# Processes side by side get a thread each, and so do those that they start; PyTorch looks when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings

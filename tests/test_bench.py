@@ -147,6 +147,14 @@ def test_targets():
     assert found["cifar10, B = 8, fp32: of the matrix product's speed"].value == pytest.approx(6.4)
     assert found["cifar10, B = 8: memory, fastddpm, compiled"].met
     assert not any("bf16" in what for what in found)
+    ours = fast.batches[0].find("fastddpm-compiled")
+    ours.second_s = 6.0
+    low = result_of("fastddpm-compiled-bf16", 1.0, 1.0)
+    low.equality = Equality("psnr", 41.0, 30.0, True)
+    fast.batches[0].peers.append(low)
+    found |= {bar.what: bar for bar in bars.judge([fast])}
+    assert not found["mnist, B = 1: from a new process to its first pictures, package found"].met
+    assert found["mnist, B = 1: pictures in bf16, median PSNR"].met
     assert bars.judge([measured("mnist", 1, fastddpm_eager=(1.0,), diffusers=(3.5,))]) == []
     assert all(isinstance(row["met"], bool) for row in bars.rows(found.values()))
 
@@ -472,6 +480,19 @@ def test_bench_of_a_checkpoint(monkeypatch, capsys, tmp_path, model, one_thread)
             assert peer["run_bytes"] > 10**7
         assert one["ratios"]["fastddpm-eager"]["reference"]["p50"] > 0
     assert set(values["workloads"][0]["batches"][0]["over_steps"]["reference"]) == {"2", "4"}
+
+
+@pytest.mark.slow
+def test_what_was_compiled_is_looked_at_in_a_second_process(model, one_thread, monkeypatch):
+    """The first one holds the compiler's memory too."""
+    monkeypatch.setattr(runner, "OURS", ("fastddpm-compiled",))
+    started = []
+    start = runner.WorkerProcess
+    monkeypatch.setattr(runner, "WorkerProcess", lambda *options: started.append(options[0]) or start(*options))
+    (result,) = runner.run([workload(model, "fastddpm-compiled")], settings(seconds=300.0, rounds=1))
+    peer = result.batches[0].find("fastddpm-compiled")
+    assert started.count("fastddpm-compiled") == 2
+    assert 0 < peer.second_s < 60 and peer.run_bytes > 10**7
 
 
 def test_workers_are_used_again_where_asked(model, one_thread):

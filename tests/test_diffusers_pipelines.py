@@ -23,7 +23,7 @@ from diffusers import (
 
 import fastddpm
 from fastddpm import FastDDIMScheduler, FastDDPMScheduler, FastDPMSolverMultistepScheduler, accelerate
-from fastddpm.integrations import diffusers_pipelines
+from fastddpm.integrations import diffusers_pipelines, pipeline_run
 from fastddpm.unet import UNet
 from tests.helpers import peers_dir
 from tests.syncs import NoSync
@@ -142,7 +142,7 @@ def test_the_library_s_own_pictures(mode, monkeypatch):
     pipe.set_progress_bar_config(disable=True)
     noise = iter(data.get(f"{mode}/z", torch.zeros(0)))
     monkeypatch.setattr(diffusers_pipelines, "randn_tensor", lambda *_, **__: data[f"{mode}/x_T"].float())
-    monkeypatch.setattr(diffusers_pipelines, "draw", lambda *_: next(noise).float())
+    monkeypatch.setattr(pipeline_run, "draw", lambda *_: next(noise).float())
     options = {"eta": 0.6} if mode == "ddim_eta" else {}
     steps = len(data[f"{mode}/t"])
     images = accelerate(pipe)(batch_size=2, num_inference_steps=steps, output_type="np", **options).images

@@ -15,8 +15,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
 from fastddpm import FastDDIMScheduler, FastDDPMScheduler, FastDPMSolverMultistepScheduler, Sampler
-from fastddpm.integrations import diffusers_schedulers
-from fastddpm.integrations.scheduler_tables import Rows, _position
+from fastddpm.integrations import diffusers_schedulers, scheduler_update
+from fastddpm.integrations.scheduler_rows import Rows, _position
 from tests.helpers import peers_dir
 from tests.syncs import NoSync
 from tests.test_dialects import FIXTURES, oracle
@@ -37,10 +37,8 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 def table_steps(monkeypatch):
     """How many steps were made with a table, and not by the parent."""
     count = []
-    update = diffusers_schedulers._TableSteps._update
-    monkeypatch.setattr(
-        diffusers_schedulers._TableSteps, "_update", lambda self, *a, **k: count.append(1) or update(self, *a, **k)
-    )
+    update = diffusers_schedulers.update
+    monkeypatch.setattr(diffusers_schedulers, "update", lambda *a: count.append(1) or update(*a))
     return count
 
 
@@ -386,7 +384,7 @@ def test_a_device_that_cannot_be_read_gets_rows_by_lookup():
     assert row_of[torch.tensor([899, 1])].tolist() == [10, 10]
     assert table[10].isnan().all() and len(table) == len(times) == 12
     x = torch.rand(2, 3, 4, 4)
-    new, _ = diffusers_schedulers._update_each(rows, torch.tensor([0, 10]), x, x, torch.zeros_like(x), None, False)
+    new, _ = scheduler_update._update_each(rows, torch.tensor([0, 10]), x, x, torch.zeros_like(x), None, False)
     assert new[0].isfinite().all() and new[1].isnan().all()
 
 
@@ -643,7 +641,7 @@ def test_a_timestep_per_sample_never_waits():
 @pytest.mark.parametrize("kind", PAIRS)
 def test_the_kernel_s_path(kind, monkeypatch):
     """What a GPU runs, with the kernel's plain form in the kernel's place: the same results, and no waiting."""
-    monkeypatch.setattr(diffusers_schedulers, "runs_triton", lambda device_type: True)
+    monkeypatch.setattr(scheduler_update, "runs_triton", lambda device_type: True)
     for prediction in PREDICTIONS:
         check_alike(kind, {"prediction_type": prediction}, 10)
     check_alike(kind, {"thresholding": True, "sample_max_value": 2.0}, 10)

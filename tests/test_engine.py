@@ -8,13 +8,16 @@ from torch import nn
 
 from fastddpm import ModelSpec, NoiseSchedule, Sampler
 from fastddpm import engine as engine_module
-from fastddpm.compiled import CompileError, Measured, StepCall, package_path, remember, remembered, weights_hash
+from fastddpm.compiled import CompileError, package_path, weights_hash
 from fastddpm.cuda_graph import StepGraph
 from fastddpm.denoiser import bind
-from fastddpm.engine import Engine, describe_choices
+from fastddpm.engine import Engine
 from fastddpm.kernels._native import cache_folder
+from fastddpm.machine import describe_choices
+from fastddpm.measured import Measured, remember, remembered
 from fastddpm.precision import check_precision
 from fastddpm.state import State
+from fastddpm.step_call import StepCall
 from tests.networks import tiny_sampler, tiny_unet
 
 CPU = torch.device("cpu")
@@ -122,7 +125,7 @@ def no_compiler(monkeypatch):
     asked = []
     monkeypatch.setattr(engine_module, "compile_step", lambda call, path: asked.append(call) or 1.0)
     monkeypatch.setattr(engine_module, "load_step", lambda path: passes)
-    monkeypatch.setattr(engine_module, "_checked", lambda step, call, path: step)
+    monkeypatch.setattr(engine_module, "checked", lambda step, call, path: step)
     monkeypatch.setattr(engine_module, "_milliseconds", lambda function: 1.0)
     monkeypatch.setattr(engine_module, "remembered", dict)
     monkeypatch.setattr(engine_module, "remember", lambda name, measured: None)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 
 import pytest
 import torch
@@ -9,13 +10,13 @@ import torch
 from fastddpm.fused_body import Pending, fused_body, is_fusable
 from fastddpm.kernels.group_norm import (
     MOST_ELEMENTS,
-    _add_group_norm_kernel,
-    _power,
     add_group_norm,
     add_group_norm_reference,
+    next_power,
     tile,
     warps_for,
 )
+from fastddpm.kernels.machine_code import read_amdgcn, read_cubin
 from tests.kernels.cases import pretend_on_gpu
 from tests.kernels.norm_cases import TERMS, check_norm, norm_case, norm_float64
 from tests.test_unet import OPTIONS, inputs, make
@@ -68,7 +69,7 @@ def test_pictures_too_large_for_registers_take_pytorch_on_gpus():
     fakes = {k: pretend_on_gpu(torch.zeros(s, device="meta")) for k, s in [("x", (1, 8, 256, 256)), ("weight", 8)]}
     called = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastddpm.kernels.group_norm._add_group_norm_op", lambda *a: called.append("kernel"))
+        patch.setitem(sys.modules, "fastddpm.kernels.group_norm_triton", None)  # importing it would raise
         patch.setattr(
             "fastddpm.kernels.group_norm.add_group_norm_reference",
             lambda *a, **k: called.append("reference") or (a[0], a[0]),
@@ -82,13 +83,13 @@ def test_pictures_too_large_for_registers_take_pytorch_on_gpus():
 @pytest.mark.parametrize("groups", [1, 8, 32])
 def test_tiles_hold_whole_groups(channels, side, groups):
     plan = tile(channels, groups, side * side)
-    alone = _power(channels // groups) * _power(side * side)
+    alone = next_power(channels // groups) * next_power(side * side)
     if plan is None:
         assert alone > MOST_ELEMENTS
         return
     together, wide = plan
-    assert groups % together == 0 and wide == _power(together * channels // groups)
-    elements = wide * _power(side * side)
+    assert groups % together == 0 and wide == next_power(together * channels // groups)
+    elements = wide * next_power(side * side)
     assert elements <= MOST_ELEMENTS
     assert 4 <= warps_for(elements) <= 16 and 2 <= warps_for(elements, 64) <= 8
     assert elements / (32 * warps_for(elements)) <= 32
@@ -149,7 +150,7 @@ def compiled(name, target, dtype="bf16"):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastddpm.kernels import aot
+    from fastddpm.kernels.group_norm_triton import _add_group_norm_kernel as kernel
 
     (own, more), groups, pixels, terms = AOT[name]
     cuda, channels = target.startswith("sm_"), own + more
@@ -159,11 +160,10 @@ def compiled(name, target, dtype="bf16"):
     types |= {"row": "*fp32", "index": "*i64", "eps": "fp32"}
     numbers = {"pixels": pixels, "own": own, "channels": channels, "row_width": 4992, "column": 128, "rows": 1001}
     constants = {"SCALE_SHIFT": "scale_shift" in terms, "SILU": True, "GROUP": channels // groups, "GROUPS": together}
-    constants |= {"WIDTH": wide, "PIXELS": _power(pixels)}
+    constants |= {"WIDTH": wide, "PIXELS": next_power(pixels)}
     timed = "add" in terms or "scale_shift" in terms
     given = {"row": timed, "index": timed, "residual": "residual" in terms, "skip": more > 0, "total": not timed}
     constants |= {argument: None for argument, there in given.items() if not there}
-    kernel = _add_group_norm_kernel
     types |= dict.fromkeys(numbers, "i32")
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     divisible = {
@@ -172,9 +172,9 @@ def compiled(name, target, dtype="bf16"):
         if signature[name].startswith("*") or numbers.get(name, 1) % 16 == 0
     }
     source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
-    warps = warps_for(wide * _power(pixels), gpu.warp_size)
+    warps = warps_for(wide * next_power(pixels), gpu.warp_size)
     asm = triton.compile(source, target=gpu, options={"num_warps": warps}).asm
-    instructions, registers, spill = aot._read_cubin(asm["cubin"]) if cuda else aot._read_amdgcn(asm["amdgcn"])
+    instructions, registers, spill = read_cubin(asm["cubin"]) if cuda else read_amdgcn(asm["amdgcn"])
     return instructions, registers, spill
 
 

@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("triton")
 
 from fastddpm.denoiser import Denoiser, bind
-from fastddpm.kernels import COLUMNS, aot
+from fastddpm.kernels import COLUMNS
+from fastddpm.kernels.machine_code import read_cubin
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import ModelSpec
@@ -93,7 +94,7 @@ def check_kernels(generated: Generated) -> None:
     cubins = compiled_kernels(generated)
     names = {name for name in generated.launches() if not name.startswith(("extern_kernels", "torch.ops"))}
     assert {re.sub(r"_\d+$", "", name) for name, _ in cubins} == names
-    spilled = {name: spill for name, cubin in cubins if (spill := aot._read_cubin(cubin)[2])}
+    spilled = {name: spill for name, cubin in cubins if (spill := read_cubin(cubin)[2])}
     assert not spilled, f"bytes on the stack: {spilled}"
 
 

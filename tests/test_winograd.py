@@ -1,10 +1,10 @@
-"""Winograd's convolution against the direct one, and the choice between them."""
+"""Winograd's convolution against the direct one."""
 
 import pytest
 import torch
 from torch import nn
 
-from fastddpm.fast_convs import Layer, WinogradConv2d, with_fast_convs
+from fastddpm.fast_layers import WinogradConv2d
 from fastddpm.kernels._native import NativeError
 from fastddpm.kernels.winograd import fits, pack, winograd_conv
 
@@ -70,35 +70,6 @@ def test_opcheck():
         (torch.randn(1, 32, 8, 8).to(memory_format=torch.channels_last), pack(conv(32, 32).weight), torch.zeros(32)),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem, self.wide, self.down = conv(3, 64), conv(64, 64), nn.Conv2d(64, 64, 3, stride=2, padding=1)
-        self.last = conv(64, 3)
-
-    def forward(self, x):
-        return self.last(self.down(self.wide(self.stem(x))))
-
-
-def test_choice_is_by_measurement_and_leaves_the_network_alone(monkeypatch):
-    net, x = Net().eval(), torch.randn(2, 3, 24, 24)
-    monkeypatch.setattr(Layer, "use_winograd", property(lambda self: True))
-    changed, layers = with_fast_convs(net, lambda network: network(x))
-    assert [layer.name for layer in layers] == ["wide"] and layers[0].direct_ms > 0 < layers[0].winograd_ms
-    assert isinstance(changed.wide, WinogradConv2d) and isinstance(net.wide, nn.Conv2d)
-    assert changed.stem.weight is net.stem.weight and not net.wide._forward_pre_hooks
-    assert (changed(x) - net(x)).abs().max() < 1e-4
-    monkeypatch.setattr(Layer, "use_winograd", property(lambda self: False))
-    assert with_fast_convs(net, lambda network: network(x))[0] is net
-    small = torch.randn(1, 3, 8, 8)
-    assert with_fast_convs(net, lambda network: network(small)) == (net, [])
-
-
-def test_other_types_are_left_alone():
-    net = Net().double()
-    assert with_fast_convs(net, lambda network: network(torch.randn(2, 3, 24, 24).double())) == (net, [])
 
 
 def test_bf16_is_rounded_once_on_the_way_out():

@@ -19,6 +19,8 @@ UPDATE = "the update with its noise, [1, 3, 32, 32]"
 UPDATE_RATIO = 8.0
 OUTSIDE_SHARE = 0.02
 PEAK_SHARE = 0.85
+SECOND_START_S = 5.0
+BF16_DB = 35.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +61,23 @@ def judge(results: Iterable[WorkloadResult]) -> list[Bar]:
             one_or_none = found["mnist"].at(batch)
             if one_or_none is not None:
                 bars += _ratio(f"mnist, B = {batch}, fp32", one_or_none, "fp32", "diffusers", limit)
+                bars += _mnist(f"mnist, B = {batch}", one_or_none)
     if "update" in found:
         for one in found["update"].batches:
             bars += _ratio(UPDATE, one, "fp32", "diffusers", UPDATE_RATIO)
+    return bars
+
+
+def _mnist(place: str, one: BatchResult) -> list[Bar]:
+    """The time to start again, and how near bfloat16's pictures are."""
+    bars = []
+    ours, low = one.find("fastddpm-compiled"), one.find("fastddpm-compiled-bf16")
+    if ours is not None and ours.second_s is not None:
+        what = f"{place}: from a new process to its first pictures, package found"
+        bars.append(Bar(what, f"{ours.second_s:.1f} s", "", ours.second_s, SECOND_START_S, at_most=True))
+    if low is not None and low.equality is not None and low.equality.value is not None:
+        what = f"{place}: pictures in bf16, median PSNR"
+        bars.append(Bar(what, f"{low.equality.value:.0f} dB", "", low.equality.value, BF16_DB))
     return bars
 
 

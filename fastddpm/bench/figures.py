@@ -91,7 +91,8 @@ class PeerResult:
         of_peak: median over the rounds of GFLOP/s over the matrix product's in the same round and precision.
         outside_ms: milliseconds of a step around a network that costs nothing.
         outside_share: those over `ms_per_step`.
-        run_bytes: peak resident memory during one run.
+        second_s: seconds from starting a second process, which finds what was compiled, to its first pictures.
+        run_bytes: peak resident memory during one run; of what we compile, in that second process.
         whole_bytes: peak resident memory of the process, loading and compiling included.
         note: why it was not timed, if it was not.
     """
@@ -108,6 +109,7 @@ class PeerResult:
     of_peak: Quantiles | None = None
     outside_ms: float | None = None
     outside_share: float | None = None
+    second_s: float | None = None
     run_bytes: int | None = None
     whole_bytes: int | None = None
     note: str = ""

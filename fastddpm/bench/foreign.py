@@ -1,16 +1,10 @@
-"""Other libraries as their users run them: diffusers, ONNX Runtime, OpenVINO, denoising-diffusion-pytorch.
-
-All but the last run the same weights, as a diffusers pipeline. Their packages are imported here and nowhere else.
-"""
+"""Other libraries as their users run them: diffusers, with the same weights, and denoising-diffusion-pytorch."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import importlib
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -27,7 +21,12 @@ from fastddpm.kernels.philox import X_T_COUNTER
 _DRAWS = ("diffusers.schedulers.scheduling_ddpm", "diffusers.pipelines.ddpm.pipeline_ddpm")
 
 
-def _diffusers() -> Any:  # noqa: ANN401 - a module
+def diffusers_module() -> Any:  # noqa: ANN401 - a module
+    """The package diffusers.
+
+    Raises:
+        MissingError: it cannot be imported.
+    """
     try:
         return import_diffusers()
     except ImportError as error:
@@ -35,7 +34,7 @@ def _diffusers() -> Any:  # noqa: ANN401 - a module
 
 
 @contextlib.contextmanager
-def _common_noise(job: Job, batch: int, steps: int) -> Iterator[None]:
+def common_noise(job: Job, batch: int, steps: int) -> Iterator[None]:
     """Let diffusers' pipeline and scheduler draw the noise that all peers share, in the order in which they draw."""
     times = [X_T_COUNTER, *(t for t in job.timesteps(steps) if t > 0)]
     noises = iter([job.noise(batch, t) for t in times])
@@ -55,7 +54,7 @@ class DiffusersPeer(Peer):
     def load(self, job: Job) -> None:
         """Load the pipeline; labels, which it does not know, are handed to its network directly."""
         super().load(job)
-        diffusers = _diffusers()
+        diffusers = diffusers_module()
         if job.model and not job.folder:
             raise MissingError(job.why_no_folder)
         self.scheduler = diffusers.DDPMScheduler(num_train_timesteps=job.T)
@@ -108,7 +107,7 @@ class DiffusersPeer(Peer):
 
     def pictures(self) -> Tensor:
         """The pipeline's call, with the common noise."""
-        with _common_noise(self.job, self.batch, self.steps):
+        with common_noise(self.job, self.batch, self.steps):
             return self._call()
 
     def run(self) -> None:
@@ -143,146 +142,6 @@ def scheduler_loop(
     for t in scheduler.timesteps:
         x = scheduler.step(network(x, t), t, x).prev_sample
     return (x / 2 + 0.5).clamp(0, 1).cpu()
-
-
-class _Bare(nn.Module):
-    """A UNet2DModel with tensors in and out, for exporters."""
-
-    def __init__(self, network: nn.Module, classes: int | None) -> None:
-        super().__init__()
-        self.network, self.classes = network, classes
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        out: Tensor = self.network(x, t, class_labels=y, return_dict=False)[0]
-        return out
-
-
-def exported(job: Job) -> Path:
-    """The pipeline's network as an ONNX file with an open batch, made once for all workers.
-
-    Raises:
-        MissingError: it cannot be made.
-    """
-    path = Path(job.scratch) / "network.onnx"
-    with open(Path(job.scratch) / "onnx.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            _export(job, path)
-    return path
-
-
-def _export(job: Job, path: Path) -> None:
-    diffusers = _diffusers()
-    if not job.folder:
-        raise MissingError(job.why_no_folder)
-    network = _Bare(diffusers.UNet2DModel.from_pretrained(job.folder, subfolder="unet").eval(), job.classes)
-    example: tuple[Tensor, ...] = (torch.randn(2, *job.shape), torch.tensor([5, 7]))
-    names = ["x", "t"]
-    if job.classes is not None:
-        example, names = (*example, torch.tensor([0, 1])), ["x", "t", "y"]
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    partial = path.with_name("partial.onnx")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                network, example, str(partial), input_names=names, output_names=["out"], dynamo=True, verbose=False,
-                external_data=False, dynamic_shapes={name: {0: batch} for name in names},
-            )  # fmt: skip
-    except ImportError as error:
-        raise MissingError("needs the packages onnx and onnxscript; install fastddpm[onnx]") from error
-    partial.replace(path)
-
-
-class SessionPeer(Peer):
-    """The exported network in another runtime, with diffusers' scheduler."""
-
-    package = ""
-    call: Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray]
-
-    def load(self, job: Job) -> None:
-        """Export the network unless that is done, and make the session."""
-        super().load(job)
-        if job.device != "cpu":
-            raise MissingError("measured on CPUs only")
-        diffusers = _diffusers()
-        self._import()
-        if not job.folder:
-            raise MissingError(job.why_no_folder)
-        self.scheduler = diffusers.DDPMScheduler.from_pretrained(job.folder, subfolder="scheduler")
-        self.path = exported(job)
-
-    def _import(self) -> None:
-        raise NotImplementedError
-
-    def _network(self, x: Tensor, t: Tensor) -> Tensor:
-        y = self._labels()
-        times = np.full(self.batch, int(t), dtype=np.int64)
-        return torch.from_numpy(self.call(x.numpy(), times, None if y is None else y.numpy()))
-
-    def pictures(self) -> Tensor:
-        """The loop with the common noise."""
-        with _common_noise(self.job, self.batch, self.steps):
-            return scheduler_loop(self.scheduler, self._network, self.job, self.batch, self.steps)
-
-    def run(self) -> None:
-        """The same loop."""
-        scheduler_loop(self.scheduler, self._network, self.job, self.batch, self.steps)
-
-
-class OnnxRuntimePeer(SessionPeer):
-    """ONNX Runtime's CPU provider."""
-
-    def _import(self) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingError("needs the package onnxruntime, which is not installed; install fastddpm[onnx]") from (
-                error
-            )
-        self.runtime = onnxruntime
-
-    def load(self, job: Job) -> None:
-        """Make the session."""
-        super().load(job)
-        options = self.runtime.SessionOptions()
-        options.intra_op_num_threads = job.threads
-        self.session = self.runtime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-
-        def call(x: np.ndarray, t: np.ndarray, y: np.ndarray | None) -> np.ndarray:
-            feeds = {"x": x, "t": t} if y is None else {"x": x, "t": t, "y": y}
-            return np.asarray(self.session.run(None, feeds)[0])
-
-        self.call = call
-
-
-class OpenVinoPeer(SessionPeer):
-    """OpenVINO's CPU plugin, compiled for a fixed batch."""
-
-    def _import(self) -> None:
-        try:
-            self.runtime: Any = importlib.import_module("openvino")
-        except ImportError as error:
-            raise MissingError("needs the package openvino, which is not installed; pip install openvino") from error
-
-    def prepare(self, batch: int, steps: int) -> None:
-        """Compile for this batch."""
-        if batch != self.batch:
-            core = self.runtime.Core()
-            model = core.read_model(str(self.path))
-            shapes = {"x": [batch, *self.job.shape], "t": [batch]}
-            model.reshape(shapes if self.job.classes is None else {**shapes, "y": [batch]})
-            hint = {"fp32": "f32", "bf16": "bf16"}[self.precision]
-            settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": str(self.job.threads)}
-            settings["PERFORMANCE_HINT"] = "LATENCY"
-            compiled = core.compile_model(model, "CPU", settings)
-
-            def call(x: np.ndarray, t: np.ndarray, y: np.ndarray | None) -> np.ndarray:
-                feeds = {"x": x, "t": t} if y is None else {"x": x, "t": t, "y": y}
-                return np.array(compiled(feeds)[0])
-
-            self.call = call
-        super().prepare(batch, steps)
 
 
 class LucidrainsPeer(Peer):

@@ -24,9 +24,9 @@ PEERS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
     "diffusers-compiled": ("foreign", "DiffusersPeer", ("fp32", True)),
     "diffusers-compiled-bf16": ("foreign", "DiffusersPeer", ("bf16", True)),
     "lucidrains": ("foreign", "LucidrainsPeer", ()),
-    "onnxruntime": ("foreign", "OnnxRuntimePeer", ()),
-    "openvino": ("foreign", "OpenVinoPeer", ("fp32",)),
-    "openvino-bf16": ("foreign", "OpenVinoPeer", ("bf16",)),
+    "onnxruntime": ("sessions", "OnnxRuntimePeer", ()),
+    "openvino": ("sessions", "OpenVinoPeer", ("fp32",)),
+    "openvino-bf16": ("sessions", "OpenVinoPeer", ("bf16",)),
     "limits": ("peers", "LimitsPeer", ()),
 }
 """Name → module, class and its arguments."""

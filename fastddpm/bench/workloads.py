@@ -83,7 +83,7 @@ FULL = (
     Workload("update", "the update alone, [B, 3, 32, 32]", (1,), (1000,),
              ("fastddpm-compiled", "fastddpm-eager", "diffusers", "reference")),
     Workload("mnist", "the shipped 28×28 model", (1, 16, 64), (20, 10, 4),
-             (*OURS, *_THEIRS, "reference", "openvino-bf16"), "mnist", lucidrains=_MNIST_UNET, share=3),
+             (*OURS, *_THEIRS, "reference", "openvino-bf16"), "mnist", lucidrains=_MNIST_UNET, share=5),
     Workload("cifar10", "the U-Net of google/ddpm-cifar10-32, random weights", (1, 8), (5, 2), ALL_PEERS,
              unet={**_GOOGLE, **_CIFAR10}, lucidrains=_CIFAR10_UNET, share=7),
     Workload("celebahq256", "the U-Net of google/ddpm-celebahq-256, random weights", (1,), (2,),

@@ -23,7 +23,8 @@ from fastddpm.checkpoints.lucidrains_schedule import (
     named_schedule,
     read_schedule,
 )
-from fastddpm.checkpoints.reading import as_state_dict, highest_index
+from fastddpm.checkpoints.lucidrains_unet import ENTRY, structure, unseen_arguments
+from fastddpm.checkpoints.reading import as_state_dict
 from fastddpm.spec import ModelSpec, Prediction
 
 NAME = "lucidrains"
@@ -40,7 +41,6 @@ _SAMPLING = ("image_size", "objective", "beta_schedule", "schedule_fn_kwargs", "
              "ddim_sampling_eta", "attn_heads", "attn_dim_head", "sinusoidal_pos_emb_theta", "model")  # fmt: skip
 FLAGS = (*_SAMPLING, *_DERIVED, *_TRAINING)
 _MODELS = ("ema_model", "online_model")
-_UNET = "init_conv.weight"
 
 
 def detect(values: object) -> bool:
@@ -72,13 +72,12 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     model, state = _choose(values, flags)
     buffers = {name: state[name] for name in BUFFERS if name in state}
     weights = _weights(state, source)
-    _refuse_relatives(weights, source)
     module, arguments = structure(weights, flags)
     _require(flags, arguments, module, bool(buffers))
     schedule = _schedule(buffers, flags)
     flags.agree(timesteps=schedule.T)
     spec = _spec(flags, arguments, schedule)
-    network = PackageUNet(module, {**arguments, **_unseen(flags, weights, arguments, module)})
+    network = PackageUNet(module, {**arguments, **unseen_arguments(weights, flags, module, arguments)})
     network.load(check_weights(network.shapes(), weights, source))
     training: dict[str, object] = {"model": model} if model else {}
     if isinstance(values, Mapping) and isinstance(values.get("step"), int):
@@ -89,13 +88,25 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     return Checkpoint(network, schedule, spec, NAME, path, training, reason=REASON, settings=settings)
 
 
+def _require(flags: Flags, arguments: Mapping[str, Any], module: Module, has_buffers: bool) -> None:
+    """Ask for all that is missing at once; the objective is asked for later, where it does not show."""
+    needed = ["image_size"]
+    if not has_buffers:
+        needed += ["timesteps", "beta_schedule"]
+        if not arguments["learned_variance"]:
+            needed.append("objective")
+    if module == "classifier_free_guidance" and "attn_dim_head" not in flags:
+        needed.append("attn_heads (or attn_dim_head)")
+    flags.require(*needed)
+
+
 # ------------------------------------------------------------------ what the file holds
 
 
 def _networks(values: object) -> dict[str, dict[str, Tensor]]:
     """The state dicts in a file; a bare one stands under the empty name."""
     bare = as_state_dict(values)
-    if bare is not None and "init_conv.weight" not in bare and "model.init_conv.weight" not in bare:
+    if bare is not None and ENTRY not in bare and f"model.{ENTRY}" not in bare:
         parts = {f"{name}.": name for name in _MODELS}  # an EMA's own state dict
         found = {name: _part(bare, prefix) for prefix, name in parts.items()}
         return {name: state for name, state in found.items() if state}
@@ -118,7 +129,7 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _is_network(state: Mapping[str, Tensor]) -> bool:
-    return any(f"{prefix}{_UNET}" in state and f"{prefix}time_mlp.1.weight" in state for prefix in ("", "model."))
+    return any(f"{prefix}{ENTRY}" in state and f"{prefix}time_mlp.1.weight" in state for prefix in ("", "model."))
 
 
 def _choose(values: object, flags: Flags) -> tuple[str, dict[str, Tensor]]:
@@ -135,7 +146,7 @@ def _choose(values: object, flags: Flags) -> tuple[str, dict[str, Tensor]]:
 
 def _weights(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """The U-Net's weights, of which nothing of the diffusion around it is left over."""
-    inside = f"model.{_UNET}" in state
+    inside = f"model.{ENTRY}" in state
     weights = _part(state, "model.") if inside else dict(state)
     left = [name for name in state if inside and not name.startswith("model.") and name not in BUFFERS]
     if left:
@@ -144,156 +155,6 @@ def _weights(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
             "package (continuous time, elucidated, 1-D) are not supported"
         )
     return {name: value for name, value in weights.items() if inside or name not in BUFFERS}
-
-
-def _refuse_relatives(weights: Mapping[str, Tensor], source: str) -> None:
-    """Refuse other U-Nets of the package, and those of its older versions, by name."""
-    first = weights[_UNET]
-    if first.ndim != 4:
-        what = {3: "1-D", 5: "3-D"}.get(first.ndim, f"{first.ndim - 2}-D")
-        raise CheckpointError(
-            f"{source}: the U-Net must be 2-D, got a {what} one, which is not supported; give another"
-        )
-    if "classes_emb.weight" not in weights and any(name.startswith("downs.0.2.fn.") for name in weights):
-        raise CheckpointError(
-            f"{source}: the U-Net must be that of a recent version of the package, got one with downs.0.2.fn, as older "
-            "versions and the module guided_diffusion have, which is not supported; give another"
-        )
-
-
-# ------------------------------------------------------------------ the network
-
-
-def structure(weights: Mapping[str, Tensor], flags: Flags) -> tuple[Module, dict[str, Any]]:
-    """Which U-Net of the package has such weights, and the arguments that make it, as plain JSON data.
-
-    Args:
-        weights: The U-Net's own state dict.
-        flags: What the caller said; what contradicts the weights is refused.
-
-    Returns:
-        The module of the package and the arguments that the weights show.
-
-    Raises:
-        CheckpointError: If a weight that says something is missing or of an impossible shape, or a flag contradicts it.
-    """
-    source = flags.source
-    levels = highest_index(weights, "downs.") + 1
-    if levels < 1:
-        raise CheckpointError(f"{source}: downs.0.0.block1.proj.weight is missing; give the whole state dict")
-    width, into = _shape(weights, _UNET, 4, source)[:2]
-    out = _shape(weights, "final_conv.weight", 4, source)[0]
-    time = _shape(weights, "time_mlp.1.weight", 2, source)[0]
-    dim, rest = divmod(time, 4)
-    by_classes = "classes_emb.weight" in weights
-    if by_classes:
-        channels, is_self_conditioned = into, False
-    else:
-        is_self_conditioned = into == 2 * out
-        channels = out if is_self_conditioned else into
-    if rest or dim < 1 or out not in (channels, 2 * channels):
-        raise CheckpointError(
-            f"{source}: a U-Net must return as many channels as it takes, half as many (self-conditioning) or twice as "
-            f"many (learned variance), and have a time MLP of 4 · dim, got {into} to {out} channels and {time}; "
-            "no other is supported"
-        )
-    outs = [_shape(weights, _down(weights, level, levels), 4, source)[0] for level in range(levels)]
-    if any(size % dim for size in outs):
-        raise CheckpointError(
-            f"{source}: widths must be multiples of dim = {dim}, got {outs}; give the whole state dict"
-        )
-    arguments: dict[str, Any] = {"dim": dim, "init_dim": width, "dim_mults": [size // dim for size in outs]}
-    arguments |= {"channels": channels, "learned_variance": out == 2 * channels}
-    if "time_mlp.0.weights" in weights:  # learned or random: it makes no difference once they are there
-        size = 2 * _shape(weights, "time_mlp.0.weights", 1, source)[0]
-        arguments |= {"learned_sinusoidal_cond": True, "learned_sinusoidal_dim": size}
-    if by_classes:
-        arguments["num_classes"] = _shape(weights, "classes_emb.weight", 2, source)[0]
-    else:
-        arguments |= {"self_condition": is_self_conditioned, **_attention(weights, levels, source)}
-    _agree(flags, arguments, out)
-    return "classifier_free_guidance" if by_classes else "denoising_diffusion_pytorch", arguments
-
-
-def _shape(weights: Mapping[str, Tensor], name: str, ndim: int, source: str) -> tuple[int, ...]:
-    if name not in weights:
-        raise CheckpointError(f"{source}: {name} is missing; give the whole state dict of that network")
-    shape = tuple(weights[name].shape)
-    if len(shape) != ndim or not all(shape):
-        raise CheckpointError(f"{source}: {name} must have {ndim} axes, got shape {list(shape)}; fetch the file again")
-    return shape
-
-
-def _down(weights: Mapping[str, Tensor], level: int, levels: int) -> str:
-    """The convolution at the end of a level of the way down: behind a rearrangement where it halves the resolution."""
-    name = f"downs.{level}.3.weight"
-    return name if level == levels - 1 or name in weights else f"downs.{level}.3.1.weight"
-
-
-def _attention(weights: Mapping[str, Tensor], levels: int, source: str) -> dict[str, Any]:
-    """The attention of each level, from its memory: [2, heads, dim, n], or [2, heads, n, dim] where it is full."""
-    full, heads, widths = [], [], []
-    for level in range(levels):
-        prefix = f"downs.{level}.2"
-        full.append(f"{prefix}.to_out.weight" in weights)
-        memory = _shape(weights, f"{prefix}.mem_kv", 4, source)
-        heads.append(memory[1])
-        widths.append(memory[3 if full[-1] else 2])
-    return {"full_attn": full, "attn_heads": heads, "attn_dim_head": widths}
-
-
-def _agree(flags: Flags, arguments: Mapping[str, Any], out: int) -> None:
-    """Compare the flags that the weights determine with them, one number standing for that of each level."""
-    flags.agree(out_dim=out, num_classes=arguments.get("num_classes"))
-    for name in ("dim", "init_dim", "channels", "self_condition", "learned_variance", "learned_sinusoidal_dim"):
-        if name in arguments:
-            flags.agree(**{name: arguments[name]})
-    flags.agree(dim_mults=tuple(float(mult) for mult in arguments["dim_mults"]))
-    for name in ("full_attn", "attn_heads", "attn_dim_head"):
-        value = arguments.get(name)
-        flag = flags.given((name,)).get(name)
-        if value is None or flag is None:
-            continue
-        given = list(flag) if isinstance(flag, (list, tuple)) else [flag] * len(value)
-        if given == [False] * len(value) and not isinstance(flag, (list, tuple)):
-            given[-1] = True  # the package takes full_attn=False for its default
-        if given != value:
-            raise CheckpointError(
-                f"{flags.source}: {name} must be {value}, as its weights have it, got {flag!r}; leave the flag out"
-            )
-
-
-def _require(flags: Flags, arguments: Mapping[str, Any], module: Module, has_buffers: bool) -> None:
-    """Ask for all that is missing at once; the objective is asked for later, where it does not show."""
-    needed = ["image_size"]
-    if not has_buffers:
-        needed += ["timesteps", "beta_schedule"]
-        if not arguments["learned_variance"]:
-            needed.append("objective")
-    if module == "classifier_free_guidance" and "attn_dim_head" not in flags:
-        needed.append("attn_heads (or attn_dim_head)")
-    flags.require(*needed)
-
-
-def _unseen(
-    flags: Flags, weights: Mapping[str, Tensor], arguments: Mapping[str, Any], module: Module
-) -> dict[str, Any]:
-    """Arguments that change what the network computes and do not show in its weights."""
-    if module == "classifier_free_guidance":
-        name = "mid_attn.fn.fn.to_qkv.weight"
-        hidden = _shape(weights, name, 4, flags.source)[0] // 3
-        asked = "attn_heads" if "attn_heads" in flags else "attn_dim_head"
-        number = flags.integer(asked)
-        if hidden % number:
-            raise flags.wrong(asked, f"a divisor of {hidden}, the width of {name}")
-        heads = number if asked == "attn_heads" else hidden // number
-        flags.agree(attn_heads=heads, attn_dim_head=hidden // heads)
-        return {"attn_heads": heads, "attn_dim_head": hidden // heads}
-    theta = flags.number("sinusoidal_pos_emb_theta", 10000)
-    if theta <= 1:
-        raise flags.wrong("sinusoidal_pos_emb_theta", "a number above 1")
-    # Older versions of the package have no such argument, and 10000.
-    return {} if theta == 10000 or "learned_sinusoidal_cond" in arguments else {"sinusoidal_pos_emb_theta": theta}
 
 
 # ------------------------------------------------------------------ the diffusion

@@ -222,7 +222,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: If it is missing, truncated or foreign.
     """
-    return _opened(path, lambda: load_file(path))
+    # Copies: a tensor that is a view of the mapped file would keep all of it in memory.
+    return _opened(path, lambda: {name: tensor.clone() for name, tensor in load_file(path).items()})
 
 
 def read_metadata(path: Path) -> dict[str, str]:

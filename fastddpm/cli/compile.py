@@ -34,7 +34,7 @@ def compile_model(
     """
     import torch  # late, for --help: see `sample`
 
-    from fastddpm.engine import describe_choices
+    from fastddpm.machine import describe_choices
     from fastddpm.sampler import Sampler
 
     sampler = Sampler.from_pretrained(model, device="cpu", precision=precision, **parse_flags(flag))

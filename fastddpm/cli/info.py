@@ -33,7 +33,7 @@ def info(
     """
     from fastddpm.checkpoints import SHIPPED, load_checkpoint  # late, for --help: see `sample`
     from fastddpm.compiled import weights_hash
-    from fastddpm.engine import describe_choices, describe_machine
+    from fastddpm.machine import describe_choices, describe_machine
 
     machine = dataclasses.asdict(describe_machine())
     facts: dict[str, Any] = {"machine": machine, "shipped checkpoints": list(SHIPPED)}

@@ -132,8 +132,8 @@ def train(
     import torch  # late, for --help: see `sample`
 
     from fastddpm.data import load_images
-    from fastddpm.engine import pick_device
     from fastddpm.files import check_writable
+    from fastddpm.machine import pick_device
     from fastddpm.schedule import NoiseSchedule
     from fastddpm.spec import ModelSpec
     from fastddpm.training import TrainConfig, Trainer

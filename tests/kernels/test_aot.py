@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fastddpm.kernels import aot
 from fastddpm.kernels.aot import TARGETS, VARIANTS, Variant, compile_variant, measure, missed_bars
+from fastddpm.kernels.machine_code import read_cubin, sass_bits
 
 measured = functools.cache(measure)
 NAMES = [f"{variant.kernel} {variant.name}" for variant in VARIANTS]
@@ -41,13 +41,13 @@ def test_instructions_per_element_on_sm_90(name, most):
 def test_nothing_runs_twice():
     """No branch but the one behind the last EXIT: then the static count is the executed one."""
     for variant in VARIANTS:
-        instructions, _, _ = aot._read_cubin(compile_variant(variant, "sm_90").asm["cubin"])
+        instructions, _, _ = read_cubin(compile_variant(variant, "sm_90").asm["cubin"])
         assert not [line for line in instructions if re.search(r"\b(BRA|BRX|CALL|JMP)\b", line)], variant
         assert "EXIT" in instructions[-1]
 
 
 def test_one_philox_call_makes_four_normals():
-    instructions, _, _ = aot._read_cubin(compile_variant(Variant("p_sample", "bf16", "made"), "sm_90").asm["cubin"])
+    instructions, _, _ = read_cubin(compile_variant(Variant("p_sample", "bf16", "made"), "sm_90").asm["cubin"])
     sines = sum("MUFU.SIN" in line for line in instructions)
     logarithms = sum("MUFU.LG2" in line for line in instructions)
     assert (sines, logarithms) == (4, 4), "eight normals are four pairs"
@@ -82,7 +82,7 @@ def test_arguments_that_are_one_compile(variant, ones, target):
 @pytest.mark.parametrize("variant", [BY_NAME["p_sample bf16, noise made"], BY_NAME["q_sample u8, noise made"]])
 def test_odd_sizes_compile_without_spills(variant):
     compiled = compile_variant(variant, "sm_90", aligned=False)
-    _, _, spill = aot._read_cubin(compiled.asm["cubin"])
+    _, _, spill = read_cubin(compiled.asm["cubin"])
     assert spill == 0
 
 
@@ -116,4 +116,4 @@ def test_unknown_targets_are_refused():
     ],
 )
 def test_widths_of_accesses_are_read(line, bits):
-    assert aot._sass_bits(line) == bits
+    assert sass_bits(line) == bits

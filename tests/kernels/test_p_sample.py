@@ -124,6 +124,8 @@ def test_op_on_a_pretended_gpu(options):
 
 def test_op_declares_what_it_writes():
     pytest.importorskip("triton")
+    import fastddpm.kernels.p_sample_triton  # noqa: F401 - registers the op
+
     schema = torch.ops.fastddpm.p_sample.default._schema
     written = [argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
     assert written == ["x", "history"]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from fastddpm.kernels import group_norm
 from fastddpm.kernels.group_norm import add_group_norm, add_group_norm_reference
+from fastddpm.kernels.group_norm_triton import add_group_norm_op
 from tests.kernels.norm_cases import TERMS, check_norm, norm_case, norm_float64
 from tests.test_unet import inputs, make
 
@@ -107,7 +108,7 @@ def test_schema(terms):
         case["silu"],
         True,
     )
-    torch.library.opcheck(torch.ops.fastddpm.add_group_norm.default, arguments, test_utils="test_schema")
+    torch.library.opcheck(add_group_norm_op, arguments, test_utils="test_schema")
 
 
 @pytest.mark.parametrize("terms", [("add", "index"), ("scale_shift", "index")], ids=["add", "scale-shift"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastddpm.kernels import _triton, p_sample, p_sample_reference, q_sample
+from fastddpm.kernels import _dispatch, p_sample, p_sample_reference, p_sample_triton, q_sample, q_sample_triton
 from tests.kernels import checks
 from tests.kernels.cases import OPTIONS, S, make_case
 
@@ -15,14 +15,13 @@ SHAPES = [(1, 1, 1, 1), (2, 1, 1, 3), (1, 1, 2, 2), (3, 1, 3, 341), (7, 1, 28, 2
 def approximations(request, monkeypatch):
     """Both ways to make normals: NVIDIA's (with NumPy in the place of its instructions) and the portable one."""
     nvidia = request.param.startswith("hardware")
-    for name in ("p_sample", "q_sample"):
-        module = __import__(f"fastddpm.kernels.{name}", fromlist=["approximations"])
+    for module in (p_sample_triton, q_sample_triton):
         monkeypatch.setattr(module, "approximations", lambda: nvidia)
 
 
 def test_cpu_tensors_reach_the_kernels():
-    assert _triton.INTERPRETED
-    assert _triton.runs_triton("cpu")
+    assert _dispatch.INTERPRETED
+    assert _dispatch.runs_triton("cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

@@ -1,0 +1,156 @@
+"""Other runtimes around the same weights: ONNX Runtime and OpenVINO, with diffusers' scheduler in the loop.
+
+Their packages are imported here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastddpm.bench.foreign import common_noise, diffusers_module, scheduler_loop
+from fastddpm.bench.peers import MissingError, Peer
+from fastddpm.bench.workloads import Job
+
+
+class _Bare(nn.Module):
+    """A UNet2DModel with tensors in and out, for exporters."""
+
+    def __init__(self, network: nn.Module, classes: int | None) -> None:
+        super().__init__()
+        self.network, self.classes = network, classes
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        out: Tensor = self.network(x, t, class_labels=y, return_dict=False)[0]
+        return out
+
+
+def exported(job: Job) -> Path:
+    """The pipeline's network as an ONNX file with an open batch, made once for all workers.
+
+    Raises:
+        MissingError: it cannot be made.
+    """
+    path = Path(job.scratch) / "network.onnx"
+    with open(Path(job.scratch) / "onnx.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _export(job, path)
+    return path
+
+
+def _export(job: Job, path: Path) -> None:
+    diffusers = diffusers_module()
+    network = _Bare(diffusers.UNet2DModel.from_pretrained(job.folder, subfolder="unet").eval(), job.classes)
+    example: tuple[Tensor, ...] = (torch.randn(2, *job.shape), torch.tensor([5, 7]))
+    names = ["x", "t"]
+    if job.classes is not None:
+        example, names = (*example, torch.tensor([0, 1])), ["x", "t", "y"]
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    partial = path.with_name("partial.onnx")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                network, example, str(partial), input_names=names, output_names=["out"], dynamo=True, verbose=False,
+                external_data=False, dynamic_shapes={name: {0: batch} for name in names},
+            )  # fmt: skip
+    except ImportError as error:
+        raise MissingError("needs the packages onnx and onnxscript; install fastddpm[onnx]") from error
+    partial.replace(path)
+
+
+class SessionPeer(Peer):
+    """The exported network in another runtime, with diffusers' scheduler."""
+
+    def load(self, job: Job) -> None:
+        """Export the network unless that is done, and make the session."""
+        super().load(job)
+        if job.device != "cpu":
+            raise MissingError("measured on CPUs only")
+        diffusers = diffusers_module()
+        self._import()
+        if not job.folder:
+            raise MissingError(job.why_no_folder)
+        self.scheduler = diffusers.DDPMScheduler.from_pretrained(job.folder, subfolder="scheduler")
+        self.path = exported(job)
+
+    def _import(self) -> None:
+        raise NotImplementedError
+
+    def _run_model(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        raise NotImplementedError
+
+    def _network(self, x: Tensor, t: Tensor) -> Tensor:
+        feeds = {"x": x.numpy(), "t": np.full(self.batch, int(t), dtype=np.int64)}
+        y = self._labels()
+        if y is not None:
+            feeds["y"] = y.numpy()
+        return torch.from_numpy(self._run_model(feeds))
+
+    def pictures(self) -> Tensor:
+        """The loop with the common noise."""
+        with common_noise(self.job, self.batch, self.steps):
+            return scheduler_loop(self.scheduler, self._network, self.job, self.batch, self.steps)
+
+    def run(self) -> None:
+        """The same loop."""
+        scheduler_loop(self.scheduler, self._network, self.job, self.batch, self.steps)
+
+
+class OnnxRuntimePeer(SessionPeer):
+    """ONNX Runtime's CPU provider."""
+
+    def _import(self) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            missing = "needs the package onnxruntime, which is not installed; install fastddpm[onnx]"
+            raise MissingError(missing) from error
+        self.runtime = onnxruntime
+
+    def load(self, job: Job) -> None:
+        """Make the session."""
+        super().load(job)
+        options = self.runtime.SessionOptions()
+        options.intra_op_num_threads = job.threads
+        self.session = self.runtime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+
+    def _run_model(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        return np.asarray(self.session.run(None, feeds)[0])
+
+
+class OpenVinoPeer(SessionPeer):
+    """OpenVINO's CPU plugin, compiled for a fixed batch."""
+
+    def _import(self) -> None:
+        try:
+            self.runtime: Any = importlib.import_module("openvino")
+        except ImportError as error:
+            raise MissingError("needs the package openvino, which is not installed; pip install openvino") from error
+
+    def prepare(self, batch: int, steps: int) -> None:
+        """Compile for this batch."""
+        if batch != self.batch:
+            core = self.runtime.Core()
+            model = core.read_model(str(self.path))
+            shapes = {"x": [batch, *self.job.shape], "t": [batch]}
+            model.reshape(shapes if self.job.classes is None else {**shapes, "y": [batch]})
+            hint = {"fp32": "f32", "bf16": "bf16"}[self.precision]
+            settings = {
+                "INFERENCE_PRECISION_HINT": hint,
+                "INFERENCE_NUM_THREADS": str(self.job.threads),
+                "PERFORMANCE_HINT": "LATENCY",
+            }
+            self.model = core.compile_model(model, "CPU", settings)
+        super().prepare(batch, steps)
+
+    def _run_model(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        return np.array(self.model(feeds)[0])

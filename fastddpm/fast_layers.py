@@ -1,0 +1,176 @@
+"""Which of a network's layers run quicker another way here, found out by measuring each.
+
+Convolutions may go by Winograd's algorithm, and attention by two plain matrix products.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.blocks import Attention
+from fastddpm.kernels._native import NativeError
+from fastddpm.kernels.winograd import fits, pack, winograd_conv
+
+_LEAST_PIXELS = 256
+"""Pixels of all pictures together, below which reading the larger weights costs more than is saved."""
+_MARGIN = 0.95  # the other way must take at most this part of the usual one's time
+_PASSES = 7
+_LONG_S = 3.0  # of measuring, after which two passes are enough
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class WinogradConv2d(nn.Module):
+    """A 3×3 convolution with stride 1 and padding 1 by Winograd's F(4×4, 3×3)."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        """Take the weights of a convolution."""
+        super().__init__()
+        self.register_buffer("packed", pack(conv.weight))
+        bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().float()
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, C, H, W] to [B, O, H, W]."""
+        return winograd_conv(x, self.get_buffer("packed"), self.get_buffer("bias"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer that could run either way, and what it took.
+
+    Attributes:
+        name: the module's name.
+        shape: of its input.
+        usual_ms: PyTorch's way: the direct convolution with its weights packed, or its own attention.
+        other_ms: Winograd's algorithm, or two matrix products.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    usual_ms: float
+    other_ms: float
+
+    @property
+    def is_quicker(self) -> bool:
+        """Whether the other way is clearly quicker."""
+        return self.other_ms < _MARGIN * self.usual_ms
+
+
+def with_fast_layers(network: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[nn.Module, list[Layer]]:
+    """A network whose layers run the quicker way for one batch size.
+
+    Args:
+        network: float32 or bfloat16, on the CPU; it stays as it is, and the result shares its weights.
+        run: calls a network once with a batch of the size that it is meant for.
+
+    Returns:
+        The network to use, which is `network` itself where nothing is gained, and what was measured.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    hooks = []
+    for name, module in network.named_modules():
+        if isinstance(module, Attention) or (isinstance(module, nn.Conv2d) and _is_candidate(module)):
+            hooks.append(module.register_forward_pre_hook(_note(shapes, name)))
+    try:
+        if hooks:
+            run(network)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    layers = _measure(network, {name: shape for name, shape in shapes.items() if _is_worth(network, name, shape)})
+    chosen = [layer.name for layer in layers if layer.is_quicker]
+    if not chosen:
+        return network, layers
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    changed = copy.deepcopy(network, shared)
+    for name in chosen:
+        changed.set_submodule(name, _other(changed.get_submodule(name)))
+    return changed, layers
+
+
+def _other(layer: nn.Module) -> nn.Module:
+    """The layer that runs the other way."""
+    if isinstance(layer, nn.Conv2d):
+        return WinogradConv2d(layer)
+    other = copy.copy(layer)
+    other.by_products = True  # type: ignore[assignment]
+    return other
+
+
+def _is_candidate(conv: nn.Conv2d) -> bool:
+    plain = (conv.kernel_size, conv.stride, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
+    if not plain or conv.padding != (1, 1) or conv.weight.dtype not in _DTYPES or conv.weight.device.type != "cpu":
+        return False
+    try:
+        return fits(conv.in_channels, conv.out_channels)
+    except NativeError:  # without a C compiler the direct convolutions do
+        return False
+
+
+def _is_worth(network: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
+    return isinstance(network.get_submodule(name), Attention) or shape[0] * shape[2] * shape[3] >= _LEAST_PIXELS
+
+
+def _note(shapes: dict[str, tuple[int, ...]], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        shapes[name] = tuple(inputs[0].shape)
+
+    return hook
+
+
+def _measure(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> list[Layer]:
+    """Time all layers one after the other, as in a step, so that the weights are as cold as they are there."""
+    inputs: dict[tuple[object, ...], Tensor] = {}
+    ways: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
+    for name, shape in shapes.items():
+        layer = network.get_submodule(name)
+        if isinstance(layer, Attention):
+            qkv = _example(inputs, (shape[0], shape[2] * shape[3], 3 * shape[1]), layer.qkv.weight.dtype)
+            ways[name] = _both_attentions(layer, qkv)
+        elif isinstance(layer, nn.Conv2d):
+            ways[name] = _both_convolutions(layer, _example(inputs, shape, layer.weight.dtype))
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ways}
+    start = time.perf_counter()
+    with torch.no_grad():
+        for i in range(_PASSES + 1):
+            for kind in (0, 1):
+                for name, functions in ways.items():
+                    began = time.perf_counter()
+                    functions[kind]()
+                    if i > 0:
+                        times[name][kind].append(1000 * (time.perf_counter() - began))
+            if i > 1 and time.perf_counter() - start > _LONG_S:
+                break
+    # The least, not the median: what else runs on the machine only ever adds, and not to both kinds alike.
+    return [Layer(name, shapes[name], min(usual), min(other)) for name, (usual, other) in times.items()]
+
+
+def _example(inputs: dict[tuple[object, ...], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A random input, one for all layers that take such."""
+    if (shape, dtype) not in inputs:
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        inputs[shape, dtype] = torch.randn(shape).to(dtype, memory_format=layout)
+    return inputs[shape, dtype]
+
+
+def _both_attentions(layer: Attention, qkv: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    other = _other(layer)
+    assert isinstance(other, Attention)
+    return lambda: layer.mixed(qkv), lambda: other.mixed(qkv)
+
+
+def _both_convolutions(conv: nn.Conv2d, x: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The direct one as compiled code calls it, with weights in the processor's own layout."""
+    same, one = [1, 1], [1, 1]
+    packed = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), same, one, one, 1, list(x.shape))
+    call = torch.ops.mkldnn._convolution_pointwise
+    bias = None if conv.bias is None else conv.bias.detach()
+    other = _other(conv)
+    return lambda: call(x, packed, bias, same, one, one, 1, "none", [], ""), lambda: other(x)

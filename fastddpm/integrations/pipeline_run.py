@@ -1,0 +1,146 @@
+"""A run of a pipeline's scheduler around its network: by a step table, or by the scheduler's own steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from fastddpm.denoiser import bind
+from fastddpm.integrations.diffusers_noise import Generator, draw
+from fastddpm.integrations.diffusers_schedulers import (
+    FastDDIMScheduler,
+    FastDDPMScheduler,
+    FastDPMSolverMultistepScheduler,
+)
+from fastddpm.integrations.pipeline_network import Network, check_unet
+from fastddpm.integrations.scheduler_tables import ancestral_table, ddim_table, multistep_tables
+from fastddpm.spec import ModelSpec
+from fastddpm.state import State
+from fastddpm.step_table import StepTable
+
+_ANCESTRAL = (DDPMScheduler, FastDDPMScheduler)
+_DDIM = (DDIMScheduler, FastDDIMScheduler)
+_MULTISTEP = (DPMSolverMultistepScheduler, FastDPMSolverMultistepScheduler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a pipeline's call asks for.
+
+    Attributes:
+        num_inference_steps: S.
+        generator: of the steps' noise, or one per picture.
+        eta: η of DDIM; other schedulers have none and ignore it.
+        use_clipped_model_output: DDIM: whether ε is taken from the clipped x̂_0.
+    """
+
+    num_inference_steps: int
+    generator: Generator = None
+    eta: float = 0.0
+    use_clipped_model_output: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """What a scheduler does in a run.
+
+    Attributes:
+        table: its step table, or None where its own `step` must be called.
+        draws: whether it draws noise in each step, also where it has no effect.
+    """
+
+    table: StepTable | None
+    draws: Sequence[bool] = ()
+
+
+@torch.no_grad()
+def sample(pipe: Any, network: Network, x_T: Tensor, run: Run) -> Tensor:  # noqa: ANN401 - diffusers is not typed
+    """Sample with the scheduler that the pipeline has now.
+
+    Args:
+        pipe: a pipeline of diffusers.
+        network: what stands for its U-Net.
+        x_T: float [B, C, H, W], the start.
+        run: what is asked for.
+
+    Returns:
+        float [B, C, H, W], the final state, in the dtype of x_T.
+
+    Raises:
+        TypeError: the scheduler is of another kind.
+        ValueError: the network needs classes, or does not fit the scheduler.
+    """
+    check_scheduler(pipe.scheduler)
+    check_unet(pipe.unet)
+    pipe.scheduler.set_timesteps(run.num_inference_steps)
+    model, engine = network.of(pipe.unet, x_T.device)
+    steps = _steps(pipe.scheduler, run)
+    if steps.table is None:
+        return _sample_by_steps(pipe, model, x_T, run)
+    table = steps.table.to(x_T.device)
+    _check_channels(pipe.unet, table)
+    spec = ModelSpec(shape=cast(tuple[int, int, int], tuple(x_T.shape[1:])))
+    state = State.create(spec.shape, torch.arange(len(x_T)), 0, device=x_T.device, x_T=x_T, history=True)
+    zeros = torch.zeros_like(state.x)[None] if table.uses_noise else None
+    runner = engine.runner(bind(model, spec, table), table, state, zeros, to_come=table.S)
+    for i in pipe.progress_bar(range(table.S)):
+        noise = zeros
+        if steps.draws and steps.draws[i]:
+            drawn = draw(x_T.shape, run.generator, x_T)
+            noise = drawn.float().contiguous()[None] if table.uses_noise else None
+        runner.run(1, noise)
+    final: Tensor = runner.state.x.to(x_T.dtype)
+    return final
+
+
+def _sample_by_steps(pipe: Any, model: Callable[..., Tensor], x: Tensor, run: Run) -> Tensor:  # noqa: ANN401
+    """The same where the scheduler has options that no table holds: its own step, with our network."""
+    options: dict[str, Any] = {"generator": run.generator}
+    if type(pipe.scheduler) in _DDIM:
+        options.update(eta=run.eta, use_clipped_model_output=run.use_clipped_model_output)
+    for t in pipe.progress_bar(pipe.scheduler.timesteps):
+        out = model(x, t.to(x.device).expand(len(x)))
+        x = pipe.scheduler.step(out.to(x.dtype), t, x, **options).prev_sample
+    return x
+
+
+def check_scheduler(scheduler: object) -> None:
+    """Raise TypeError unless a run can take the scheduler's place."""
+    if type(scheduler) not in (*_ANCESTRAL, *_DDIM, *_MULTISTEP):
+        raise TypeError(
+            "accelerate: the pipeline's scheduler must be DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or "
+            f"one of their Fast versions, got {type(scheduler).__name__}; make one with from_config"
+        )
+
+
+def _steps(scheduler: Any, run: Run) -> _Steps:  # noqa: ANN401 - diffusers is not typed
+    """What a scheduler does whose timesteps are set; without a table where the options are none of ours."""
+    timesteps = scheduler.timesteps.cpu()
+    try:
+        if type(scheduler) in _ANCESTRAL:
+            if scheduler.variance_type != scheduler.config.variance_type:
+                return _Steps(None)
+            return _Steps(ancestral_table(scheduler, timesteps), (timesteps > 0).tolist())
+        if type(scheduler) in _DDIM:
+            table = ddim_table(scheduler, timesteps, run.eta, run.use_clipped_model_output)
+            return _Steps(table, [run.eta > 0] * len(timesteps))
+        return _Steps(multistep_tables(scheduler, timesteps)[1])
+    except (ValueError, TypeError):
+        return _Steps(None)
+
+
+def _check_channels(unet: Any, table: StepTable) -> None:  # noqa: ANN401 - diffusers is not typed
+    channels, out = unet.config.in_channels, unet.config.out_channels
+    wanted = 2 * channels if table.variance == "learned_range" else channels
+    if table.solver == "dpmpp_2m" and out == 2 * channels:
+        return
+    if out != wanted:
+        raise ValueError(
+            f"accelerate: the network must return {wanted} channels for this scheduler, got {out}; the scheduler's "
+            "variance_type belongs to another network"
+        )

@@ -1,0 +1,89 @@
+"""The choice between two ways to run a layer, and attention as two products."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from fastddpm.blocks import Attention, attention_by_products
+from fastddpm.fast_layers import Layer, WinogradConv2d, with_fast_layers
+from fastddpm.kernels._native import NativeError
+from fastddpm.kernels.winograd import fits
+from tests.networks import CONFIG
+
+try:
+    fits(32, 32)
+except NativeError as error:
+    pytest.skip(f"no C compiler: {error}", allow_module_level=True)
+
+
+def conv(c_in, c_out):
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.wide, self.down = conv(3, 64), conv(64, 64), nn.Conv2d(64, 64, 3, stride=2, padding=1)
+        self.last = conv(64, 3)
+
+    def forward(self, x):
+        return self.last(self.down(self.wide(self.stem(x))))
+
+
+def test_choice_is_by_measurement_and_leaves_the_network_alone(monkeypatch):
+    net, x = Net().eval(), torch.randn(2, 3, 24, 24)
+    monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))
+    changed, layers = with_fast_layers(net, lambda network: network(x))
+    assert [layer.name for layer in layers] == ["wide"] and layers[0].usual_ms > 0 < layers[0].other_ms
+    assert isinstance(changed.wide, WinogradConv2d) and isinstance(net.wide, nn.Conv2d)
+    assert changed.stem.weight is net.stem.weight and not net.wide._forward_pre_hooks
+    assert (changed(x) - net(x)).abs().max() < 1e-4
+    monkeypatch.setattr(Layer, "is_quicker", property(lambda self: False))
+    assert with_fast_layers(net, lambda network: network(x))[0] is net
+    small = torch.randn(1, 3, 8, 8)
+    assert with_fast_layers(net, lambda network: network(small)) == (net, [])
+
+
+def test_other_types_are_left_alone():
+    net = Net().double()
+    assert with_fast_layers(net, lambda network: network(torch.randn(2, 3, 24, 24).double())) == (net, [])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64, 32), (3, 2, 49, 16), (2, 4, 1, 8)])
+def test_products_are_attention(shape):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(shape) for _ in range(3))
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert (attention_by_products(q, k, v) - exact).abs().max() <= 1e-6
+    q, k, v = (part.bfloat16() for part in (q, k, v))
+    ours, theirs = attention_by_products(q, k, v), scaled_dot_product_attention(q, k, v)
+    assert ours.dtype == torch.bfloat16
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
+    # The scores are rounded once more than in PyTorch's form.
+    assert (ours - exact).abs().mean() <= 3 * (theirs - exact).abs().mean() + 1e-4
+
+
+def test_products_take_large_scores_and_pass_nan_on():
+    q = torch.full((1, 1, 4, 8), 300.0)
+    v = torch.randn(1, 1, 4, 8)
+    assert torch.allclose(attention_by_products(q, q, v), v.mean(2, keepdim=True).expand_as(v), atol=1e-6)
+    v[0, 0, 2, 3] = float("nan")
+    out = attention_by_products(q, q, v)
+    assert out[..., 3].isnan().all() and out[..., :3].isfinite().all()
+
+
+@pytest.mark.parametrize("order", ["qkv_heads", "heads_qkv"])
+def test_attention_is_chosen_by_measurement_too(monkeypatch, order):
+    torch.manual_seed(0)
+    net = nn.Sequential(Attention(dataclasses.replace(CONFIG, attention_order=order), 32, heads=2)).eval()
+    x = torch.randn(2, 32, 6, 6)
+    monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))
+    with torch.no_grad():
+        changed, layers = with_fast_layers(net, lambda network: network(x))
+        assert [layer.name for layer in layers] == ["0"]
+        assert changed[0].by_products and not net[0].by_products
+        assert changed[0].qkv.weight is net[0].qkv.weight
+        assert (changed(x) - net(x)).abs().max() < 1e-5
