@@ -32,6 +32,10 @@ from fastddpm.unet import UNet
 CACHE_BYTES = 4 << 30
 """Most that the packages on disk may take; the ones that were used longest ago go first."""
 
+OPTIONS = {"freezing": True, "cpp.min_chunk_size": 4096}
+"""Inductor's: weights are laid out for the processor at compile time, and a loop is shared out among threads only where
+each gets so many elements: waking them takes as long as the noise of a thousand."""
+
 _TOLERANCE, _LOW_TOLERANCE = 1e-3, 5e-2  # of a compiled step against an eager one, relative to the samples
 _UNFINISHED_S = 86400.0
 _MADV_PAGEOUT = 21  # of Linux
@@ -57,7 +61,7 @@ def weights_hash(network: nn.Module) -> str:
 
 def package_path(call: StepCall, weights: str) -> Path:
     """Where the package for such calls is or would be."""
-    text = json.dumps(call.signature() | {"weights": weights}, sort_keys=True)
+    text = json.dumps(call.signature() | {"weights": weights, "options": OPTIONS}, sort_keys=True)
     return cache_folder() / f"{weights[:8]}-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}.pt2"
 
 
@@ -86,9 +90,8 @@ def compile_step(call: StepCall, path: Path) -> float:
                 dynamic_shapes={"tensors": call.dynamic_shapes()},
                 strict=False,
             )
-            # `freezing` lays the weights out for the processor at compile time.
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(temporary), inductor_configs={"freezing": True}
+                program, package_path=str(temporary), inductor_configs=dict(OPTIONS)
             )
     except OSError:
         raise

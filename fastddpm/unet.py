@@ -37,8 +37,11 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Linear(config.embedding_dim, config.embedding_dim),
         )
-        has_classes = config.num_classes is not None
-        self.label_embedding = nn.Embedding(config.num_classes or 1, config.embedding_dim) if has_classes else None
+        self.label_embedding = None
+        if config.num_classes is not None:
+            size = (config.num_classes, config.embedding_dim)
+            # `normal_` on the meta device, where checkpoints are loaded, would import PyTorch's compiler.
+            self.label_embedding = nn.Embedding(*size, _weight=torch.randn(size))
         self.stem = nn.Conv2d(config.in_channels, config.stem, 3, padding=1)
         self.down, skips = _down_stages(config)
         bottom = config.channels[-1]
@@ -60,7 +63,7 @@ class UNet(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if self.label_embedding is not None:
+        if self.label_embedding is not None and not self.label_embedding.weight.is_meta:
             nn.init.normal_(self.label_embedding.weight, std=0.02)
         nn.init.zeros_(self.conv_out.weight)
         for module in self.modules():

@@ -15,12 +15,17 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
 
 from fastddpm import CheckpointError, ModelSpec, NoiseSchedule, Sampler  # noqa: E402
 from fastddpm.export import OnnxSampler, export_onnx  # noqa: E402
-from fastddpm.export.convert import convert  # noqa: E402
 from fastddpm.export.graph import Graph, in_order  # noqa: E402
 from fastddpm.export.model_file import write_model  # noqa: E402
+from fastddpm.export.normals import add_words, first_noise, step_noise  # noqa: E402
 from fastddpm.export.session import OnnxSession  # noqa: E402
 from fastddpm.export.tensorrt import check_tensorrt  # noqa: E402
-from fastddpm.kernels.philox import philox4x32_reference  # noqa: E402
+from fastddpm.kernels.philox import (  # noqa: E402
+    NORMALS_ATOL,
+    X_T_COUNTER,
+    normals_reference,
+    philox4x32_reference,
+)
 from tests.networks import tiny_sampler  # noqa: E402
 
 CHAIN_ATOL = 1e-3
@@ -137,25 +142,57 @@ def test_a_finished_sample_stays_as_it_is_beside_one_under_way(exported):
     assert not np.allclose(result["x_next"][1], x[1])
 
 
-def test_philox_words_are_bit_exact():
-    class Words(torch.nn.Module):
-        def forward(self, c0, c1, c2, c3, k0, k1):
-            return philox4x32_reference(c0, c1, c2, c3, k0, k1)
-
-    rng = np.random.default_rng(0)
-    words = rng.integers(0, 2**32, (6, 1000), dtype=np.int64)
-    words[:, :3] = np.array([[0] * 6, [2**32 - 1] * 6, [2**31] * 6]).T
-    names = ("c0", "c1", "c2", "c3", "k0", "k1")
-    example = {name: torch.from_numpy(row[:3].copy()) for name, row in zip(names, words, strict=True)}
-    part = convert(Words(), example, ("w0", "w1", "w2", "w3"), dynamic=True, low_shifts=True)
-    graph = Graph("words", list(part.graph.input), list(part.graph.output))
-    graph.nodes, graph.initializers = list(part.graph.node), list(part.graph.initializer)
+@pytest.mark.parametrize(("batch", "quads"), [(1, 1), (3, 49), (2, 768)])
+def test_philox_words_are_bit_exact(batch, quads):
+    graph = Graph("words")
+    for name in ("seed", "sample_id"):
+        graph.take(name, np.int64, ["batch"])
+    graph.take("counter", np.int64, ["batch", 1, 1])
+    graph.give(add_words(graph, quads), np.uint64, ["batch", 2, quads])
     session = onnxruntime.InferenceSession(graph.model(20).SerializeToString(), providers=["CPUExecutionProvider"])
-    theirs = session.run(None, dict(zip(names, words, strict=True)))
-    ours = philox4x32_reference(*map(torch.from_numpy, words))
+    rng = np.random.default_rng(batch)
+    seed, sample_id = rng.integers(-(2**63), 2**63, (2, batch))
+    t = rng.integers(0, 2**32, batch)
+    seed[0], sample_id[0], t[0] = {1: (0, 0, 0), 3: (-1, -1, 2**32 - 1), 2: (-(2**63), 2**31, 2**31)}[batch]
+    (pairs,) = session.run(None, {"seed": seed, "sample_id": sample_id, "counter": t[:, None, None] + 2**32})
+    theirs = [word for pair in (pairs[:, 0], pairs[:, 1]) for word in (pair >> 32, pair & (2**32 - 1))]
+    key, ids = torch.from_numpy(seed)[:, None], torch.from_numpy(sample_id)[:, None]
+    ours = philox4x32_reference(
+        torch.arange(quads)[None],
+        torch.from_numpy(t)[:, None],
+        *(part & (2**32 - 1) for part in (ids, ids >> 32, key, key >> 32)),
+    )
     for a, b in zip(theirs, ours, strict=True):
-        assert np.array_equal(a, b.numpy())
-    assert [f"{int(w[0]):08x}" for w in theirs] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+        assert np.array_equal(a.astype(np.int64), b.expand(batch, quads).numpy())
+    if batch == 1:
+        assert [f"{int(word[0, 0]):08x}" for word in theirs] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (1, 1, 1)], ids=str)
+def test_normals_are_the_references(shape):
+    """Whole quads, and numbers of elements that are no multiple of four."""
+    timesteps = np.array([39, 20, 0, 0])
+    seed, ids, step = np.array([5, -1, 2**40, 7]), np.array([0, -(2**63), 3, 2**33]), np.array([0, 1, 2, 9])
+    row = torch.from_numpy(timesteps[step.clip(max=3)])
+    numel = shape[0] * shape[1] * shape[2]
+    for part, fed, counter in (
+        (step_noise(timesteps, shape, 20), {"seed": seed, "sample_id": ids, "step": step}, row),
+        (first_noise(shape, 20), {"seed": seed, "sample_id": ids}, torch.full((4,), X_T_COUNTER)),
+    ):
+        for name in fed:
+            part.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["batch"]))
+        onnx.checker.check_model(part, full_check=True)
+        session = onnxruntime.InferenceSession(part.SerializeToString(), providers=["CPUExecutionProvider"])
+        (theirs,) = session.run(None, fed)
+        ours = normals_reference(torch.from_numpy(seed), torch.from_numpy(ids), counter, numel)
+        torch.testing.assert_close(torch.from_numpy(theirs).flatten(1), ours, rtol=0, atol=NORMALS_ATOL)
+
+
+def test_the_noise_and_the_update_take_few_operators(exported):
+    """They cost what their number is: on small pictures an operator takes as long to start as to run."""
+    nodes = onnx.load(exported("step").files[0]).graph.node
+    counts = {part: sum(node.name.startswith(part) for node in nodes) for part in ("noise/", "update/")}
+    assert counts["noise/"] <= 71 and counts["update/"] <= 25
 
 
 @pytest.mark.parametrize("name", FILES)

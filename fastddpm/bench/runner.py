@@ -17,7 +17,7 @@ import numpy as np
 from fastddpm.bench.figures import BatchResult, Equality, PeerResult, Quantiles, WorkloadResult
 from fastddpm.bench.process import WorkerError, WorkerProcess, side_by_side
 from fastddpm.bench.twins import NoTwinError, random_folder, twin_folder
-from fastddpm.bench.worker import precision_of
+from fastddpm.bench.worker import COMPILES, precision_of
 from fastddpm.bench.workloads import OURS, Job, Workload
 from fastddpm.checkpoints import load_checkpoint
 
@@ -222,17 +222,22 @@ class WorkloadRun:
         def on_start(worker: WorkerProcess) -> None:
             self._say(result.batch, worker.peer, "first run")
 
-        limits = [self._workers[name] for name in fresh if name == LIMITS]
-        if limits:
-            side_by_side(limits, [load], 1, until, on_answer)
-        arguments = (self.settings.jobs, until, on_answer, on_start)
-        # What is quick comes first: a compiler that takes all the time there is must not cost the others theirs.
-        new = sorted((name for name in fresh if name != LIMITS), key=lambda name: "compiled" in name)
-        known = [name for name in found if name in self._workers and name not in fresh]
-        ready = sorted(known, key=lambda name: "compiled" in name)
-        side_by_side([self._workers[name] for name in ready if "compiled" not in name], [check], *arguments)
-        side_by_side([self._workers[name] for name in new], [load, check], *arguments)
-        side_by_side([self._workers[name] for name in ready if "compiled" in name], [check], *arguments)
+        # Ours first, without which there is nothing to compare; other compilers last: they must not cost the others
+        # their turn. What needs no loading runs alone, because thread pools that spin slow each other down.
+        known = [name for name in found if name not in fresh]
+        several, both = self.settings.jobs, [load, check]
+        turns: list[tuple[int, list[str], list[dict[str, Any]]]] = [
+            (1, [name for name in fresh if name == LIMITS], [load]),
+            (several, [name for name in fresh if name in COMPILES and name in OURS], both),
+            (1, [name for name in known if name in OURS], [check]),
+            (1, [name for name in known if name not in COMPILES and name not in OURS], [check]),
+            (several, [name for name in fresh if name not in COMPILES and name != LIMITS], both),
+            (several, [name for name in fresh if name in COMPILES and name not in OURS], both),
+            (1, [name for name in known if name in COMPILES and name not in OURS], [check]),
+        ]
+        for jobs, those, requests in turns:
+            workers = [self._workers[name] for name in those if name in self._workers]
+            side_by_side(workers, requests, jobs, until, on_answer, on_start)
 
     def _start(self, name: str) -> WorkerProcess:
         return WorkerProcess(name, self.folder, self.settings.threads, self._environment)
