@@ -6,8 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PINS := constraints.txt
 RESULTS := benchmarks/results
-# Test files in up to four processes; the tests of one file stay together, since they share what is dear to make.
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+# Test files in up to four processes, the dear ones (tests/kernels) first; the tests of one file stay together, since
+# they share what takes long to make.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Another environment that happens to be active, or the user's own site-packages, must not leak in.
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_USER PIP_CONSTRAINT

@@ -213,8 +213,13 @@ class WorkloadRun:
                 left = self._pool.pop(name, None)
                 self._workers[name] = self._start(name) if left is None else left
         fresh = [name for name in everyone if name in self._workers and name not in self._loaded]
-        load = {"do": "load", "job": dataclasses.asdict(self._job)}
-        check = {"do": "check", "batch": result.batch, "steps": result.steps, "out": str(self.folder / "{peer}.npy")}
+        load: dict[str, Any] = {"do": "load", "job": dataclasses.asdict(self._job)}
+        check: dict[str, Any] = {
+            "do": "check",
+            "batch": result.batch,
+            "steps": result.steps,
+            "out": str(self.folder / "{peer}.npy"),
+        }
 
         def on_answer(worker: WorkerProcess, answers: list[dict[str, Any]] | WorkerError) -> None:
             self._take_in(worker, answers, found.get(worker.peer), result.batch)
