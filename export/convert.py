@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,7 +54,6 @@ def convert(
     dynamic: bool,
     opset: int = DEFAULT_OPSET,
     label: str = "the network",
-    low_shifts: bool = False,
 ) -> onnx.ModelProto:
     """Trace a module.
 
@@ -65,7 +64,6 @@ def convert(
         dynamic: whether the batch stays open; it is called "batch" then.
         opset: version of ONNX's operators.
         label: what error messages call the module.
-        low_shifts: of every int64 that is shifted right by 32, only the low 32 bits of the result are used.
 
     Returns:
         The model: one graph without functions, comments or traces of where it was made.
@@ -89,7 +87,6 @@ def convert(
                 external_data=False,
                 optimize=True,
                 verbose=False,
-                custom_translation_table=_shifts(opset) if low_shifts else None,
             )
             model = program.model_proto if program is not None else None
         except Exception as error:  # the exporter's own types are private, and a traced module may raise anything
@@ -153,24 +150,6 @@ def _replace_integer_clips(graph: onnx.GraphProto) -> None:
             value = result
     del graph.node[:]
     graph.node.extend(nodes)
-
-
-def _shifts(opset: int) -> dict[Callable[..., object], Callable[..., object]]:
-    """`>>` on int64 as one unsigned shift.
-
-    ONNX shifts unsigned numbers only, and the exporter's general answer repairs the sign with four more nodes. Philox
-    shifts by 32 and keeps the low 32 bits of the result, which are the same both ways.
-    """
-    import importlib
-
-    op = getattr(importlib.import_module("onnxscript"), f"opset{min(opset, 23)}")
-    uint64, int64 = 13, 7  # onnx.TensorProto's numbers
-
-    def shift(a: object, b: object) -> object:
-        return op.Cast(op.BitShift(op.Cast(a, to=uint64), op.Cast(b, to=uint64), direction="RIGHT"), to=int64)
-
-    aten = torch.ops.aten
-    return {aten.__rshift__.Scalar: shift, aten.bitwise_right_shift.Tensor_Scalar: shift}
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ class Graph:
         """Append a constant; returns its name."""
         from onnx import numpy_helper
 
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self.initializers.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
         return name
 
     def take(self, name: str, dtype: type[np.generic], shape: Sequence[int | str]) -> None:
@@ -71,10 +71,11 @@ class Graph:
         self.outputs.append(_value(name, dtype, shape))
 
     def proto(self) -> onnx.GraphProto:
-        """The graph without what no output needs."""
+        """The graph without what no output needs, and without operators that repeat another one's work."""
         from onnx import helper
 
-        nodes = list(_needed(self.nodes, {value.name for value in self.outputs}))
+        outputs = {value.name for value in self.outputs}
+        nodes = _needed(_without_repeats(self.nodes, self.initializers, outputs), outputs)
         used = {name for node in nodes for name in _reads(node)} | {value.name for value in self.outputs}
         kept = [tensor for tensor in self.initializers if tensor.name in used]
         return helper.make_graph(nodes, self.name, self.inputs, self.outputs, kept)
@@ -127,6 +128,37 @@ def _needed(nodes: Sequence[onnx.NodeProto], wanted: set[str]) -> list[onnx.Node
             kept.append(node)
             needed.update(_reads(node))
     return kept[::-1]
+
+
+_SMALL = 256
+
+
+def _without_repeats(
+    nodes: Sequence[onnx.NodeProto], constants: Sequence[onnx.TensorProto], outputs: set[str]
+) -> list[onnx.NodeProto]:
+    """The nodes without those that compute again what one before computed: parts are traced apart, and each clamps.
+
+    Changes the inputs of `nodes`. Nodes with subgraphs, and what they read from outside, stay as they are.
+    """
+    from onnx import numpy_helper
+
+    same: dict[str, str] = {}
+    fixed = outputs | {name for node in nodes for graph in _subgraphs(node) for n in graph.node for name in _reads(n)}
+    seen: dict[object, tuple[str, ...]] = {}
+    for tensor in constants:
+        if tensor.ByteSize() <= _SMALL and not tensor.external_data:
+            value = (tensor.data_type, tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes())
+            same[tensor.name] = seen.setdefault(value, (tensor.name,))[0]
+    kept = []
+    for node in nodes:
+        node.input[:] = [same.get(name, name) for name in node.input]
+        key = (node.op_type, node.domain, tuple(node.input), tuple(str(a) for a in node.attribute), len(node.output))
+        first = seen.setdefault(key, tuple(node.output))
+        if first != tuple(node.output) and not any(_subgraphs(node)) and not fixed.intersection(node.output):
+            same.update(zip(node.output, first, strict=True))
+            continue
+        kept.append(node)
+    return kept
 
 
 def in_order(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:

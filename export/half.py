@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastddpm.export.graph import in_order
+from fastddpm.export.model_file import infer_types
+
 if TYPE_CHECKING:
     import onnx
 
@@ -36,7 +39,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with float16 weights, and inputs and outputs as before.
 
     Args:
-        model: a traced network.
+        model: a traced network; it is consumed.
 
     Returns:
         A new model.
@@ -51,14 +54,14 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
             "export: the package onnxruntime must be installed for fp16; run pip install 'fastddpm[onnx]'"
         ) from error
     try:
+        # The converter's own inference of types ends at 2 GB.
+        model.graph.value_info.extend(infer_types(model))
         half: onnx.ModelProto = convert_float_to_float16(
-            model, keep_io_types=True, op_block_list=list(KEPT), disable_shape_infer=False
+            model, keep_io_types=True, op_block_list=list(KEPT), disable_shape_infer=True
         )
     except Exception as error:  # whatever a third-party converter raises on a graph that it does not understand
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"export: precision must be fp32 for this network, got fp16, which fails: {reason}") from error
-    from fastddpm.export.graph import in_order
-
     nodes = in_order(half.graph.node)  # the converter appends its casts at the end
     del half.graph.value_info[:], half.graph.node[:]
     half.graph.node.extend(nodes)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastddpm.export.model_file import is_large
 from fastddpm.sampler import Sampler
 from fastddpm.step_table import StepTable
 
@@ -112,13 +113,16 @@ def to_int8(model: onnx.ModelProto, feeds: Sequence[dict[str, np.ndarray]]) -> o
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
         source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-        onnx.save(model, source)
+        large = is_large(model)
+        heavy = _heavy(model)
         try:
+            onnx.save(model, source, save_as_external_data=large)
             quantize_static(
                 source,
                 target,
                 reader,
-                nodes_to_quantize=_heavy(model),
+                nodes_to_quantize=heavy,
+                use_external_data_format=large,
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
                 op_types_to_quantize=list(HEAVY),
@@ -126,6 +130,8 @@ def to_int8(model: onnx.ModelProto, feeds: Sequence[dict[str, np.ndarray]]) -> o
                 weight_type=QuantType.QInt8,
                 extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
             )
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, folder) from error
         except Exception as error:  # whatever a third-party quantizer raises on a graph that it does not understand
             reason = " ".join(str(error).split())[:160]
             raise ValueError(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fastddpm.checkpoints import CheckpointError
-from fastddpm.files import atomic_path
+from fastddpm.files import make_folder
+from fastddpm.interrupts import hold_interrupt
 
 if TYPE_CHECKING:
     import onnx
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
 KEY = "fastddpm"
 """The metadata entry that holds everything as JSON; the others are for people and tools that list metadata."""
 FORMAT = 1
+NEEDED = ("what", "noise", "guidance", "output", "schedule", "spec")
 LIMIT = 2**31 - 2**20
 """A protobuf file ends at 2 GiB: larger models keep their weights in a file of their own."""
 _INLINE = 1024
@@ -78,6 +84,9 @@ def read_metadata(values: Mapping[str, str], source: str) -> dict[str, Any]:
     try:
         facts = dict(json.loads(values[KEY]))
         version = int(facts["format"])
+        missing = [name for name in NEEDED if name not in facts and version <= FORMAT]
+        if missing:
+            raise KeyError(missing[0])
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{source}: must be a model that fastddpm export wrote, got one without its metadata; export it again"
@@ -87,13 +96,61 @@ def read_metadata(values: Mapping[str, str], source: str) -> dict[str, Any]:
     return facts
 
 
-def write_model(path: str | os.PathLike[str], model: onnx.ModelProto, *, external: bool | None = None) -> list[Path]:
+def is_large(model: onnx.ModelProto) -> bool:
+    """Whether a model's constants are too large for one protobuf message."""
+    return sum(len(tensor.raw_data) for tensor in _tensors(model)) > LIMIT
+
+
+def detach(model: onnx.ModelProto) -> list[bytes]:
+    """Take the large constants' values out of a model, so that it can be copied and put into a subgraph.
+
+    Protobuf cannot copy a message of 2 GB and more. Each constant keeps a reference to its place in the list.
+
+    Args:
+        model: the model; it is changed.
+
+    Returns:
+        The values, for `write_model`.
+    """
+    values: list[bytes] = []
+    for tensor in _tensors(model):
+        if len(tensor.raw_data) >= _INLINE:
+            values.append(tensor.raw_data)
+            _refer(tensor, location=str(len(values) - 1))
+    return values
+
+
+def infer_types(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Types and shapes of inner values, as far as ONNX can tell; works for models of 2 GB and more, too."""
+    import onnx
+
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    for field in ("node", "input", "output"):
+        getattr(light.graph, field).extend(getattr(model.graph, field))
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) < _INLINE:
+            light.graph.initializer.append(tensor)
+        else:
+            stub = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            _refer(stub, location="elsewhere")
+            light.graph.initializer.append(stub)
+    return list(onnx.shape_inference.infer_shapes(light).graph.value_info)
+
+
+def write_model(
+    path: str | os.PathLike[str],
+    model: onnx.ModelProto,
+    *,
+    external: bool | None = None,
+    detached: Sequence[bytes] = (),
+) -> list[Path]:
     """Check a model and write it, atomically; the same model gives the same bytes.
 
     Args:
         path: the .onnx file.
         model: the model; with external weights its constants are emptied.
         external: whether large constants go to `path`.data; None decides by size.
+        detached: what `detach` took out of it.
 
     Returns:
         The files, the model's first.
@@ -105,27 +162,72 @@ def write_model(path: str | os.PathLike[str], model: onnx.ModelProto, *, externa
     import onnx
 
     target = Path(path)
-    large = sum(len(tensor.raw_data) for tensor in _tensors(model)) > LIMIT
+    data = target.with_name(target.name + ".data")
+    large = bool(detached) or is_large(model)
     if large and external is False:
         raise ValueError(f"{target}: weights of 2 GB and more must go to a file of their own, got external=False")
-    written = [target]
-    data = target.with_name(target.name + ".data")
-    if external or large:
-        with atomic_path(data) as temporary:
-            _move_out(model, temporary, data.name)
-        written.append(data)
-    else:
-        _check(model, target)
-    with atomic_path(target) as temporary:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
-        if len(written) > 1:
-            # Names of external files are relative to the model: the temporary one lies in the same folder.
-            _check(str(temporary), target)
+    with _written_together(target) as folder:
+        if external or large:
+            _move_out(model, folder / data.name, data.name, detached)
         else:
-            onnx.load_model_from_string(temporary.read_bytes())
-    if len(written) == 1 and data.exists() and _ours(data):
+            _check(model, target)
+        (folder / target.name).write_bytes(model.SerializeToString(deterministic=True))
+        if external or large:
+            _check(str(folder / target.name), target)  # with its weights, which are found beside it
+        else:
+            onnx.load_model_from_string((folder / target.name).read_bytes())
+    return [target, data] if external or large else [target]
+
+
+@contextlib.contextmanager
+def _written_together(target: Path) -> Iterator[Path]:
+    """A folder beside `target` whose files take their places together when the block ends; it vanishes in any case.
+
+    A model and its weights belong together: whoever else writes to the same path at that moment waits, and Ctrl-C does.
+
+    Raises:
+        OSError: a file cannot be written; it names the one that was asked for.
+    """
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write {target}: it is a folder; give a file name")
+    make_folder(target.parent)
+    folder = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        folder.mkdir()
+        yield folder
+        for file in folder.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        with hold_interrupt(), _locked(target.parent):
+            _put(folder, target)
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put(folder: Path, target: Path) -> None:
+    """Move a model and the weights beside it to where they belong; weights that it no longer needs go."""
+    data = target.with_name(target.name + ".data")
+    if (folder / data.name).exists():
+        os.replace(folder / data.name, data)
+    elif data.exists() and _ours(data):
         data.unlink()
-    return written
+    os.replace(folder / target.name, target)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Be the only one who moves models in `folder`, as far as its file system knows locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _check(model: onnx.ModelProto | str, target: Path) -> None:
@@ -160,21 +262,26 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
                 graphs.extend(attribute.graphs)
 
 
-def _move_out(model: onnx.ModelProto, path: Path, name: str) -> None:
+def _move_out(model: onnx.ModelProto, path: Path, name: str, detached: Sequence[bytes]) -> None:
     """Write the large constants to `path` and leave references to `name` in the model."""
-    import onnx
-
     with open(path, "wb") as file:
         file.write(_MAGIC)
         for tensor in _tensors(model):
-            raw = tensor.raw_data
+            raw = detached[int(tensor.external_data[0].value)] if tensor.external_data else tensor.raw_data
             if len(raw) < _INLINE:
                 continue
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-            where = {"location": name, "offset": str(file.tell()), "length": str(len(raw))}
+            offset = file.tell()
             file.write(raw)
-            tensor.ClearField("raw_data")
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            del tensor.external_data[:]
-            for key, value in where.items():
-                tensor.external_data.add(key=key, value=value)
+            _refer(tensor, location=name, offset=str(offset), length=str(len(raw)))
+
+
+def _refer(tensor: onnx.TensorProto, **where: str) -> None:
+    """Let a constant's value lie elsewhere."""
+    import onnx
+
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in where.items():
+        tensor.external_data.add(key=key, value=value)

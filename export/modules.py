@@ -1,4 +1,4 @@
-"""What is traced: the network, the network at a table's rows, the update, the first noise and the last mapping.
+"""What is traced: the network, the network at a table's rows, the update and the last mapping.
 
 The update is `advance` itself, handed a network's output instead of a network; so the file holds the same arithmetic
 as every other engine, and no second version of it.
@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastddpm.blocks import timestep_embedding
 from fastddpm.denoiser import Denoiser, bind
 from fastddpm.export.engine_network import EngineNetwork
 from fastddpm.images import to_unit
-from fastddpm.noise import initial_noise
 from fastddpm.spec import ModelSpec
 from fastddpm.state import State, advance
 from fastddpm.step_table import StepTable
+from fastddpm.unet import UNet
 
 EXAMPLE_BATCH = 3
 """Samples of a traced example: more than one, or the tracer takes the batch for a constant."""
@@ -57,6 +59,28 @@ class RowNetwork(nn.Module):
         return dataclasses.replace(self.denoiser, **own)(x, step, y, history)
 
 
+class EmbeddedRows(nn.Module):
+    """(x, step, y) → output: a U-Net asked for rows of a table, with the embeddings of their times tabulated.
+
+    For tables of more steps and classes than there is room for projections: classes are still added as they come.
+    """
+
+    def __init__(self, unet: UNet, times: Tensor) -> None:
+        """Tabulate `times` [S+1]."""
+        super().__init__()
+        self.unet = unet
+        c = unet.config
+        with torch.no_grad():
+            features = timestep_embedding(times, c.sinusoids, order=c.embedding, shift=c.embedding_shift)
+            self.register_buffer("embeddings", unet.time_mlp(features.to(unet.time_projection.weight.dtype)))
+
+    def forward(self, x: Tensor, step: Tensor, y: Tensor) -> Tensor:
+        """The raw output for x [B, C, H, W], step [B] and y [B]; `UNet.embed` with its first half looked up."""
+        unet = self.unet
+        embedding = torch.as_tensor(self.embeddings)[step] + cast(nn.Embedding, unet.label_embedding)(y)
+        return unet.body(x, unet.time_projection(F.silu(embedding)))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Given(Denoiser):
     """A network that has already answered."""
@@ -74,7 +98,7 @@ def _given(*_: object) -> Tensor:
 
 
 class Update(nn.Module):
-    """(x, out, step, sample_id, seed[, out_uncond, guidance, history, noise]) → x, step[, history]."""
+    """(x, out, step[, out_uncond, guidance, history, noise]) → x, step[, history]."""
 
     def __init__(self, table: StepTable) -> None:
         """Take the table's tensors as buffers."""
@@ -88,8 +112,6 @@ class Update(nn.Module):
         x: Tensor,
         out: Tensor,
         step: Tensor,
-        sample_id: Tensor,
-        seed: Tensor,
         out_uncond: Tensor | None = None,
         guidance: Tensor | None = None,
         history: Tensor | None = None,
@@ -98,25 +120,12 @@ class Update(nn.Module):
         """One `advance` that changes none of its arguments; noise is float32 [B, C, H, W]."""
         rows, timesteps = torch.as_tensor(self.rows), torch.as_tensor(self.timesteps)
         table = dataclasses.replace(self.table, rows=rows, timesteps=timesteps)
-        state = State(
-            x.clone(), step.clone(), sample_id, seed, None, guidance, None if history is None else history.clone()
-        )
+        past = None if history is None else history.clone()
+        # Nothing is drawn here, so it does not matter what seed and id are.
+        state = State(x.clone(), step.clone(), step, step, None, guidance, past)
         given = _Given(model=_given, times=timesteps, null_class=None, out=out, out_uncond=out_uncond)
         advance(given, table, state, noise=None if noise is None else noise[None])
         return (state.x, state.step) if state.history is None else (state.x, state.step, state.history)
-
-
-class FirstNoise(nn.Module):
-    """(seed, sample_id) → x_T."""
-
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        """Remember a sample's (C, H, W)."""
-        super().__init__()
-        self.shape = shape
-
-    def forward(self, seed: Tensor, sample_id: Tensor) -> Tensor:
-        """x_T, float32 [B, C, H, W]."""
-        return initial_noise(seed, sample_id, self.shape)
 
 
 class Pictures(nn.Module):
@@ -159,17 +168,20 @@ def keeps_history(table: StepTable, spec: ModelSpec) -> bool:
     return table.uses_history or spec.self_condition
 
 
-def row_network(model: nn.Module, spec: ModelSpec, table: StepTable) -> RowNetwork:
-    """The network at a table's rows; time projections are tabulated unless that would blow the file up.
+def row_network(model: nn.Module, spec: ModelSpec, table: StepTable) -> RowNetwork | EmbeddedRows:
+    """The network at a table's rows; what depends on time alone is tabulated unless that would blow the file up.
 
     A table of projections holds a row for each step and class. Where it would be more than twice as large as the
-    weights (1000 steps of ten classes, say), the file gets the layers that make the rows instead.
+    weights (1000 steps of ten classes, say), the file gets a table of time embeddings, a row for each step, and the
+    layers that make projections of them.
     """
     denoiser = bind(model, spec, table)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if denoiser.projections is not None and denoiser.projections.numel() * 4 > 2 * weights:
-        denoiser = dataclasses.replace(denoiser, unet=None, projections=None, slots=None)
-    return RowNetwork(denoiser)
+    if denoiser.projections is not None and denoiser.projections.numel() * 4 <= 2 * weights:
+        return RowNetwork(denoiser)
+    if isinstance(model, UNet) and model.label_embedding is not None:
+        return EmbeddedRows(model, denoiser.times)
+    return RowNetwork(dataclasses.replace(denoiser, unet=None, projections=None, slots=None))
 
 
 def example(spec: ModelSpec, names: tuple[str, ...], batch: int) -> dict[str, Tensor]:

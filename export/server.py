@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -45,13 +46,23 @@ def write_repository(folder: str | os.PathLike[str], exported: Exported) -> Path
     """
     model = exported.files[0]
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", model.stem)
+    text = config(name, OnnxSession(model, "cpu"))
     place = Path(folder) / name
-    make_folder(place / "1")
-    for file in exported.files:
-        # External weights are found by the name that the model gives them.
-        with atomic_path(place / "1" / ("model.onnx" if file == model else file.name)) as temporary:
-            shutil.copyfile(file, temporary)
-    write_text(place / "config.pbtxt", config(name, OnnxSession(model, "cpu")))
+    made = [part for part in (place, *place.parents) if not part.exists()]
+    try:
+        make_folder(place / "1")
+        for file in exported.files:
+            # External weights are found by the name that the model gives them.
+            with atomic_path(place / "1" / ("model.onnx" if file == model else file.name)) as temporary:
+                shutil.copyfile(file, temporary)
+        write_text(place / "config.pbtxt", text)
+    except BaseException:
+        if made:  # the server would take what is there for a whole model
+            shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others may have put models there meanwhile
+            for part in made[1:]:
+                part.rmdir()
+        raise
     return place
 
 

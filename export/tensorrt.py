@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastddpm.export.model_file import infer_types
+
 if TYPE_CHECKING:
     import onnx
 
@@ -61,9 +63,8 @@ def check_tensorrt(model: onnx.ModelProto) -> None:
     for value in model.graph.input:
         if any(not size.dim_value for size in value.type.tensor_type.shape.dim):
             problems.append(f"the open shape of {value.name}")
-    inferred = onnx.shape_inference.infer_shapes(model)
-    graph = inferred.graph
-    known = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    graph = model.graph
+    known = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *infer_types(model), *graph.output)}
     known |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     small = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.data_type == 7 and len(t.dims) < 2}
     for node in graph.node:

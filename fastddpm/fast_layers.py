@@ -21,8 +21,8 @@ from fastddpm.kernels.winograd import fits, pack, winograd_conv
 _LEAST_PIXELS = 256
 """Pixels of all pictures together, below which reading the larger weights costs more than is saved."""
 _MARGIN = 0.95  # the other way must take at most this part of the usual one's time
-_PASSES = 7
-_LONG_S = 3.0  # of measuring, after which two passes are enough
+_PASSES = 25
+_LONG_S = 3.0  # of measuring, after which fewer passes must do, but at least two
 _DTYPES = (torch.float32, torch.bfloat16)
 
 

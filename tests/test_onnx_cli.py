@@ -1,5 +1,7 @@
 """`fastddpm export`, the example that runs its file without fastddpm, and the layout for a server."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -75,17 +77,59 @@ def test_server_repository(checkpoint, tmp_path):
     assert re.findall(r'key: "(\w+)"', text) == names[:-1]
 
 
+def test_a_server_repository_that_cannot_be_written_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    from fastddpm.export import export_onnx, server
+
+    exported = export_onnx(checkpoint, tmp_path / "m.onnx", what="network")
+    (tmp_path / "repo" / "other").mkdir(parents=True)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(server.shutil, "copyfile", fail)
+    for folder, left in (("repo", ["other"]), ("new/repo", [])):
+        with pytest.raises(OSError, match="No space left"):
+            server.write_repository(tmp_path / folder, exported)
+        assert [path.name for path in (tmp_path / folder).glob("*")] == left
+    assert not (tmp_path / "new").exists()
+
+
 def test_server_configuration_parses_as_the_published_message(checkpoint, tmp_path):
-    grpc = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="needs tritonclient[grpc]")
     from google.protobuf import text_format
 
     from fastddpm.export import OnnxSession, export_onnx
     from fastddpm.export.server import config
 
+    schema, types = model_config_schema(), {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64}
     for options in ({"what": "network"}, {"what": "step", "steps": 3, "tensorrt": True, "batch": 4}):
-        path = export_onnx(checkpoint, tmp_path / "m.onnx", **options).files[0]
-        parsed = text_format.Parse(config("m", OnnxSession(path, "cpu")), grpc.ModelConfig())
-        assert parsed.backend == "onnxruntime"
+        session = OnnxSession(export_onnx(checkpoint, tmp_path / "m.onnx", **options).files[0], "cpu")
+        parsed = text_format.Parse(config("m", session), schema.ModelConfig())
+        assert (parsed.name, parsed.backend) == ("m", "onnxruntime")
+        assert [value.name for value in parsed.input] == list(session.inputs)
+        assert [value.name for value in parsed.output] == session.outputs
+        assert parsed.max_batch_size == (64 if session.batch is None else 0)
+        for value in parsed.input:
+            dtype, shape = session.inputs[value.name]
+            assert types[schema.DataType.Name(value.data_type)] is dtype
+            if session.batch is None:
+                dims = list(value.reshape.shape) if value.HasField("reshape") else list(value.dims)
+                assert dims == list(shape[1:])
+            else:
+                assert list(value.dims) == list(shape)
+        assert set(parsed.model_warmup[0].inputs) == set(session.inputs)
+
+
+def model_config_schema():
+    """Triton's published messages, from their own file: the package around it needs grpcio and another protobuf."""
+    try:
+        files = importlib.metadata.files("tritonclient") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs tritonclient")
+    place = next(file for file in files if file.as_posix() == "tritonclient/grpc/model_config_pb2.py").locate()
+    spec = importlib.util.spec_from_file_location("model_config_pb2", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.slow

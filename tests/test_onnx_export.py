@@ -1,7 +1,9 @@
 """Exported files: the three levels against PyTorch, what they say about themselves, and what is refused."""
 
+import concurrent.futures
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,8 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
 from fastddpm import CheckpointError, ModelSpec, NoiseSchedule, Sampler  # noqa: E402
 from fastddpm.export import OnnxSampler, export_onnx  # noqa: E402
 from fastddpm.export.graph import Graph, in_order  # noqa: E402
-from fastddpm.export.model_file import write_model  # noqa: E402
+from fastddpm.export.model_file import _tensors, write_model  # noqa: E402
+from fastddpm.export.modules import EmbeddedRows, row_network  # noqa: E402
 from fastddpm.export.normals import add_words, first_noise, step_noise  # noqa: E402
 from fastddpm.export.session import OnnxSession  # noqa: E402
 from fastddpm.export.tensorrt import check_tensorrt  # noqa: E402
@@ -98,6 +101,18 @@ def test_a_picture_does_not_depend_on_its_batch(exported, name, batch_size):
     whole = model.sample(5, **options)
     parts = model.sample(5, batch_size=batch_size, **options)
     torch.testing.assert_close(parts, whole, rtol=0, atol=TIGHT)
+
+
+def test_many_steps_of_many_classes_have_their_times_tabulated():
+    """A table of projections would be larger than the weights: one of time embeddings takes its place."""
+    ours = tiny_sampler(T=400)
+    table = ours.table(solver="ddpm")
+    network = row_network(ours.model, ours.spec, table)
+    assert isinstance(network, EmbeddedRows)
+    x, step, y = torch.randn(3, 1, 8, 8), torch.tensor([0, 7, 399]), torch.tensor([1, 0, 3])
+    with torch.no_grad():
+        theirs = network(x, step, y)
+    torch.testing.assert_close(theirs, ours.network(x, table.timesteps[step], y), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["function", "generator"])
@@ -246,6 +261,57 @@ def test_external_weights(exported, tmp_path):
         OnnxSampler(moved / "m.onnx", "cpu")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("what", ["network", "step", "chain"])
+def test_models_that_are_too_large_for_one_file(sampler, tmp_path, monkeypatch, what, precision):
+    """The limit is 2 GB; nothing on the way may copy or check such a model as one message."""
+    monkeypatch.setattr("fastddpm.export.model_file.LIMIT", 1000)
+    method = {"solver": "ddpm", "steps": 3}
+    given = {} if what == "network" else method
+    files = export_onnx(sampler, tmp_path / "m.onnx", what=what, precision=precision, **given).files
+    assert [file.name for file in files] == ["m.onnx", "m.onnx.data"] == sorted(os.listdir(tmp_path))
+    onnx.checker.check_model(str(files[0]), full_check=True)
+    options = {"class_labels": [1, 0], "guidance_scale": 2.0, "progress": False}
+    theirs = OnnxSampler(files[0], "cpu").sample(2, **options, **({} if given else method))
+    atol = TIGHT if precision == "fp32" else 1e-3
+    torch.testing.assert_close(theirs, sampler.sample(2, **options, **method), rtol=0, atol=atol)
+    with pytest.raises(ValueError, match="weights of 2 GB and more must go to a file of their own"):
+        export_onnx(sampler, tmp_path / "m.onnx", what="network", external=False)
+
+
+@pytest.mark.parametrize("external", [False, True], ids=["inside", "external"])
+def test_a_full_disk_leaves_the_old_file(exported, tmp_path, external):
+    target = write_model(tmp_path / "m.onnx", onnx.load(exported("network").files[0]), external=external)[0]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = onnx.load(exported("chain").files[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_model(target, model, external=external)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(target)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_weights_stay_with_their_model_when_two_write_at_once(exported, tmp_path):
+    models = [onnx.load(exported(name).files[0]).SerializeToString() for name in ("network", "chain")]
+
+    def write(data):
+        for _ in range(8):
+            write_model(tmp_path / "m.onnx", onnx.load_model_from_string(data), external=True)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, models))
+    assert sorted(os.listdir(tmp_path)) == ["m.onnx", "m.onnx.data"]
+
+    def values(model):
+        return [onnx.numpy_helper.to_array(tensor).tobytes() for tensor in _tensors(model)]
+
+    assert values(onnx.load(tmp_path / "m.onnx")) in [values(onnx.load_model_from_string(data)) for data in models]
+
+
 def test_fp16_keeps_norms_and_state_in_float32(sampler, tmp_path):
     path = export_onnx(sampler, tmp_path / "m.onnx", what="network", precision="fp16").files[0]
     model = onnx.load(path)
@@ -379,6 +445,14 @@ def damaged(kind, path, tmp_path):
         model = onnx.load(path)
         del model.metadata_props[:]
         data = model.SerializeToString()
+    elif kind == "partial":
+        model = onnx.load(path)
+        next(entry for entry in model.metadata_props if entry.key == "fastddpm").value = '{"format":1}'
+        data = model.SerializeToString()
+    elif kind == "weights":
+        weights = write_model(target, onnx.load(path), external=True)[1]
+        weights.write_bytes(weights.read_bytes()[:-5000])
+        return target
     elif kind == "later":
         model = onnx.load(path)
         entry = next(entry for entry in model.metadata_props if entry.key == "fastddpm")
@@ -388,7 +462,7 @@ def damaged(kind, path, tmp_path):
     return target
 
 
-@pytest.mark.parametrize("kind", ["absent", "truncated", "empty", "text", "foreign", "later"])
+@pytest.mark.parametrize("kind", ["absent", "truncated", "empty", "text", "foreign", "partial", "weights", "later"])
 def test_bad_files(exported, tmp_path, kind):
     with pytest.raises(CheckpointError) as caught:
         OnnxSampler(damaged(kind, exported("network").files[0], tmp_path), "cpu")

@@ -1,0 +1,86 @@
+"""The facts that an exported model states about itself, as its metadata."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from fastddpm.export.form import Form
+from fastddpm.export.model_file import FORMAT, licence_of, weights_hash
+from fastddpm.export.modules import keeps_history
+from fastddpm.sampler import Sampler
+from fastddpm.step_table import StepTable
+
+_MEANING = {
+    "x": "state x_t, in the network's own range; it starts as standard normals",
+    "x_self_cond": "an estimate of x_0, or zeros",
+    "t": "training timestep as the network is fed, {fed}",
+    "step": "row of the table, 0 … {S}; {S} is a finished sample, which stays as it is",
+    "sample_id": "which sample, a 64-bit pattern",
+    "seed": "seed of the run, a 64-bit pattern",
+    "y": "class, {classes}",
+    "guidance": "scale w of classifier-free guidance, out_u + w (out_c - out_u); 1 is none",
+    "history": "x̂_0 of the step before; anything at first",
+    "noise": "standard normals z of this step",
+    "out": "the network's output, {prediction}",
+    "x_next": "state x_{{t-1}}",
+    "step_next": "next row",
+    "history_next": "x̂_0 of this step",
+    "pictures": "{range}",
+}
+
+
+def facts_of(
+    sampler: Sampler, network: nn.Module, table: StepTable | None, form: Form, licence: str | None
+) -> dict[str, Any]:
+    """The metadata: everything that a user of the file must know, and what `OnnxSampler` needs to run it."""
+    spec, checkpoint = sampler.spec, sampler.checkpoint
+    facts: dict[str, Any] = {
+        "format": FORMAT,
+        "what": form.what,
+        "precision": form.precision,
+        "opset": form.opset,
+        "batch": form.batch,
+        "noise": form.noise,
+        "guidance": form.guided,
+        "output": form.output,
+        "tensorrt": form.tensorrt,
+        "weights_sha256": weights_hash(network),
+        "source": checkpoint.dialect if checkpoint else type(sampler.model).__name__,
+        "licence": licence or licence_of(checkpoint.path if checkpoint else None) or "not stated",
+        "schedule": sampler.schedule.to_config(),
+        "spec": spec.to_dict(),
+        "value_range": "pictures in [0, 1]" if form.what == "chain" and form.output == "unit" else "states in [-1, 1]",
+    }
+    if table is not None:
+        facts |= {
+            "solver": table.solver,
+            "steps": table.S,
+            "timesteps": table.timesteps[:-1].tolist(),
+            "noisy_rows": [i for i, sigma in enumerate(table.rows[:-1, 6].tolist()) if sigma != 0],
+            "uses_noise": table.uses_noise,
+            "keeps_history": keeps_history(table, spec),
+        }
+    words = {
+        "S": "" if table is None else table.S,
+        "fed": "0 … T-1" if spec.time_scale == 1 else f"0 … T-1 times {spec.time_scale:g}",
+        "classes": f"0 … {(spec.num_classes or 1) - 1}"
+        + (f"; {spec.null_class} is no class" if spec.null_class is not None else ""),
+        "prediction": {"eps": "the noise", "x_start": "x_0", "v": "v", "x_prev": "the mean of x_{t-1}"}[
+            spec.prediction
+        ],
+        "range": "pictures in [0, 1]" if form.output == "unit" else "final states, in the network's own range",
+    }
+    facts["meaning"] = {name: text.format(**words) for name, text in _MEANING.items()}
+    return {name: value for name, value in _finite(facts).items() if value is not None}
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """JSON has no infinity: such numbers become words."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

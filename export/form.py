@@ -1,0 +1,96 @@
+"""The form of an exported model: what its file holds, how precisely, for which batch; wishes that are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+from fastddpm.export.convert import check_opset
+from fastddpm.export.modules import EXAMPLE_BATCH
+from fastddpm.spec import ModelSpec
+
+What = Literal["network", "step", "chain"]
+Precision = Literal["fp32", "fp16", "int8"]
+NoisePlace = Literal["philox", "input"]
+Range = Literal["unit", "raw"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """The checked wishes of one export; see `export_onnx`.
+
+    Attributes:
+        what: the level.
+        precision: of the network's weights.
+        opset: version of ONNX's operators.
+        batch: a fixed batch, or None.
+        noise: where the noise comes from.
+        guided: whether the scale of classifier-free guidance is an input.
+        output: what a chain gives.
+        tensorrt: whether TensorRT's parser must take it.
+    """
+
+    what: What
+    precision: Precision
+    opset: int
+    batch: int | None
+    noise: NoisePlace
+    guided: bool
+    output: Range
+    tensorrt: bool
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the batch is open."""
+        return self.batch is None
+
+    @property
+    def axis(self) -> int | str:
+        """The batch as a dimension: its size or its name."""
+        return "batch" if self.batch is None else self.batch
+
+    @property
+    def examples(self) -> int:
+        """The batch of a traced example."""
+        return self.batch or EXAMPLE_BATCH
+
+
+def make_form(
+    spec: ModelSpec,
+    what: What,
+    precision: Precision,
+    opset: int,
+    batch: int | None,
+    noise: NoisePlace,
+    guidance: bool | None,
+    output: Range,
+    tensorrt: bool,
+) -> Form:
+    """Check what an export may be asked for; the arguments are `export_onnx`'s.
+
+    Raises:
+        ValueError: one is out of range or does not fit the network.
+    """
+    check_opset(opset)
+    for name, value, kind in (
+        ("what", what, What),
+        ("precision", precision, Precision),
+        ("noise", noise, NoisePlace),
+        ("output", output, Range),
+    ):
+        if value not in get_args(kind):
+            raise ValueError(f"export: {name} must be one of {', '.join(get_args(kind))}, got {value!r}; pick one")
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        raise ValueError(f"export: batch must be a positive int or None, got {batch!r}; None leaves it open")
+    if tensorrt and what == "chain":
+        raise ValueError("export: what must be network or step for TensorRT, got chain; its loops go one step too far")
+    if tensorrt:
+        noise, batch = "input" if what == "step" else "philox", batch or 1
+    if noise == "input" and what != "step":
+        raise ValueError(f"export: noise must be philox for {what}, got 'input'; only a step can take its noise")
+    possible = spec.num_classes is not None and spec.null_class is not None and what != "network"
+    if guidance and not possible:
+        why = "a network alone is asked once" if what == "network" else "the network has no label for no class"
+        raise ValueError(f"export: guidance must be False here, got True: {why}")
+    guided = possible if guidance is None else guidance
+    return Form(what, precision, opset, batch, noise, guided, output, tensorrt)
