@@ -1,6 +1,7 @@
 """What every test shares: the markers' skip logic and hypothesis' profile."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 # Processes side by side get a thread each, and so do those that they start; PyTorch looks when it is imported.
@@ -10,6 +11,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 from hypothesis import settings
+
+# A shell that starts us in the background has Ctrl-C ignored, and some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # First calls compile, import and allocate, so a deadline per example would only measure the machine.
 settings.register_profile("local", deadline=None, print_blob=True)
