@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from fastddpm.schedule import NoiseSchedule as NoiseSchedule
     from fastddpm.solvers import make_table as make_table
     from fastddpm.spec import ModelSpec as ModelSpec
-    from fastddpm.state import State as State
-    from fastddpm.state import advance as advance
+    from fastddpm.step.state import State as State
+    from fastddpm.step.step import Step as Step
     from fastddpm.step_table import DynamicThreshold as DynamicThreshold
     from fastddpm.step_table import StepTable as StepTable
     from fastddpm.unet import UNet as UNet
@@ -41,12 +41,12 @@ _HOME = {
     "OnnxSampler": "export",
     "Preview": "sampler",
     "Sampler": "sampler",
-    "State": "state",
+    "State": "step.state",
+    "Step": "step.step",
     "StepTable": "step_table",
     "UNet": "unet",
     "UNetConfig": "unet",
     "accelerate": "integrations",
-    "advance": "state",
     "load_checkpoint": "checkpoints",
     "make_table": "solvers",
 }

@@ -5,30 +5,29 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from fastddpm.checkpoints import Checkpoint, load_checkpoint
-from fastddpm.compiled import CompileError
-from fastddpm.denoiser import Denoiser, bind
-from fastddpm.engine import Engine, EngineName, Runner
+from fastddpm.engines.compare import CompileError
+from fastddpm.engines.choose import Engine, EngineName
+from fastddpm.engines.precision import Precision, check_precision
+from fastddpm.engines.runner import Runner
+from fastddpm.engines.stepper import Stepper
 from fastddpm.images import Output, to_output
 from fastddpm.kernels.p_sample import COLUMNS
 from fastddpm.machine import pick_device
 from fastddpm.noise import NoiseFunction, NoiseSource, seed_bits
 from fastddpm.plan import DEFAULT_STEPS, plan
-from fastddpm.precision import Precision, check_precision, float32_kernels, in_precision
 from fastddpm.progress import StepProgress
-from fastddpm.request import Request, check_noise, make_request
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.solvers import ClippedEps, DynamicThreshold, Solver
 from fastddpm.spec import ModelSpec, Variance
-from fastddpm.state import State, advance
-from fastddpm.step_call import StepCall
+from fastddpm.step.network import Foreign, Network
+from fastddpm.step.request import Request, check_noise, make_request
 from fastddpm.step_table import StepTable
-from fastddpm.unet import UNet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -112,18 +111,32 @@ class Sampler:
         """
         self.device = pick_device(device)
         check_precision(precision, self.device)
-        self.engine = Engine(engine, self.device, graph_steps=graph_steps)
         self.precision = precision
         self.schedule, self.spec = schedule, spec
         self.checkpoint: Checkpoint | None = None
         if isinstance(model, nn.Module):
             # Convolutions run fastest on channels-last weights, on CPUs and GPUs alike.
             model = model.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model = in_precision(model, precision, self.device)
         if engine == "onnx":
             from fastddpm.export.engine_network import engine_network  # late: it needs optional packages
 
-            self.model = engine_network(self.model, schedule, spec, self.device, precision)
+            model = engine_network(model, schedule, spec, self.device, precision)
+
+        def make_engine(weights: Callable[[], str]) -> Engine:
+            return Engine(engine, self.device, graph_steps=graph_steps, weights=weights)
+
+        self.stepper = Stepper(model, spec, schedule.T, self.device, precision, make_engine)
+
+    @property
+    def engine(self) -> Engine:
+        """How steps run: what was `used` last, and `why`."""
+        return self.stepper.engine
+
+    @property
+    def model(self) -> Callable[..., Tensor]:
+        """The network in the sampler's precision: (x, t[, y]) → output."""
+        network = self.stepper.network
+        return network.model if isinstance(network, Foreign) and network.dtype is None else network
 
     @classmethod
     def from_pretrained(
@@ -168,7 +181,6 @@ class Sampler:
         sampler.checkpoint = checkpoint
         return sampler
 
-    @torch.no_grad()
     def network(self, x: Tensor, t: Tensor, y: Tensor | None = None, x_self_cond: Tensor | None = None) -> Tensor:
         """The network's raw output.
 
@@ -192,7 +204,9 @@ class Sampler:
             raise ValueError(
                 "network: x_self_cond must be None, got a tensor, but the network takes none; leave it out"
             )
-        return self.model(x, t, **more) if y is None else self.model(x, t, y.to(self.device), **more)
+        with self.stepper.undisturbed():
+            self.stepper.refresh()
+            return self.model(x, t, **more) if y is None else self.model(x, t, y.to(self.device), **more)
 
     def table(
         self,
@@ -212,22 +226,13 @@ class Sampler:
             TypeError: timesteps are not integers.
             ValueError: an argument is out of range.
         """
-        return plan(
-            self.schedule,
-            self.spec,
-            solver=solver,
-            steps=steps,
-            timesteps=timesteps,
-            prev_timesteps=prev_timesteps,
-            eta=eta,
-            clip=clip,
-            clipped_eps=clipped_eps,
-            variance=variance,
-        ).to(self.device)
+        options = {"solver": solver, "steps": steps, "timesteps": timesteps, "prev_timesteps": prev_timesteps}
+        return self._plan(
+            **options, eta=eta, clip=clip, clipped_eps=clipped_eps, variance=variance  # type: ignore[arg-type]
+        ).to(self.device)  # fmt: skip
 
-    @torch.no_grad()
     def compile(self, batch_size: int, *, guided: bool = False) -> float | None:
-        """Compile the step for batches of one size ahead of time and keep it on disk (CPU).
+        """Compile the step for batches of one size ahead of time; on a CPU it is kept on disk.
 
         Args:
             batch_size: samples that run together.
@@ -238,21 +243,20 @@ class Sampler:
 
         Raises:
             CompileError: the network does not compile, or its compiled form could not be told apart from others'.
-            ValueError: the device is no CPU, or there is no guidance for this network.
+            ValueError: there is no guidance for this network.
             OSError: the package cannot be written.
         """
-        if self.device.type != "cpu" or not isinstance(self.model, UNet):
+        if self.engine.name == "onnx" or cast(Network, self.stepper.network).identity() is None:
             raise CompileError(
-                "compile: the network must be a U-Net of fastddpm's own on a CPU, got "
-                f"{type(self.model).__name__} on {self.device}; it is compiled when sampling with engine='compiled'"
+                "compile: the network must be a U-Net of fastddpm's own, got "
+                f"{type(self.model).__name__}; it is compiled when sampling with engine='compiled'"
             )
-        classes = self.spec.num_classes
-        labels = None if classes is None else torch.zeros(batch_size, dtype=torch.int64)
+        labels = None if self.spec.num_classes is None else torch.zeros(batch_size, dtype=torch.int64)
         scale = 2.0 if guided else 1.0
         request = make_request(self.spec, self.device, batch_size, None, labels, scale, None, None, batch_size)
-        table = self.table(solver="ddpm", steps=min(4, self.schedule.T))
-        denoiser = bind(self.model, self.spec, table, request.labels, guided)
-        return self.engine.compile(StepCall(denoiser, table, self._start(table, request, 0, None)))
+        with self.stepper.undisturbed():
+            self.stepper.refresh()
+            return self.stepper.compile(self._plan(solver="ddpm", steps=min(4, self.schedule.T)), request)
 
     @overload
     def sample(
@@ -262,7 +266,6 @@ class Sampler:
     @overload
     def sample(self, n: int, *, output: Literal["pil"], **options: Unpack[SampleOptions]) -> list[Image]: ...
 
-    @torch.no_grad()
     def sample(
         self,
         n: int,
@@ -289,7 +292,8 @@ class Sampler:
         """Draw n samples.
 
         A sample depends on its seed and id alone: not on n, the batch size, the other samples or the device (beyond
-        rounding). Sample ids 0 … 49 on one machine and 50 … 99 on another are the same hundred pictures.
+        rounding). Sample ids 0 … 49 on one machine and 50 … 99 on another are the same hundred pictures. With
+        `batch_size` given, a sample is the same bit for bit on one machine, whatever its place and company.
 
         Args:
             n: how many, at least 1.
@@ -308,8 +312,10 @@ class Sampler:
             class_labels: one class or n of them; None asks for no class, which needs a network trained for that.
             guidance_scale: w in ε_∅ + w (ε_y − ε_∅) (Ho & Salimans 2022), one or n of them; 1 is no guidance. A
                 learned variance is the one with the label, as in GLIDE and DiT.
-            batch_size: samples that run together; None chooses by device. It does not change the pictures, except
-                with a torch.Generator, whose draws go to one batch after the other: there None is all n.
+            batch_size: samples that run together. A batch that would be shorter is filled up, at the price of a full
+                one, so that each sample's arithmetic is that of `batch_size` samples and its picture the same bit for
+                bit. None chooses by device and n, fills nothing, and promises equality up to rounding. A
+                torch.Generator's draws go to one batch after the other: there None is all n.
             x_T: float [n, C, H, W] to start from instead of seeded noise.
             noise: z for each step instead of seeded noise: a tensor [S, n, C, H, W] in loop order, a function
                 (i, t, sample_ids) → [B, C, H, W] that answers alike when asked again, or a torch.Generator (which
@@ -334,7 +340,7 @@ class Sampler:
         if output not in ("unit", "raw", "uint8", "pil"):
             raise ValueError(f"sample: output must be unit, raw, uint8 or pil, got {output!r}; pick one")
         seed_bits(seed)
-        table = self.table(
+        table = self._plan(
             solver=solver,
             steps=steps,
             timesteps=timesteps,
@@ -345,17 +351,20 @@ class Sampler:
             variance=variance,
         )
         check_noise(noise, table.S, n, self.spec.shape)
-        denoiser = bind(self.model, self.spec, table, request.labels, request.guidance is not None)
         batches = list(request.batches())
         finished = []
-        with StepProgress(table.S * len(batches), n, progress) as bar, float32_kernels(self.precision, self.device):
+        with StepProgress(table.S * len(batches), n, progress) as bar, self.stepper.undisturbed():
+            self.stepper.refresh()
             for batch in batches:
-                finished.append(self._run_batch(denoiser, table, batch, seed, noise, callback, bar))
+                finished.append(self._run_batch(table, batch, seed, noise, callback, bar))
         return to_output(torch.cat(finished), output, self.spec.to_bytes, self.spec.to_unit)
+
+    def _plan(self, **options: Any) -> StepTable:  # noqa: ANN401 - `table` and `sample` name and type them
+        """The coefficients of a run, on the CPU."""
+        return plan(self.schedule, self.spec, **options)
 
     def _run_batch(
         self,
-        denoiser: Denoiser,
         table: StepTable,
         batch: Request,
         seed: int,
@@ -366,92 +375,98 @@ class Sampler:
         """The final states of one batch."""
         rewind = noise.get_state() if isinstance(noise, torch.Generator) else None
         n = len(batch.ids)
-        if noise is None or isinstance(noise, Tensor):
-            batch = batch.padded(self.engine.padded(n, batch.batch_size))
-        state = self._start(table, batch, seed, noise)
-        runner = self.engine.runner(
-            denoiser,
+        source = self._noise(table, batch, noise)
+        with self.stepper.begin(
             table,
-            state,
-            self._example(table, batch, noise, state),
+            batch.filled(),
+            seed,
+            x_T=self._drawn(batch, noise),
+            noise=source is not None,
+            previews=callback is not None,
             to_come=max(bar.remaining, table.S),
             on_compile=bar.compiling,
-        )
-        state = runner.state
-        for i, t in self._drive(runner, table, batch, noise, one_by_one=callback is not None):
-            if callback is not None and state.history is not None:
-                callback(Preview(i, table.S, t, state.sample_id[:n], state.x[:n].clone(), state.history[:n].clone()))
-            bar.advance_to(i)
+        ) as runner:
+            for i, t in _drive(runner, table, source, one_by_one=callback is not None):
+                state = runner.state
+                if callback is not None and state.history is not None:
+                    x, x_start = state.x[:n].clone(), state.history[:n].clone()
+                    callback(Preview(i, table.S, t, state.sample_id[:n], x, x_start))
+                bar.advance_to(i)
+            final = runner.state.x[:n].clone()
         bar.batch_done()
-        if not bool(torch.isfinite(state.x).all()):
+        if not bool(torch.isfinite(final).all()):
             if isinstance(noise, torch.Generator) and rewind is not None:
                 noise.set_state(rewind)
-            self._explain_nan(denoiser, table, batch, seed, noise)
-        return state.x[:n].clone()
+            self._explain_nan(table, batch, seed, noise)
+        return final
 
-    def _drive(
-        self, runner: Runner, table: StepTable, batch: Request, noise: NoiseSource | None, *, one_by_one: bool = True
-    ) -> Iterator[tuple[int, int]]:
-        """Advance all samples to the end; yields (i, t) where i steps are done and the last one left timestep t."""
-        drawn = table.uses_noise and noise is not None and not isinstance(noise, Tensor)
-        adds_noise = (table.rows[:, COLUMNS.index("sigma")] != 0).tolist()
-        timesteps = table.timesteps.tolist()
-        i = 0
-        while i < table.S:
-            supplied = batch.noise if table.uses_noise else None
-            if drawn and noise is not None and not isinstance(noise, Tensor):
-                # Peers draw nothing where nothing is used, and so their generators stay in step with ours.
-                x = runner.state.x
-                supplied = self._draw(noise, i, timesteps[i], batch, x) if adds_noise[i] else torch.zeros_like(x)[None]
-            i += runner.run(1 if one_by_one or drawn else table.S - i, supplied)
-            yield i, timesteps[i - 1]
+    def _drawn(self, batch: Request, noise: NoiseSource | None) -> Tensor | None:
+        """x_T of a filled batch where a generator draws it; None where it is the batch's own or seeded noise."""
+        if batch.x_T is not None or not isinstance(noise, torch.Generator):
+            return None
+        shape = (len(batch.ids), *self.spec.shape)
+        return _filled(torch.randn(shape, generator=noise, device=noise.device), batch)
 
-    def _example(self, table: StepTable, batch: Request, noise: NoiseSource | None, state: State) -> Tensor | None:
-        """Noise of the form that each step will be given."""
+    def _noise(self, table: StepTable, batch: Request, noise: NoiseSource | None) -> Callable[[int], Tensor] | None:
+        """What gives z of each loop step, float32 [1, B, C, H, W] of a filled batch; None where it is seeded or unused."""
         if noise is None or not table.uses_noise:
             return None
-        return batch.noise if isinstance(noise, Tensor) else torch.zeros_like(state.x)[None]
+        if isinstance(noise, Tensor):
+            rows = batch.filled().noise
+            return lambda i: torch.as_tensor(rows)[i : i + 1]
+        adds_noise = (table.rows[:, COLUMNS.index("sigma")] != 0).tolist()
+        timesteps, shape = table.timesteps.tolist(), (len(batch.ids), *self.spec.shape)
 
-    def _start(self, table: StepTable, batch: Request, seed: int, noise: NoiseSource | None) -> State:
-        x_T = batch.x_T
-        if x_T is None and isinstance(noise, torch.Generator):
-            x_T = torch.randn((len(batch.ids), *self.spec.shape), generator=noise, device=noise.device)
-        return State.create(
-            self.spec.shape,
-            batch.ids,
-            seed,
-            device=self.device,
-            x_T=x_T,
-            labels=batch.labels,
-            guidance=batch.guidance,
-            history=True,
-        )
+        def draw(i: int) -> Tensor:
+            # Peers draw nothing where nothing is used, and so their generators stay in step with ours.
+            z = self._draw(noise, i, timesteps[i], batch, shape) if adds_noise[i] else torch.zeros(shape)
+            return _filled(z.to(self.device, torch.float32), batch).contiguous()[None]
 
-    def _draw(self, noise: NoiseFunction | torch.Generator, i: int, t: int, batch: Request, x: Tensor) -> Tensor:
-        """The caller's noise for loop step i, [1, B, C, H, W]."""
+        return draw
+
+    def _draw(
+        self, noise: NoiseFunction | torch.Generator, i: int, t: int, batch: Request, shape: tuple[int, ...]
+    ) -> Tensor:
+        """The caller's noise for loop step i, [B, C, H, W]."""
         if isinstance(noise, torch.Generator):
-            z = torch.randn(x.shape, generator=noise, device=noise.device)
-        else:
-            z = noise(i, t, batch.ids)
-            if not isinstance(z, Tensor) or z.shape != x.shape:
-                got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
-                raise ValueError(f"sample: noise must return a tensor {tuple(x.shape)}, got {got}")
-        return z.to(self.device, torch.float32).contiguous()[None]
+            return torch.randn(shape, generator=noise, device=noise.device)
+        z = noise(i, t, batch.ids)
+        if not isinstance(z, Tensor) or tuple(z.shape) != shape:
+            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"sample: noise must return a tensor {shape}, got {got}")
+        return z
 
-    def _explain_nan(
-        self, denoiser: Denoiser, table: StepTable, batch: Request, seed: int, noise: NoiseSource | None
-    ) -> None:
+    def _explain_nan(self, table: StepTable, batch: Request, seed: int, noise: NoiseSource | None) -> None:
         """Run the batch again, which noise as a pure function allows, and name the step where the trouble began."""
-        state = self._start(table, batch, seed, noise)
-        runner = Runner(state, lambda z: advance(denoiser, table, state, noise=z))
-        for i, t in self._drive(runner, table, batch, noise):
-            bad = ~torch.isfinite(state.x).flatten(1).all(1)
-            if bool(bad.any()):
-                ids = state.sample_id[bad].tolist()
-                raise FloatingPointError(
-                    f"sample: the state must stay finite, got NaN or infinity from step {i} of {table.S} (t = {t}) "
-                    f"in {len(ids)} samples, first id {ids[0]}; the weights or the supplied noise are not usable"
-                )
+        source = self._noise(table, batch, noise)
+        x_T = self._drawn(batch, noise)
+        with self.stepper.begin(table, batch.filled(), seed, x_T=x_T, noise=source is not None, eager=True) as runner:
+            for i, t in _drive(runner, table, source, one_by_one=True):
+                bad = ~torch.isfinite(runner.state.x[: len(batch.ids)]).flatten(1).all(1)
+                if bool(bad.any()):
+                    ids = batch.ids[bad.cpu()].tolist()
+                    raise FloatingPointError(
+                        f"sample: the state must stay finite, got NaN or infinity from step {i} of {table.S} (t = {t}) "
+                        f"in {len(ids)} samples, first id {ids[0]}; the weights or the supplied noise are not usable"
+                    )
         raise FloatingPointError(
             "sample: the final state must be finite, got NaN or infinity that a second run does not show"
         )
+
+
+def _drive(
+    runner: Runner, table: StepTable, source: Callable[[int], Tensor] | None, *, one_by_one: bool
+) -> Iterator[tuple[int, int]]:
+    """Advance all samples to the end; yields (i, t) where i steps are done and the last one left timestep t."""
+    timesteps = table.timesteps.tolist()
+    i = 0
+    while i < table.S:
+        noise = None if source is None else source(i)
+        i += runner.run(1 if one_by_one else table.S - i, noise)
+        yield i, timesteps[i - 1]
+
+
+def _filled(values: Tensor, batch: Request) -> Tensor:
+    """The batch's values with the last one repeated, as `Request.filled` repeats its sample."""
+    missing = batch.batch_size - len(values) if batch.fills else 0
+    return values if missing <= 0 else torch.cat((values, values[-1:].expand(missing, *values.shape[1:])))

@@ -3,12 +3,14 @@
 One network covers the common DDPM code bases: they differ in the options of `UNetConfig`, not in structure.
 
 The time embedding depends on the timestep (and the class) alone, never on the picture. All the linear layers that
-turn it into per-block shifts are therefore one stacked layer, `time_projection`, outside of `UNet.body`: training
-calls it once per step, and a sampler tabulates it once per run (`UNet.tabulate`) and hands `body` a row of numbers.
+turn it into per-block shifts are therefore one stacked layer, `time_projection`: training calls it once per step, and a
+sampler tabulates it once per run (`UNet.tabulate`) and hands `body` a row of numbers. With that the U-Net is a
+`fastddpm.step.network.Network`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import cast
 
@@ -88,46 +90,75 @@ class UNet(nn.Module):
         if (y is None) != (self.label_embedding is None):
             wanted = "labels y" if self.label_embedding is not None else "no labels"
             raise ValueError(f"UNet: y must be {wanted} for this network, got {'none' if y is None else 'labels'}")
+        return self._projected(self._embedded(t), y)
+
+    def _embedded(self, t: Tensor) -> Tensor:
+        """The embeddings [B, E] of timesteps [B], without class."""
         c = self.config
         features = timestep_embedding(t, c.sinusoids, order=c.embedding, shift=c.embedding_shift)
-        embedding = self.time_mlp(features.to(self.time_projection.weight.dtype))
+        return torch.as_tensor(self.time_mlp(features.to(self.time_projection.weight.dtype)))
+
+    def _projected(self, embedding: Tensor, y: Tensor | None) -> Tensor:
+        """All blocks' projections [B, D] of embeddings [B, E] and classes [B]."""
         if y is not None and self.label_embedding is not None:
             embedding = embedding + self.label_embedding(y)
         return torch.as_tensor(self.time_projection(F.silu(embedding)))
 
     @torch.no_grad()
-    def tabulate(self, times: Tensor, labels: Tensor | None = None) -> Tensor:
-        """`embed` for every row of a step table and every class asked for.
+    def tabulate(self, times: Tensor, label: int | None = None) -> Tensor:
+        """What `body` has to know of each row of a step table.
 
         Args:
-            times: The value of t that is fed at each row, [R], integer or float.
-            labels: int64 [L], the classes, for networks that have them; None for networks without.
+            times: the value of t that is fed at each row, [R], integer or float.
+            label: the class that all rows are for; None for networks without classes, or where `body` is told.
 
         Returns:
-            [R · L, D], L = 1 without classes: row r, class labels[l] is at r · L + l.
+            [R, D], the projections; without label, for networks with classes, [R, E], the embeddings of the times.
         """
-        if labels is None:
+        if self.label_embedding is None:
             return self.embed(times)
-        return self.embed(times.repeat_interleave(len(labels)), labels.repeat(len(times)))
+        if label is None:
+            return self._embedded(times)
+        return self.embed(times, torch.full((len(times),), label, dtype=torch.int64, device=times.device))
+
+    def row_numbers(self) -> int:
+        """D, the numbers in a row of projections."""
+        return self.time_projection.out_features
+
+    def identity(self) -> str:
+        """All that tells U-Nets of the same weights apart."""
+        return repr(self.config)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict from x [B, C, H, W] at timesteps t [B] (and classes y [B]): [B, out_channels, H, W]."""
         return self.body(x, self.embed(t, y))
 
-    def body(self, x: Tensor, projections: Tensor, index: Tensor | None = None) -> Tensor:
+    def body(
+        self,
+        x: Tensor,
+        conditions: Tensor,
+        index: Tensor | None = None,
+        labels: Tensor | None = None,
+        x_self_cond: Tensor | None = None,
+    ) -> Tensor:
         """The network after the time embedding; without gradients, a GPU runs it as `fused_body`.
 
         Args:
             x: [B, in_channels, H, W].
-            projections: [B, D] from `embed`, or [R, D] from `tabulate` with `index`.
-            index: int64 [B], which row of `projections` is a sample's; None is the sample's own.
+            conditions: [B, D] from `embed`, or [R, D] or [R, E] from `tabulate` with `index`.
+            index: int64 [B], which row of `conditions` is a sample's; None is the sample's own.
+            labels: int64 [B], classes, where `conditions` are embeddings without them.
+            x_self_cond: None; a U-Net takes none.
 
         Returns:
             [B, out_channels, H, W].
         """
+        if labels is not None:
+            embeddings = conditions if index is None else conditions[index]
+            conditions, index = self._projected(embeddings, labels), None
         if is_fusable(self, x):
-            return fused_body(self, x, projections, index)
-        projections = projections if index is None else projections[index]
+            return fused_body(self, x, conditions, index)
+        projections = conditions if index is None else conditions[index]
         dtype = self.stem.weight.dtype
         x, projections = x.to(dtype), projections.to(dtype)
         rows = iter(torch.split(projections, self.projection_widths, dim=1))
@@ -150,12 +181,13 @@ class UNet(nn.Module):
         return torch.as_tensor(self.conv_out(F.silu(self.norm_out(h))))
 
     def cast(self, dtype: torch.dtype) -> UNet:
-        """Change the weights of `body` to `dtype`, in place; `embed` stays as it is. Inputs are cast on the way in."""
-        embedding = (self.time_mlp, self.label_embedding, self.time_projection)
-        for module in self.children():
+        """A copy with `body` in `dtype`; the embedding stays as it is. Inputs are cast on the way in."""
+        network = copy.deepcopy(self)
+        embedding = (network.time_mlp, network.label_embedding, network.time_projection)
+        for module in network.children():
             if module not in embedding:
                 module.to(dtype)
-        return self
+        return network
 
     def _change_resolution(self, module: nn.Module, h: Tensor, rows: Iterator[Tensor]) -> Tensor:
         if isinstance(module, ResBlock):

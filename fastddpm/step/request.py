@@ -14,7 +14,17 @@ from fastddpm.spec import ModelSpec
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The validated arguments of a run that are per sample; `batches` cuts it up."""
+    """The validated arguments of a run that are per sample; `batches` cuts it up.
+
+    Attributes:
+        ids: int64 [n], 64-bit patterns.
+        labels: int64 [n], classes, or None.
+        guidance: float32 [n], scales, or None where all are 1.
+        x_T: float [n, C, H, W] to start from, or None.
+        noise: float32 [S, n, C, H, W], z of each step, or None.
+        batch_size: samples that run together.
+        fills: whether short batches are filled up, so that the arithmetic is always that of `batch_size` samples.
+    """
 
     ids: Tensor
     labels: Tensor | None
@@ -22,11 +32,12 @@ class Request:
     x_T: Tensor | None
     noise: Tensor | None
     batch_size: int
+    fills: bool = False
 
-    def padded(self, size: int) -> Request:
-        """The request with its last sample repeated until there are `size`, or as it is if there are as many."""
-        n = len(self.ids)
-        if n >= size:
+    def filled(self) -> Request:
+        """A batch with its last sample repeated up to `batch_size`, if that was asked for; otherwise as it is."""
+        n, size = len(self.ids), self.batch_size
+        if n >= size or not self.fills:
             return self
         index = torch.arange(size).clamp(max=n - 1)
 
@@ -34,7 +45,7 @@ class Request:
             return None if values is None else values.index_select(axis, index.to(values.device))
 
         filled = (fill(self.labels), fill(self.guidance), fill(self.x_T), fill(self.noise, 1))
-        return Request(self.ids[index], *filled, self.batch_size)
+        return Request(self.ids[index], *filled, size, self.fills)
 
     def batches(self) -> Iterator[Request]:
         """The request in pieces of `batch_size` samples, in order."""
@@ -47,6 +58,7 @@ class Request:
                 None if self.x_T is None else self.x_T[cut],
                 None if self.noise is None else self.noise[:, cut].contiguous(),
                 self.batch_size,
+                self.fills,
             )
 
 
@@ -77,7 +89,8 @@ def make_request(
         guidance_scale: scales.
         x_T: states to start from.
         noise: supplied noise; only a tensor is kept, cut to batches with the rest.
-        batch_size: samples that run together; None is 64 on the CPU, 256 on a GPU, and n with a torch.Generator.
+        batch_size: samples that run together, short batches being filled up. None is all n with a torch.Generator, and
+            otherwise parts of like size, of at most 64 samples on the CPU and 256 on a GPU.
 
     Returns:
         The request.
@@ -102,11 +115,12 @@ def make_request(
     if x_T is not None and (not isinstance(x_T, Tensor) or tuple(x_T.shape) != (n, *spec.shape)):
         got = tuple(x_T.shape) if isinstance(x_T, Tensor) else type(x_T).__name__
         raise ValueError(f"sample: x_T must be a tensor {(n, *spec.shape)}, got {got}; it is the state to start from")
-    size = batch_size or (n if isinstance(noise, torch.Generator) else default_batch_size(device))
+    parts = 1 if isinstance(noise, torch.Generator) else -(-n // default_batch_size(device))
+    size = batch_size or -(-n // parts)
     supplied = noise.to(device, torch.float32) if isinstance(noise, Tensor) else None
     if supplied is not None and (supplied.ndim != 5 or supplied.shape[1] != n):
         supplied = None  # `check_noise` says what is wrong with it
-    return Request(ids, labels, guidance, x_T, supplied, size)
+    return Request(ids, labels, guidance, x_T, supplied, size, batch_size is not None)
 
 
 def _labels(spec: ModelSpec, n: int, class_labels: int | Sequence[int] | Tensor | None) -> Tensor | None:

@@ -1,0 +1,218 @@
+"""Ahead of time: a step as one compiled package per (network, batch), for CPUs, kept on disk.
+
+`torch.export` captures the step as a whole, the network and the update in one graph, and Inductor compiles it with the
+weights as constants: convolution weights are re-packed once for the processor, and a call has no Python in it. The
+book's rows are arguments, so one package serves any solver and any number of steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import hashlib
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastddpm
+from fastddpm.engines import cache
+from fastddpm.engines.compare import CompileError, check_step, not_one_graph
+from fastddpm.engines.fast_layers import with_fast_layers
+from fastddpm.engines.runner import Runner, StepFunction, StepRunner
+from fastddpm.kernels._native import processor
+from fastddpm.step.network import Network
+from fastddpm.step.step import Call, Step
+
+OPTIONS = {"freezing": True, "cpp.min_chunk_size": 4096}
+"""Inductor's: weights are laid out for the processor at compile time, and a loop is shared out among threads only where
+each gets so many elements: waking them takes as long as the noise of a thousand."""
+
+_IN_BOOK = ("rows", "timesteps", "conditions")
+_MADV_PAGEOUT = 21  # of Linux
+
+
+class AheadOfTime:
+    """Makes, finds and loads packages of one network's steps."""
+
+    name = "compiled"
+
+    def __init__(self, weights: Callable[[], str]) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            weights: the digest of the network's weights as they are now.
+        """
+        self._weights = weights
+        self._steps: dict[str, StepFunction] = {}
+
+    def formed(self, call: Call) -> Call:
+        """The call that a package serves: it keeps a history and makes noise, so that one serves every solver."""
+        return call.formed(history=True, stochastic=True, in_place=False)
+
+    def key(self, call: Call) -> str:
+        """Names the package: all that it depends on. Two calls with the same key can share it."""
+        shapes = {
+            name: [str(value.dtype), list(value.shape[1:] if name in _IN_BOOK else value.shape)]
+            for name, value in zip(call.step.names, call.arguments(), strict=True)
+        }
+        parts = {
+            "tensors": shapes,
+            "form": dataclasses.astuple(call.step.form),
+            "network": _network(call).identity(),
+            "device": str(call.state.x.device),
+            "threads": torch.get_num_threads(),
+            "processor": f"{processor()} {torch.backends.cpu.get_cpu_capability()}",
+            "versions": [fastddpm.__version__, torch.__version__],
+            "source": cache.source_digest(),
+            "options": OPTIONS,
+            "weights": self._weights(),
+        }
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return f"{self._weights()[:8]}-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
+
+    def is_kept(self, call: Call) -> bool:
+        """Whether the network is known by its configuration and weights alone, so that a package of it may be kept."""
+        return _network(call).identity() is not None
+
+    def is_ready(self, call: Call) -> bool:
+        """Whether the step is loaded."""
+        return self.key(call) in self._steps
+
+    def is_there(self, call: Call) -> bool:
+        """Whether the step can, as far as is known, be had without compiling."""
+        key = self.key(call)
+        return key in self._steps or (self.is_kept(call) and key in cache.packages())
+
+    def prepare(self, call: Call, on_compile: Callable[[bool], None]) -> float | None:
+        """Have the step loaded, compiled first where there is no package.
+
+        Args:
+            call: a call that `formed` made.
+            on_compile: called with True before and False after compiling.
+
+        Returns:
+            Seconds that compiling took; None if there was a package.
+
+        Raises:
+            CompileError: the step does not compile, its package does not load, or it differs from an eager step.
+            OSError: the package cannot be written.
+        """
+        key = self.key(call)
+        if key in self._steps:
+            return None
+        began, made = time.perf_counter(), []
+
+        def make(path: Path) -> None:
+            on_compile(True)
+            compile_step(call, path)
+            made.append(load_step(path))
+            check_step(made[0], call)
+
+        try:
+            path = cache.find_or_make(key, make, keep=self.is_kept(call))
+        finally:
+            on_compile(False)
+        self._steps[key] = made[0] if made else load_step(path)
+        return time.perf_counter() - began if made else None
+
+    def runner(self, call: Call) -> Runner:
+        """Drives a call whose step is ready."""
+        return StepRunner(self._steps[self.key(call)], call)
+
+
+def _network(call: Call) -> Network:
+    network: Any = call.step.network
+    return network  # type: ignore[no-any-return]
+
+
+def compile_step(call: Call, path: Path) -> None:
+    """Compile a step and write its package.
+
+    Args:
+        call: example of the calls; sizes other than the book's capacity are fixed by it.
+        path: where the package goes.
+
+    Raises:
+        CompileError: the network cannot be captured as one graph, or there is no working C++ compiler.
+        OSError: the package cannot be written.
+    """
+    rows = torch.export.Dim("rows", min=2, max=1 << 24)
+    shapes = tuple({0: rows} if name in _IN_BOOK else None for name in call.step.names)
+    # Exporting runs the step on fake tensors, so the samples stay as they are.
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                with_quick_layers(call), tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
+            )
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(OPTIONS))
+    except OSError:
+        raise
+    except Exception as error:  # whatever the exporter, the compiler or the C++ compiler raise
+        raise not_one_graph(error) from error
+    _give_memory_back()
+
+
+def with_quick_layers(call: Call) -> Step:
+    """The call's step with its network's layers run the way that is quicker for this batch."""
+    arguments = call.copy().arguments()
+
+    def run(network: nn.Module) -> None:
+        Step(network, call.step.form)(*arguments)
+
+    network, _ = with_fast_layers(call.step.network, run)
+    return Step(network, call.step.form).eval()
+
+
+def load_step(path: Path) -> StepFunction:
+    """Load a package: a function of the arguments of its step to what the step returns.
+
+    Raises:
+        CompileError: the file is no package that runs here, or there is no room to unpack it.
+    """
+    try:
+        # As `torch._inductor.aoti_load_package` does it, without importing the compiler; and a call through its result
+        # would flatten the arguments first, which takes longer than a small update.
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise CompileError(
+            f"engine: the compiled step {path} must load, got {reason}; see that {tempfile.gettempdir()} has room, or "
+            "use engine='eager'"
+        ) from error
+    _page_out(path.stem)
+
+    def call(*tensors: Tensor) -> list[Tensor]:
+        changed: list[Tensor] = loader.boxed_run(list(tensors))
+        return changed
+
+    return call
+
+
+def _page_out(part: str) -> None:
+    """Let go of memory that files with `part` in their paths are mapped to: a package copies its weights from there.
+
+    Linux reads the pages again if they are needed after all; elsewhere, and before Linux 5.4, nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+            if part in line:
+                start, end = (int(address, 16) for address in line.split(maxsplit=1)[0].split("-"))
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
+
+
+def _give_memory_back() -> None:
+    """Hand what compiling took back to the system, where its C library can."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,171 @@
+"""Stepper: one network with all that makes its steps: its arithmetic, its book of rows, its engine."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.engines.choose import Engine
+from fastddpm.engines.precision import DTYPES, Precision
+from fastddpm.engines.runner import Runner, StepRunner
+from fastddpm.engines.surroundings import undisturbed
+from fastddpm.engines.weights import Weights
+from fastddpm.spec import ModelSpec
+from fastddpm.step.book import Book
+from fastddpm.step.network import Network, as_network
+from fastddpm.step.request import Request
+from fastddpm.step.state import Places, State
+from fastddpm.step.step import Call, Step, StepForm
+from fastddpm.step_table import StepTable
+
+
+class Stepper:
+    """Starts batches of one network.
+
+    Attributes:
+        network: as steps ask for it, in its precision.
+        book: the rows of its runs.
+        engine: what runs its steps.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        spec: ModelSpec,
+        T: int,
+        device: torch.device,
+        precision: Precision,
+        make_engine: Callable[[Callable[[], str]], Engine],
+    ) -> None:
+        """Bind a network.
+
+        Args:
+            model: a network, on the device.
+            spec: its conventions.
+            T: training steps.
+            device: where it runs.
+            precision: its arithmetic.
+            make_engine: is handed what tells the digest of the weights.
+        """
+        self.spec, self.device, self.precision = spec, device, precision
+        self._source = as_network(model)
+        self.network = self._cast()
+        self._weights = Weights(self._source)
+        self._lock = threading.Lock()
+        self.engine = make_engine(lambda: self._weights.digest)
+        with self.undisturbed():
+            self.book = Book(cast(Network, self.network), spec, T, device)
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """See `fastddpm.engines.surroundings.undisturbed`."""
+        return undisturbed(self.network, self.precision, self.device)
+
+    @property
+    def weights(self) -> str:
+        """The digest of the network's weights."""
+        return self._weights.digest
+
+    def refresh(self) -> None:
+        """Take notice of changed weights; called before each run."""
+        with self._lock:
+            if not self._weights.have_changed():
+                return
+            if self.network is not self._source:
+                # Copied in place: what was captured or compiled reads the same memory.
+                self.network.load_state_dict(self._source.state_dict())
+            self.book.forget(cast(Network, self.network))
+
+    @contextlib.contextmanager
+    def begin(
+        self,
+        table: StepTable,
+        batch: Request,
+        seed: int,
+        *,
+        x_T: Tensor | None = None,
+        noise: bool = False,
+        previews: bool = False,
+        to_come: int = 0,
+        eager: bool = False,
+        on_compile: Callable[[bool], None] = lambda _: None,
+    ) -> Iterator[Runner]:
+        """A batch at its start, and what drives it.
+
+        Args:
+            table: the run.
+            batch: the samples.
+            seed: of the run.
+            x_T: float32 [B, C, H, W] to start from instead of the batch's own or seeded noise.
+            noise: whether each step will be handed its z.
+            previews: whether somebody wants to see x̂_0.
+            to_come: steps of such batches that are to be made; 0 is this batch's.
+            eager: whether to run eagerly, whatever the engine.
+            on_compile: called with True before and False after compiling.
+
+        Yields:
+            The runner, until the end of the block; what is to outlive it must be copied.
+
+        Raises:
+            CompileError: the engine is not "auto" and the step does not compile.
+        """
+        with self._call(table, batch, seed, x_T=x_T, noise=noise, previews=previews) as call:
+            if eager:
+                runner: Runner = StepRunner(call.step, call)
+            else:
+                runner = self.engine.runner(call, to_come=to_come or table.S, on_compile=on_compile)
+            try:
+                yield runner
+            finally:
+                runner.close()
+
+    def compile(self, table: StepTable, batch: Request) -> float | None:
+        """Compile the step for such batches; see `Engine.compile`."""
+        with self._call(table, batch, 0) as call:
+            return self.engine.compile(call)
+
+    @contextlib.contextmanager
+    def _call(
+        self,
+        table: StepTable,
+        batch: Request,
+        seed: int,
+        *,
+        x_T: Tensor | None = None,
+        noise: bool = False,
+        previews: bool = False,
+    ) -> Iterator[Call]:
+        guided, labelled = batch.guidance is not None, batch.labels is not None and not self.book.holds_classes
+        with self._places(table, batch, guided) as places:
+            state = State.create(
+                self.spec.shape,
+                batch.ids,
+                seed,
+                places,
+                x_T=batch.x_T if x_T is None else x_T,
+                labels=batch.labels if labelled else None,
+                guidance=batch.guidance,
+            )
+            form = StepForm.of(self.spec, table, guided=guided, labelled=labelled, noise=noise, previews=previews)
+            call = Call(Step(self.network, form), state, self.book, torch.zeros_like(state.x)[None] if noise else None)
+            yield call.formed()
+
+    def _places(
+        self, table: StepTable, batch: Request, guided: bool
+    ) -> contextlib.AbstractContextManager[Places]:
+        labels: Sequence[int | None] = [None] * len(batch.ids)
+        uncond = None
+        if batch.labels is not None and self.book.holds_classes:
+            labels, uncond = batch.labels.tolist(), self.spec.null_class if guided else None
+        return self.book.open(table, labels, uncond)
+
+    def _cast(self) -> nn.Module:
+        """The network in its precision; the given one stays as it is."""
+        if self.precision not in DTYPES:
+            return self._source
+        return cast(nn.Module, cast(Network, self._source).cast(DTYPES[self.precision]))

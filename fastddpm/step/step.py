@@ -1,0 +1,272 @@
+"""Step: one reverse step of a batch, tensors in and tensors out.
+
+It is the only form of a step. Run eagerly, compiled ahead of time, by `torch.compile`, captured in a CUDA graph,
+exported to ONNX or served, it is this object, and what a test proves of it holds for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.kernels.p_sample import p_sample, p_sample_reference
+from fastddpm.spec import ModelSpec
+from fastddpm.step.book import Book
+from fastddpm.step.network import Network
+from fastddpm.step.state import State
+from fastddpm.step_table import DynamicThreshold, StepTable, dynamic_bound
+
+ALWAYS = ("x", "step", "end", "sample_id", "seed", "rows", "timesteps", "conditions")
+"""The arguments that every step has."""
+CHANGED = ("x", "step", "history")
+"""The arguments that a step changes, in the order of its results; the last only where there is a history."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepForm:
+    """What distinguishes steps of one network; everything else about a run is in the tensors.
+
+    Attributes:
+        guided: whether the network is asked for the output without class too (classifier-free guidance).
+        labelled: whether the network is told the class in each step; otherwise the rows hold it.
+        history: whether the previous x̂_0 is kept: for multistep solvers, self-conditioned networks and previews.
+        noise: whether z is an argument; otherwise it is made from seed, id and timestep.
+        stochastic: whether σ·z is added at all; a run whose σ are all 0 needs no noise to be made.
+        learned: whether the network's second half of channels is the variance.
+        self_condition: whether the network is given the previous x̂_0.
+        null_class: the label of "no class", where the network is told the class in each step.
+        threshold: dynamic thresholding, or None.
+        in_place: whether the results are written into the arguments `CHANGED`, as a captured graph needs. Otherwise
+            the arguments stay as they are: ahead-of-time packages were seen to lose changes that are made to them.
+    """
+
+    guided: bool = False
+    labelled: bool = False
+    history: bool = False
+    noise: bool = False
+    stochastic: bool = True
+    learned: bool = False
+    self_condition: bool = False
+    null_class: int | None = None
+    threshold: DynamicThreshold | None = None
+    in_place: bool = False
+
+    def __post_init__(self) -> None:
+        """A self-conditioned network always has a history."""
+        if self.self_condition and not self.history:
+            raise ValueError("StepForm: history must be True for a self-conditioned network, got False; keep one")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The step's arguments, in order."""
+        wanted = {
+            "labels": self.labelled,
+            "uncond": self.guided and not self.labelled,
+            "guidance": self.guided,
+            "history": self.history,
+            "noise": self.noise,
+        }
+        return (*ALWAYS, *(name for name, is_wanted in wanted.items() if is_wanted))
+
+    @classmethod
+    def of(
+        cls,
+        spec: ModelSpec,
+        table: StepTable,
+        *,
+        guided: bool = False,
+        labelled: bool = False,
+        noise: bool = False,
+        previews: bool = False,
+    ) -> StepForm:
+        """The leanest form for a run.
+
+        Args:
+            spec: the network's conventions.
+            table: the run's rows.
+            guided: whether any sample's guidance scale is not 1.
+            labelled: whether the network is told the class in each step.
+            noise: whether each step is handed its z.
+            previews: whether somebody wants to see x̂_0.
+        """
+        return cls(
+            guided=guided,
+            labelled=labelled,
+            history=table.uses_history or spec.self_condition or previews,
+            noise=noise,
+            stochastic=table.uses_noise,
+            learned=table.variance == "learned_range",
+            self_condition=spec.self_condition,
+            null_class=spec.null_class if labelled else None,
+            threshold=table.threshold,
+        )
+
+
+class Step(nn.Module):
+    """One reverse step of every sample of a batch: the network at its rows, then the fused update.
+
+    A sample whose clock is at its chapter's end stays as it is, bit for bit. Called again and again on its own results,
+    a step makes the whole trajectory; nothing is kept between calls.
+    """
+
+    def __init__(self, network: nn.Module, form: StepForm) -> None:
+        """Join a network and a form.
+
+        Args:
+            network: offers what `fastddpm.step.network.Network` says.
+            form: which arguments there are, and what is done with them.
+        """
+        super().__init__()
+        self.network, self.form, self.names = network, form, form.names
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Make the step.
+
+        Args:
+            tensors: in the order of `StepForm.names`: x, step, end, sample_id and seed as in `State`; rows, timesteps and
+                conditions as in `Book`; then, as the form has them, labels, uncond, guidance and history as in `State`,
+                and noise, float32 [N, B, C, H, W], z, as in `p_sample` (with N = 1 that of this step).
+
+        Returns:
+            x, step and, where there is one, history, one step later.
+
+        Raises:
+            ValueError: the variance is learned and the network returns none, or there are too many or few tensors.
+        """
+        given = dict(zip(self.names, tensors, strict=True))
+        labels, uncond, noise = given.get("labels"), given.get("uncond"), given.get("noise")
+        x, step, history = given["x"], given["step"], given.get("history")
+        out, out_uncond = self.ask(x, step, given["conditions"], labels, uncond, history)
+        return self.update(
+            x, out, step, given["end"], given["sample_id"], given["seed"], given["rows"], given["timesteps"],
+            out_uncond, given.get("guidance"), history, noise,
+        )  # fmt: skip
+
+    def ask(
+        self,
+        x: Tensor,
+        step: Tensor,
+        conditions: Tensor,
+        labels: Tensor | None = None,
+        uncond: Tensor | None = None,
+        history: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The network's output and, in guided runs, that without class, from one call of twice the batch.
+
+        Args:
+            x: the samples, float32 [B, C, H, W].
+            step: int64 [B], each sample's row.
+            conditions: what the network is told in each row.
+            labels: int64 [B], classes, or None where the rows hold them.
+            uncond: int64 [B], from a row to that without class.
+            history: the previous x̂_0, for self-conditioned networks.
+
+        Returns:
+            [B, C or 2C, H, W], and the same again or None.
+        """
+        network, form = cast(Network, self.network), self.form
+        past = history if form.self_condition else None
+        if not form.guided:
+            return network.body(x, conditions, step, labels, past), None
+        again = step if uncond is None else step + uncond
+        if labels is not None:
+            labels = torch.cat((labels, torch.full_like(labels, form.null_class or 0)))
+        past = None if past is None else torch.cat((past, past))
+        both = network.body(torch.cat((x, x)), conditions, torch.cat((step, again)), labels, past)
+        out, out_uncond = both.chunk(2)
+        return out, out_uncond
+
+    def update(
+        self,
+        x: Tensor,
+        out: Tensor,
+        step: Tensor,
+        end: Tensor,
+        sample_id: Tensor,
+        seed: Tensor,
+        rows: Tensor,
+        timesteps: Tensor,
+        out_uncond: Tensor | None = None,
+        guidance: Tensor | None = None,
+        history: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What follows the network: x̂_0, its bound, the solver's row and the clock; see `forward`.
+
+        Args:
+            x: as in `forward`, and so are the rest.
+            out: the network's output.
+            step: each sample's row.
+            end: each sample's identity row.
+            sample_id: ids.
+            seed: seeds.
+            rows: coefficients.
+            timesteps: each row's timestep.
+            out_uncond: the output without class.
+            guidance: scales.
+            history: the previous x̂_0.
+            noise: z.
+
+        Returns:
+            As `forward`.
+        """
+        form, channels = self.form, x.shape[1]
+        if form.learned and out.shape[1] != 2 * channels:
+            raise ValueError(
+                f"step: the network must return {2 * channels} channels for learned_range, got {out.shape[1]}; "
+                "use a fixed variance"
+            )
+        bound = None
+        if form.threshold is not None:
+            combined = out
+            if out_uncond is not None and guidance is not None:
+                combined = out_uncond + guidance[:, None, None, None] * (out - out_uncond)
+            bound = dynamic_bound(x, combined, rows[torch.minimum(step, end)], form.threshold)
+        options = {"noise": noise, "out_uncond": out_uncond, "guidance": guidance, "history": history, "bound": bound}
+        place = (rows, timesteps, step, end, sample_id, seed)
+        later = torch.minimum(step + 1, end)
+        if form.in_place:
+            p_sample(x, out, *place, **options, stochastic=form.stochastic)
+            new, past = x, history
+            later = step.copy_(later)
+        else:
+            new, past = p_sample_reference(x, out, *place, **options, stochastic=form.stochastic)
+        return (new, later) if not form.history or past is None else (new, later, past)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A step with the tensors of one batch.
+
+    Attributes:
+        step: the step.
+        state: the samples.
+        book: the rows that they are at.
+        noise: float32 [1, B, C, H, W], an example of the z that each step will be given, or None.
+    """
+
+    step: Step
+    state: State
+    book: Book
+    noise: Tensor | None = None
+
+    def arguments(self) -> list[Tensor]:
+        """The step's arguments, in order."""
+        book, state = self.book, vars(self.state)
+        given = {"rows": book.rows, "timesteps": book.timesteps, "conditions": book.conditions, "noise": self.noise}
+        return [value for name in self.step.names if (value := given.get(name, state.get(name))) is not None]
+
+    def copy(self) -> Call:
+        """The same call on a copy of the samples."""
+        return dataclasses.replace(self, state=self.state.copy())
+
+    def formed(self, **changes: bool) -> Call:
+        """The call with another form of the step; where it keeps a history now, there is room for one."""
+        form = dataclasses.replace(self.step.form, **changes)
+        state = self.state
+        if form.history and state.history is None:
+            state = dataclasses.replace(state, history=torch.zeros_like(state.x))
+        return dataclasses.replace(self, step=Step(self.step.network, form), state=state)
