@@ -9,10 +9,12 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-CACHE_VARIABLE = "FASTDDPM_CACHE"
+from fastddpm.kernels._cache import cache_folder as cache_folder
+from fastddpm.kernels._cache import find, keep, private_folder, sealed
+
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno")
 
 
@@ -20,50 +22,67 @@ class NativeError(RuntimeError):
     """A C kernel cannot be compiled or loaded here."""
 
 
-def cache_folder() -> Path:
-    """Where compiled code is kept: $FASTDDPM_CACHE, or `fastddpm` in the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastddpm"
-
-
 @functools.cache
 def processor() -> str:
-    """A short name of this processor's model and instruction set: code that was compiled for it runs on its like."""
+    """A short name of this processor's model, instruction set and C library: code compiled for it runs on its like."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             lines = dict.fromkeys(line.strip() for line in file if line.startswith(("model name", "flags", "Features")))
         text = "\n".join(lines)
     except OSError:
         text = platform.processor()
+    text += "".join(platform.libc_ver())
     return f"{platform.machine()}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
 
-@functools.cache
-def load(source: Path) -> ctypes.CDLL:
-    """A C file as a loaded library.
+def load(source: Path, functions: tuple[str, ...]) -> ctypes.CDLL:
+    """A C file as a loaded library, compiled unless it was.
+
+    Args:
+        source: the C file.
+        functions: names that the library must have.
 
     Raises:
         NativeError: there is no C compiler, it fails, or the result does not load.
     """
+    result = _loaded(source, functions)
+    if isinstance(result, str):
+        raise NativeError(result)
+    return result
+
+
+@functools.cache
+def _loaded(source: Path, functions: tuple[str, ...]) -> ctypes.CDLL | str:
+    """The library, or why there is none: to find that out again would take as long as the first time."""
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        raise NativeError(f"{source.name}: a C compiler must be there, found none; install gcc")
-    digest = hashlib.blake2b(source.read_bytes(), digest_size=8)
-    digest.update(" ".join((compiler, *_FLAGS, processor())).encode())
-    target = cache_folder() / f"{source.stem}-{digest.hexdigest()}.so"
+        return f"{source.name}: a C compiler must be there, found none; install gcc"
+    why = ""
     try:
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                built = Path(folder) / target.name
-                command = [compiler, *_FLAGS, str(source), "-o", str(built)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode != 0:
-                    reason = (done.stderr.strip().splitlines() or ["no message"])[0]
-                    raise NativeError(f"{source.name}: must compile with {compiler}, got {reason}")
-                os.replace(built, target)
-        return ctypes.CDLL(str(target))
-    except OSError as error:
-        raise NativeError(f"{source.name}: must be compiled and loaded, got {error}") from error
+        digest = hashlib.blake2b(source.read_bytes(), digest_size=8)
+        digest.update(" ".join((compiler, *_FLAGS, processor())).encode())
+        for path in _candidates(f"{source.stem}-{digest.hexdigest()}", (compiler, *_FLAGS, str(source))):
+            try:
+                library = ctypes.CDLL(str(path))
+                for function in functions:
+                    library[function]
+                return library
+            except (OSError, AttributeError) as error:
+                why = str(error)
+    except (OSError, NativeError) as error:
+        why = str(error)
+    return f"{source.name}: must be compiled and loaded, got {' '.join(why.split())}"
+
+
+def _candidates(key: str, command: tuple[str, ...]) -> Iterator[Path]:
+    """The library that was kept; and if that one does not load, a new one."""
+    kept = find(key, ".so")
+    if kept is not None:
+        yield kept
+    built = private_folder() / f"{key}.so"
+    done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode != 0:
+        raise NativeError(f"from {command[0]}: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+    own = sealed(built, key, ".so")
+    yield keep(own)
+    yield own  # for a cache on a disk that nothing may be executed from

@@ -29,7 +29,7 @@ _scratch = threading.local()
 @functools.cache
 def _library() -> tuple[ctypes.CDLL, int, int]:
     """The compiled kernel, its channels per vector, and its rows per register block."""
-    library = load(_SOURCE)
+    library = load(_SOURCE, ("winograd_conv", "winograd_lanes", "winograd_rows"))
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.winograd_conv.argtypes = [pointer] * 6 + [size] * 6 + [ctypes.c_int] * 2
     library.winograd_conv.restype = None

@@ -1,0 +1,168 @@
+"""Packages of compiled steps on disk: found by key, made once, whole or absent, removed when they take too much room.
+
+Folders, checksums and who may write what are `fastddpm.kernels._cache`'s; see there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fastddpm.kernels import _cache as files
+from fastddpm.kernels._cache import CacheWarning as CacheWarning
+from fastddpm.kernels._cache import cache_folder as cache_folder
+from fastddpm.kernels._cache import no_cache as no_cache
+
+CACHE_BYTES = 4 << 30
+"""Most that the packages on disk may take; the ones that were used longest ago go first."""
+WAIT_S = 300.0
+"""How long a process waits for another one that is making the same package, before it makes its own."""
+SUFFIX = ".pt2"
+
+_UNFINISHED_S = 86400.0
+_NO_PART_OF_A_STEP = frozenset(
+    {"bench", "cli", "checkpoints", "integrations", "train", "data", "pretrained", "__pycache__"}
+)
+_IMPORTED = time.time()
+
+
+@functools.cache
+def source_digest() -> str:
+    """A digest of the package's sources, for the keys: other code, other packages.
+
+    Sources that were changed while this process runs are not what it runs. It then shares packages with nobody.
+    """
+    digest, changed = _digest(Path(__file__).parents[1])
+    return digest if changed < _IMPORTED else uuid.uuid4().hex[: len(digest)]
+
+
+def _digest(package: Path) -> tuple[str, float]:
+    """A digest of a package's .py and .c files, without folders that no step depends on, and the latest change."""
+    digest, changed = hashlib.blake2b(digest_size=12), 0.0
+    for folder, folders, names in os.walk(package, followlinks=True):
+        folders[:] = sorted(set(folders) - _NO_PART_OF_A_STEP)
+        for name in sorted(names):
+            if name.endswith((".py", ".c")):
+                path = Path(folder, name)
+                content = path.read_bytes()
+                digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode())
+                digest.update(content)
+                changed = max(changed, path.stat().st_ctime)
+    return digest.hexdigest(), changed
+
+
+def packages() -> dict[str, Path]:
+    """The packages in the cache by key, unverified: to count them, or to see whether there is one."""
+    return {key: path for folder in reversed(files.folders()) for key, path in reversed(files.entries(folder, SUFFIX))}
+
+
+def find(key: str) -> Path | None:
+    """The package of this key, if there is one that is as it was written; it counts as used now.
+
+    What is damaged is removed, what somebody else could have written is left alone, and both are said.
+    """
+    return files.find(key, SUFFIX)
+
+
+def find_or_make(key: str, make: Callable[[Path], object], *, keep: bool = True) -> Path:
+    """The package of this key; only one process makes it, the others wait for it.
+
+    Args:
+        key: letters, digits, `-` and `_`: all that the package depends on.
+        make: writes a package to the path that it is given; not called if there is one.
+        keep: whether other processes may have it; else it lies in a folder of this one's own.
+
+    Returns:
+        Where the package is. It may be gone after a while: load it now, and make it anew if it is.
+
+    Raises:
+        OSError: there is not even a place for temporary files.
+    """
+    waiting = "another process compiles the same step; waiting for it"
+    with locked(key, WAIT_S, waiting) if keep else contextlib.nullcontext():
+        found = find(key)
+        if found is not None:
+            return found
+        # Compiling does not depend on the cache: what cannot be kept is used all the same.
+        new = files.private_folder() / f"{key}.{uuid.uuid4().hex[:8]}{SUFFIX}"
+        try:
+            make(new)
+            own = files.sealed(new, key, SUFFIX)
+        finally:
+            new.unlink(missing_ok=True)
+        path = files.keep(own) if keep else own
+        if path != own:
+            own.unlink()
+            with contextlib.suppress(OSError):  # another process may be doing the same
+                _prune(path)
+    return path
+
+
+def forget(key: str) -> None:
+    """Remove the packages of this key."""
+    for folder in files.folders():
+        for name, path in files.entries(folder, SUFFIX):
+            if name == key:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+@contextlib.contextmanager
+def locked(name: str, seconds: float, waiting: str = "") -> Iterator[bool]:
+    """Hold the lock of this name, if it is to be had.
+
+    Args:
+        name: part of the lock file's name.
+        seconds: how long to wait for it.
+        waiting: what to say if it is not free.
+
+    Yields:
+        Whether this process has it. A process that keeps nothing in the cache needs none.
+    """
+    lock: FileLock | None = None
+    if not no_cache():
+        lock = FileLock(cache_folder() / f".{name}.lock")
+    had = lock is None or _acquired(lock, seconds, waiting)
+    try:
+        yield had
+    finally:
+        if lock is not None and had:
+            with contextlib.suppress(OSError):
+                lock.release()
+
+
+def _acquired(lock: FileLock, seconds: float, waiting: str) -> bool:
+    try:
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=0)
+            return True
+        if waiting:
+            files.say_once(lock.lock_file, waiting)
+        lock.acquire(timeout=seconds)
+    except (OSError, NotImplementedError):  # Timeout is an OSError too; not every file system has locks
+        return False
+    return True
+
+
+def _prune(keep: Path) -> None:
+    """Remove the packages that were used longest ago until all fit, and what processes left that were killed."""
+    total = keep.stat().st_size
+    for _, path in files.entries(keep.parent, SUFFIX):
+        if path != keep:
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size
+                if total > CACHE_BYTES:
+                    path.unlink()
+    for path in keep.parent.iterdir():
+        if files.is_leftover(path.name):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _UNFINISHED_S:
+                    path.unlink()
