@@ -9,7 +9,6 @@ from torch import nn
 
 from fastddpm.export.form import Form
 from fastddpm.export.model_file import FORMAT, licence_of, weights_hash
-from fastddpm.export.modules import keeps_history
 from fastddpm.sampler import Sampler
 from fastddpm.step_table import StepTable
 
@@ -61,7 +60,7 @@ def facts_of(
             "timesteps": table.timesteps[:-1].tolist(),
             "noisy_rows": [i for i, sigma in enumerate(table.rows[:-1, 6].tolist()) if sigma != 0],
             "uses_noise": table.uses_noise,
-            "keeps_history": keeps_history(table, spec),
+            "keeps_history": table.uses_history or spec.self_condition,
         }
     words = {
         "S": "" if table is None else table.S,

@@ -44,8 +44,7 @@ def calibration(
     Returns:
         Arrays by input, about `CALIBRATION_STEPS` entries, from the first step to the last.
     """
-    from fastddpm.denoiser import bind
-    from fastddpm.state import State, advance
+    from fastddpm.step.request import make_request
 
     spec = sampler.spec
     rows = _some_rows(table.S) if table is not None else None
@@ -57,22 +56,21 @@ def calibration(
     labels = None if spec.num_classes is None else torch.arange(n) % spec.num_classes
     if labels is not None and spec.null_class is not None:
         labels[:: max(2, n // 2)] = spec.null_class
-    state = State.create(spec.shape, torch.arange(n), 0, device=sampler.device, labels=labels, history=True)
-    denoiser, times = bind(sampler.model, spec, short), spec.times_fed(short.timesteps)
-    seen = []
-    with torch.no_grad():
+    batch = make_request(spec, sampler.device, n, None, labels, 1.0, None, None, n)
+    times, seen = spec.times_fed(short.timesteps), []
+    with sampler.stepper.undisturbed(), sampler.stepper.begin(short, batch, 0, previews=True, eager=True) as runner:
         for i in range(short.S):
             values: dict[str, Tensor | None] = {
-                "x": state.x,
-                "step": state.step if rows is None else torch.full_like(state.step, int(rows[i])),
-                "t": times[state.step],
-                "y": state.labels,
-                "history": state.history,
-                "x_self_cond": state.history,
+                "x": runner.state.x,
+                "step": torch.full((n,), i if rows is None else int(rows[i])),
+                "t": times[i].expand(n),
+                "y": labels,
+                "history": runner.state.history,
+                "x_self_cond": runner.state.history,
             }
             kept = {name: value.cpu().numpy().copy() for name, value in values.items() if value is not None}
             seen.append({name: kept[name][:many] for name in names})
-            advance(denoiser, short, state)
+            runner.run(1)
     return seen
 
 

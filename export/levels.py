@@ -13,18 +13,12 @@ from fastddpm.export import graph as graphs
 from fastddpm.export.convert import convert
 from fastddpm.export.form import Form
 from fastddpm.export.model_file import detach, is_large
-from fastddpm.export.modules import (
-    Network,
-    Pictures,
-    Update,
-    example,
-    keeps_history,
-    row_network,
-)
+from fastddpm.export.modules import Ask, Network, Pictures, Update, example, step_of
 from fastddpm.export.normals import first_noise, step_noise
 from fastddpm.export.peephole import shorten_update
 from fastddpm.sampler import Sampler
 from fastddpm.spec import ModelSpec
+from fastddpm.step.step import Step
 from fastddpm.step_table import StepTable
 
 if TYPE_CHECKING:
@@ -39,15 +33,16 @@ def build(
     labels = ("y",) if spec.num_classes is not None else ()
     past = "x_self_cond" if table is None else "history"
     names = ("x", "t" if table is None else "step", *labels, *((past,) if spec.self_condition else ()))
-    module = Network(network) if table is None else row_network(network, spec, table)
+    step = None if table is None else step_of(network, spec, table)
+    module = Network(network) if step is None or table is None else Ask(step, spec, table)
     traced = _trace(module, names, ("out",), spec, form, many=2 if form.guided else 1)
     if form.precision != "fp32":
         traced = _reduce(traced, sampler, table, form, names)
     detached = detach(traced) if is_large(traced) else []
-    if table is None:
+    if step is None or table is None:
         return _network_model(traced, names, spec, form), detached
     make = _step_model if form.what == "step" else _chain_model
-    return make(traced, names, table, spec, form), detached
+    return make(traced, names, step, table, spec, form), detached
 
 
 def _reduce(
@@ -87,7 +82,7 @@ def _network_model(traced: onnx.ModelProto, names: Sequence[str], spec: ModelSpe
     return graph.model(form.opset)
 
 
-def step_inputs(table: StepTable, spec: ModelSpec, form: Form) -> tuple[str, ...]:
+def step_inputs(step: Step, spec: ModelSpec, form: Form) -> tuple[str, ...]:
     """The inputs of a step, in order."""
     made = form.noise == "philox"
     wanted = {
@@ -97,8 +92,8 @@ def step_inputs(table: StepTable, spec: ModelSpec, form: Form) -> tuple[str, ...
         "seed": made,
         "y": spec.num_classes is not None,
         "guidance": form.guided,
-        "history": keeps_history(table, spec),
-        "noise": not made and table.uses_noise,
+        "history": step.form.history,
+        "noise": not made and step.form.noise,
     }
     return tuple(name for name, is_wanted in wanted.items() if is_wanted)
 
@@ -107,22 +102,23 @@ def _join_step(
     graph: graphs.Graph,
     traced: onnx.ModelProto,
     names: Sequence[str],
+    step: Step,
     table: StepTable,
     spec: ModelSpec,
     form: Form,
 ) -> None:
-    history = keeps_history(table, spec)
+    history = step.form.history
     optional = {
         "out_uncond": form.guided,
         "guidance": form.guided,
         "history": history,
-        "noise": table.uses_noise,
+        "noise": step.form.noise,
     }
     inputs = ("x", "out", "step", *(name for name, is_wanted in optional.items() if is_wanted))
     outputs = ("x_next", "step_next", *(("history_next",) if history else ()))
-    update = _trace(Update(table), inputs, outputs, spec, form, label="the update")
+    update = _trace(Update(step, table), inputs, outputs, spec, form, label="the update")
     shorten_update(update)
-    if table.uses_noise and form.noise == "philox":
+    if step.form.noise and form.noise == "philox":
         noise = step_noise(table.timesteps.numpy(), spec.shape, form.opset)
         graph.add(noise, "noise/", {name: name for name in ("step", "seed", "sample_id", "noise")})
     graphs.join_step(
@@ -137,29 +133,29 @@ def _join_step(
 
 
 def _step_model(
-    traced: onnx.ModelProto, names: Sequence[str], table: StepTable, spec: ModelSpec, form: Form
+    traced: onnx.ModelProto, names: Sequence[str], step: Step, table: StepTable, spec: ModelSpec, form: Form
 ) -> onnx.ModelProto:
     graph = graphs.Graph("step")
-    _declare(graph, step_inputs(table, spec, form), spec, form)
-    _join_step(graph, traced, names, table, spec, form)
+    _declare(graph, step_inputs(step, spec, form), spec, form)
+    _join_step(graph, traced, names, step, table, spec, form)
     picture = (form.axis, *spec.shape)
     graph.give("x_next", np.float32, picture)
     graph.give("step_next", np.int64, (form.axis,))
-    if keeps_history(table, spec):
+    if step.form.history:
         graph.give("history_next", np.float32, picture)
     return graph.model(form.opset)
 
 
 def _chain_model(
-    traced: onnx.ModelProto, names: Sequence[str], table: StepTable, spec: ModelSpec, form: Form
+    traced: onnx.ModelProto, names: Sequence[str], step: Step, table: StepTable, spec: ModelSpec, form: Form
 ) -> onnx.ModelProto:
     graph = graphs.Graph("chain")
     labels = ("y",) if spec.num_classes is not None else ()
     _declare(graph, ("seed", "sample_id", *labels, *(("guidance",) if form.guided else ())), spec, form)
     graph.add(first_noise(spec.shape, form.opset), "first/", {name: name for name in ("seed", "sample_id", "x_T")})
-    step = graphs.Graph("step")
-    _join_step(step, traced, names, table, spec, form)
-    graphs.scan_steps(graph, step, (form.axis, *spec.shape), table.S, keeps_history(table, spec))
+    body = graphs.Graph("step")
+    _join_step(body, traced, names, step, table, spec, form)
+    graphs.scan_steps(graph, body, (form.axis, *spec.shape), table.S, step.form.history)
     if form.output == "unit":
         last = _trace(Pictures(spec), ("x",), ("pictures",), spec, form, label="the mapping")
         graph.add(last, "last/", {"x": "x_0", "pictures": "pictures"})

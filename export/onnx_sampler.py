@@ -15,7 +15,7 @@ from fastddpm.export.step_loop import StepLoop
 from fastddpm.images import Output, ToBytes, to_output
 from fastddpm.noise import NoiseSource, initial_noise, normals, seed_bits
 from fastddpm.progress import StepProgress
-from fastddpm.request import Request, check_noise, make_request
+from fastddpm.step.request import Request, check_noise, make_request
 from fastddpm.sampler import Preview, SampleOptions, Sampler
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import ModelSpec

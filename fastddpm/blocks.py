@@ -98,7 +98,7 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(groups, channels, eps=config.norm_eps) if normalise else nn.Identity()
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
-        self.by_products = False  # see `fastddpm.fast_layers`
+        self.by_products = False  # see `fastddpm.engines.fast_layers`
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, C, H, W] to the same shape."""

@@ -6,14 +6,12 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
 import torch
 
-from fastddpm.compiled import packages
+from fastddpm.engines.cache import cache_folder, no_cache, packages
+from fastddpm.engines.measured import remembered
 from fastddpm.kernels._dispatch import runs_triton
-from fastddpm.kernels._native import cache_folder
-from fastddpm.measured import remembered
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:
@@ -49,7 +47,7 @@ class Machine:
     Attributes:
         device: the device that `pick_device(None)` takes, with its name.
         precision: the arithmetic of the network, unless another is asked for.
-        engine: how `advance` runs, unless another is asked for.
+        engine: how steps run, unless another is asked for.
         cache: where compiled steps are kept, and how many there are.
         update: which implementation of the fused update runs.
         threads: CPU threads that PyTorch uses.
@@ -90,9 +88,11 @@ def describe_machine() -> Machine:
 
 
 def _describe_cache() -> str:
-    files = packages(cache_folder())
-    size = sum(file.stat().st_size for file in files) / 1e6
-    return f"{cache_folder()} ({len(files)} compiled steps, {size:.0f} MB)"
+    problem = no_cache()
+    if problem:
+        return f"none: {problem}"
+    sizes = [file.stat().st_size for file in packages().values()]
+    return f"{cache_folder()} ({len(sizes)} compiled steps, {sum(sizes) / 1e6:.0f} MB)"
 
 
 def describe_choices(weights: str) -> dict[str, str]:
@@ -101,11 +101,11 @@ def describe_choices(weights: str) -> dict[str, str]:
     Args:
         weights: the network's `weights_hash`.
     """
-    lines = {}
+    lines, there = {}, packages()
     for name, measured in remembered().items():
         if name.startswith(weights[:8]) and measured.compiled_ms is not None:
             choice = "compiled" if measured.compiled_ms < measured.eager_ms else "eager"
-            kept = "" if Path(cache_folder(), f"{name}.pt2").exists() else ", not compiled at present"
+            kept = "" if name in there else ", not compiled at present"
             lines[measured.label] = (
                 f"{choice}: {measured.compiled_ms:.3g} ms a step compiled, {measured.eager_ms:.3g} eager{kept}"
             )

@@ -100,7 +100,7 @@ class Sampler:
             spec: the conventions it was trained with.
             device: where to sample; None takes the GPU if there is one. A module is moved there, laid
                 out channels-last and put in evaluation mode.
-            engine: how steps run: "auto", "eager", "compiled", "cuda_graph" or "onnx" (see `fastddpm.engine`). "auto"
+            engine: how steps run: "auto", "eager", "compiled", "cuda_graph" or "onnx" (see `fastddpm.engines.choose`). "auto"
                 takes a compiled step where there is one or the run is long enough to earn the time to compile.
             precision: the network's arithmetic: "fp32", "bf16", and on GPUs "tf32" and "fp16"; the state and its
                 update are float32 always.

@@ -34,6 +34,7 @@ def p_sample_reference(
     table: Tensor,
     timesteps: Tensor,
     step: Tensor,
+    end: Tensor,
     sample_id: Tensor,
     seed: Tensor,
     *,
@@ -68,11 +69,10 @@ def p_sample_reference(
         `history` is given, the second is what the history becomes: a finished sample keeps its own there too.
     """
     batch, channels = x.shape[0], x.shape[1]
-    last = table.shape[0] - 1
-    row = step.clamp(0, last)
+    row = torch.minimum(step.clamp(min=0), end)
     columns = (column.reshape(-1, 1, 1, 1) for column in table.index_select(0, row).unbind(1))
     a_x, a_o, c_0, c_x, c_o, c_h, sigma, limit, log_beta, log_beta_tilde = columns
-    active = (row < last).reshape(-1, 1, 1, 1)
+    active = (row < end).reshape(-1, 1, 1, 1)
 
     eff = out[:, :channels].float()
     if out_uncond is not None and guidance is not None:
@@ -95,8 +95,11 @@ def p_sample_reference(
             t = timesteps.index_select(0, row)
             z = normals_reference(seed, sample_id, t, x[0].numel()).reshape(x.shape)
         else:
-            lane = torch.arange(batch, dtype=torch.int64, device=x.device)
-            z = noise.flatten(0, 1).index_select(0, row.clamp(max=noise.shape[0] - 1) * batch + lane)
+            z = noise[0]
+            if noise.shape[0] > 1:
+                lane = torch.arange(batch, dtype=torch.int64, device=x.device)
+                line = (noise.shape[0] - (end - row)).clamp(0, noise.shape[0] - 1)
+                z = noise.flatten(0, 1).index_select(0, line * batch + lane)
         if out.shape[1] > channels:
             v = out[:, channels:].float()
             middle, slope = 0.25 * (log_beta + log_beta_tilde), 0.25 * (log_beta - log_beta_tilde)
@@ -112,6 +115,7 @@ def p_sample(
     table: Tensor,
     timesteps: Tensor,
     step: Tensor,
+    end: Tensor,
     sample_id: Tensor,
     seed: Tensor,
     *,
@@ -152,7 +156,7 @@ def p_sample(
         TypeError: an argument is not a tensor or of another dtype.
         ValueError: shapes, devices or memory layouts do not fit, or one of `out_uncond` and `guidance` is missing.
     """
-    per_sample = {"step": step, "sample_id": sample_id, "seed": seed}
+    per_sample = {"step": step, "end": end, "sample_id": sample_id, "seed": seed}
     check_p_sample(x, out, table, timesteps, per_sample, noise, out_uncond, guidance, history, bound, len(COLUMNS))
     with torch.no_grad():
         if runs_triton(x.device.type):
@@ -185,6 +189,7 @@ def p_sample(
             table,
             timesteps,
             step,
+            end,
             sample_id,
             seed,
             noise=noise,

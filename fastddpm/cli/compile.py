@@ -43,6 +43,6 @@ def compile_model(
     for size in batch_size or [64]:
         seconds = sampler.compile(size, guided=guided)
         print(f"batch {size}: " + ("was compiled already" if seconds is None else f"compiled in {seconds:.0f} s"))
-    for label, choice in describe_choices(sampler.engine.weights(sampler.model)).items():
+    for label, choice in describe_choices(sampler.stepper.weights).items():
         print(f"{label}: {choice}")
     print(f"{torch.get_num_threads()} threads; with another number of threads steps are compiled anew")

@@ -32,7 +32,7 @@ def info(
     Without a checkpoint: the machine, and the checkpoints that ship with the package.
     """
     from fastddpm.checkpoints import SHIPPED, load_checkpoint  # late, for --help: see `sample`
-    from fastddpm.compiled import weights_hash
+    from fastddpm.engines.weights import weights_hash
     from fastddpm.machine import describe_choices, describe_machine
 
     machine = dataclasses.asdict(describe_machine())

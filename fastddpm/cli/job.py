@@ -28,7 +28,7 @@ from fastddpm.images import (
 )
 from fastddpm.noise import seed_bits
 from fastddpm.progress import StepProgress
-from fastddpm.request import default_batch_size, make_request
+from fastddpm.step.request import default_batch_size, make_request
 from fastddpm.sampler import Preview, Sampler
 from fastddpm.solvers import DynamicThreshold, Solver
 

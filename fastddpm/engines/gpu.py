@@ -8,6 +8,7 @@ graph that is captured once for a batch's shape serves every solver, number of s
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -145,7 +146,7 @@ class Gpu:
         dtypes = sorted({str(p.dtype) for p in network.parameters()})
         parts = [form, shape, network.identity(), dtypes, name, self.graph_steps, torch.__version__]
         text = json.dumps([*parts, fastddpm.__version__, cache.source_digest()], default=str)
-        return f"gpu-{cache.short_digest(text)}"
+        return f"gpu-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
 
     def is_kept(self, call: Call) -> bool:
         """Whether the network is known by its configuration, so that measurements of it hold in other processes."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastddpm.engine import EngineName
+    from fastddpm.engines.choose import EngineName
 
 __all__ = ["accelerate"]
 

@@ -18,7 +18,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastddpm.engine import EngineName
+from fastddpm.engines.choose import EngineName
 from fastddpm.integrations.diffusers_noise import Generator
 from fastddpm.integrations.pipeline_network import Network, check_unet
 from fastddpm.integrations.pipeline_run import Run, check_scheduler, sample

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastddpm.checkpoints.base import CheckpointError
 from fastddpm.checkpoints.lucidrains import PREDICTIONS
 from fastddpm.checkpoints.lucidrains_schedule import BUFFERS, RoundedSchedule, read_schedule
-from fastddpm.engine import EngineName
+from fastddpm.engines.choose import EngineName
 from fastddpm.sampler import Preview, Sampler
 from fastddpm.spec import ModelSpec
 from fastddpm.timesteps import spaced_timesteps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from fastddpm.checkpoints.base import CheckpointError
 from fastddpm.checkpoints.diffusers_unet import network_from
-from fastddpm.engine import Engine, EngineName
+from fastddpm.engines.choose import Engine, EngineName
+from fastddpm.engines.stepper import Stepper
+from fastddpm.engines.weights import Weights
+from fastddpm.spec import ModelSpec
 from fastddpm.unet import UNet
 
 
@@ -20,26 +24,36 @@ class Network:
 
     def __init__(self, engine: EngineName) -> None:
         self._engine = engine
-        self._made_of: tuple[object, ...] | None = None
-        self._model: Callable[..., Tensor] | None = None
-        self._runs: Engine | None = None
+        self._lock = threading.Lock()
+        self._key: tuple[object, ...] | None = None
+        self._weights: Weights | None = None
+        self._stepper: Stepper | None = None
 
-    def of(self, unet: Any, device: torch.device) -> tuple[Callable[..., Tensor], Engine]:  # noqa: ANN401
-        """(x, t) → output, t int64 [B]; and what runs it.
+    def of(self, unet: Any, spec: ModelSpec, T: int, device: torch.device) -> Stepper:  # noqa: ANN401
+        """What makes the network's steps.
 
         Args:
             unet: the pipeline's network.
+            spec: its conventions.
+            T: training steps.
             device: where it runs.
         """
         if not _is_plain(unet):
-            return _as_it_is(unet), Engine("eager", device)
-        made_of = (
-            id(unet), device, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in unet.parameters())
-        )  # fmt: skip
-        if self._model is None or self._runs is None or self._made_of != made_of:
-            self._model, self._made_of = _our_network(unet, device), made_of
-            self._runs = Engine(self._engine if isinstance(self._model, UNet) else "eager", device)
-        return self._model, self._runs
+            return self._made(_as_it_is(unet), "eager", spec, T, device)
+        with self._lock:  # calls from several threads share what is made
+            key = (id(unet), spec, T, device)
+            is_stale = self._weights is not None and self._weights.have_changed()
+            if self._stepper is None or self._key != key or is_stale:
+                model = _our_network(unet, device)
+                engine = self._engine if isinstance(model, UNet) else "eager"
+                self._stepper, self._key = self._made(model, engine, spec, T, device), key
+                self._weights = Weights(unet)
+            return self._stepper
+
+    def _made(
+        self, model: Callable[..., Tensor], engine: EngineName, spec: ModelSpec, T: int, device: torch.device
+    ) -> Stepper:
+        return Stepper(model, spec, T, device, "fp32", lambda weights: Engine(engine, device, weights=weights))
 
 
 def check_unet(unet: Any) -> None:  # noqa: ANN401 - diffusers is not typed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -10,7 +11,6 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from fastddpm.denoiser import bind
 from fastddpm.integrations.diffusers_noise import Generator, draw
 from fastddpm.integrations.diffusers_schedulers import (
     FastDDIMScheduler,
@@ -20,7 +20,7 @@ from fastddpm.integrations.diffusers_schedulers import (
 from fastddpm.integrations.pipeline_network import Network, check_unet
 from fastddpm.integrations.scheduler_tables import ancestral_table, ddim_table, multistep_tables
 from fastddpm.spec import ModelSpec
-from fastddpm.state import State
+from fastddpm.step.request import Request
 from fastddpm.step_table import StepTable
 
 _ANCESTRAL = (DDPMScheduler, FastDDPMScheduler)
@@ -78,34 +78,36 @@ def sample(pipe: Any, network: Network, x_T: Tensor, run: Run) -> Tensor:  # noq
     check_scheduler(pipe.scheduler)
     check_unet(pipe.unet)
     pipe.scheduler.set_timesteps(run.num_inference_steps)
-    model, engine = network.of(pipe.unet, x_T.device)
-    steps = _steps(pipe.scheduler, run)
-    if steps.table is None:
-        return _sample_by_steps(pipe, model, x_T, run)
-    table = steps.table.to(x_T.device)
-    _check_channels(pipe.unet, table)
+    # Another thread may call the same pipeline with other settings: from here on this call has a scheduler of its own.
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(run.num_inference_steps)
+    steps = _steps(scheduler, run)
     spec = ModelSpec(shape=cast(tuple[int, int, int], tuple(x_T.shape[1:])))
-    state = State.create(spec.shape, torch.arange(len(x_T)), 0, device=x_T.device, x_T=x_T, history=True)
-    zeros = torch.zeros_like(state.x)[None] if table.uses_noise else None
-    runner = engine.runner(bind(model, spec, table), table, state, zeros, to_come=table.S)
-    for i in pipe.progress_bar(range(table.S)):
-        noise = zeros
-        if steps.draws and steps.draws[i]:
-            drawn = draw(x_T.shape, run.generator, x_T)
-            noise = drawn.float().contiguous()[None] if table.uses_noise else None
-        runner.run(1, noise)
-    final: Tensor = runner.state.x.to(x_T.dtype)
-    return final
+    stepper = network.of(pipe.unet, spec, scheduler.config.num_train_timesteps, x_T.device)
+    if steps.table is None:
+        return _sample_by_steps(pipe, scheduler, stepper.network, x_T, run)
+    table = steps.table
+    _check_channels(pipe.unet, table)
+    batch = Request(torch.arange(len(x_T)), None, None, x_T, None, len(x_T))
+    zeros = torch.zeros(x_T.shape, device=x_T.device)[None] if table.uses_noise else None
+    with stepper.undisturbed(), stepper.begin(table, batch, 0, noise=table.uses_noise) as runner:
+        for i in pipe.progress_bar(range(table.S)):
+            noise = zeros
+            if steps.draws and steps.draws[i]:
+                drawn = draw(x_T.shape, run.generator, x_T)
+                noise = drawn.float().contiguous()[None] if table.uses_noise else None
+            runner.run(1, noise)
+        return runner.state.x.to(x_T.dtype, copy=True)
 
 
-def _sample_by_steps(pipe: Any, model: Callable[..., Tensor], x: Tensor, run: Run) -> Tensor:  # noqa: ANN401
+def _sample_by_steps(pipe: Any, scheduler: Any, model: Callable[..., Tensor], x: Tensor, run: Run) -> Tensor:  # noqa: ANN401
     """The same where the scheduler has options that no table holds: its own step, with our network."""
     options: dict[str, Any] = {"generator": run.generator}
-    if type(pipe.scheduler) in _DDIM:
+    if type(scheduler) in _DDIM:
         options.update(eta=run.eta, use_clipped_model_output=run.use_clipped_model_output)
-    for t in pipe.progress_bar(pipe.scheduler.timesteps):
+    for t in pipe.progress_bar(scheduler.timesteps):
         out = model(x, t.to(x.device).expand(len(x)))
-        x = pipe.scheduler.step(out.to(x.dtype), t, x, **options).prev_sample
+        x = scheduler.step(out.to(x.dtype), t, x, **options).prev_sample
     return x
 
 
