@@ -15,10 +15,10 @@ from fastddpm.export.step_loop import StepLoop
 from fastddpm.images import Output, ToBytes, to_output
 from fastddpm.noise import NoiseSource, initial_noise, normals, seed_bits
 from fastddpm.progress import StepProgress
-from fastddpm.step.request import Request, check_noise, make_request
 from fastddpm.sampler import Preview, SampleOptions, Sampler
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import ModelSpec
+from fastddpm.step.request import Request, check_noise, make_request
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.checkpoints import Checkpoint, load_checkpoint
-from fastddpm.engines.compare import CompileError
 from fastddpm.engines.choose import Engine, EngineName
+from fastddpm.engines.compare import CompileError
 from fastddpm.engines.precision import Precision, check_precision
 from fastddpm.engines.runner import Runner
 from fastddpm.engines.stepper import Stepper
@@ -100,7 +100,7 @@ class Sampler:
             spec: the conventions it was trained with.
             device: where to sample; None takes the GPU if there is one. A module is moved there, laid
                 out channels-last and put in evaluation mode.
-            engine: how steps run: "auto", "eager", "compiled", "cuda_graph" or "onnx" (see `fastddpm.engines.choose`). "auto"
+            engine: how steps run: "auto", "eager", "compiled", "cuda_graph" or "onnx" (see `fastddpm.engines`). "auto"
                 takes a compiled step where there is one or the run is long enough to earn the time to compile.
             precision: the network's arithmetic: "fp32", "bf16", and on GPUs "tf32" and "fp16"; the state and its
                 update are float32 always.
@@ -334,30 +334,44 @@ class Sampler:
             ValueError: an argument is out of range or does not fit the network.
             FloatingPointError: the samples ran into NaN or infinity; says at which step.
         """
-        request = make_request(
-            self.spec, self.device, n, sample_ids, class_labels, guidance_scale, x_T, noise, batch_size
-        )
-        if output not in ("unit", "raw", "uint8", "pil"):
-            raise ValueError(f"sample: output must be unit, raw, uint8 or pil, got {output!r}; pick one")
-        seed_bits(seed)
-        table = self._plan(
-            solver=solver,
-            steps=steps,
-            timesteps=timesteps,
-            prev_timesteps=prev_timesteps,
-            eta=eta,
-            clip=clip,
-            clipped_eps=clipped_eps,
-            variance=variance,
-        )
-        check_noise(noise, table.S, n, self.spec.shape)
+        with self.stepper.undisturbed():
+            if output not in ("unit", "raw", "uint8", "pil"):
+                raise ValueError(f"sample: output must be unit, raw, uint8 or pil, got {output!r}; pick one")
+            request = make_request(
+                self.spec, self.device, n, sample_ids, class_labels, guidance_scale, x_T, noise, batch_size
+            )
+            seed_bits(seed)
+            table = self._plan(
+                solver=solver,
+                steps=steps,
+                timesteps=timesteps,
+                prev_timesteps=prev_timesteps,
+                eta=eta,
+                clip=clip,
+                clipped_eps=clipped_eps,
+                variance=variance,
+            )
+            check_noise(noise, table.S, n, self.spec.shape)
+            drawn = self._run(table, request, seed, noise, callback, progress)
+            return to_output(drawn, output, self.spec.to_bytes, self.spec.to_unit)
+
+    def _run(
+        self,
+        table: StepTable,
+        request: Request,
+        seed: int,
+        noise: NoiseSource | None,
+        callback: Callable[[Preview], None] | None,
+        progress: bool | None,
+    ) -> Tensor:
+        """The final states of all samples."""
+        self.stepper.refresh()
         batches = list(request.batches())
         finished = []
-        with StepProgress(table.S * len(batches), n, progress) as bar, self.stepper.undisturbed():
-            self.stepper.refresh()
+        with StepProgress(table.S * len(batches), len(request.ids), progress) as bar:
             for batch in batches:
                 finished.append(self._run_batch(table, batch, seed, noise, callback, bar))
-        return to_output(torch.cat(finished), output, self.spec.to_bytes, self.spec.to_unit)
+        return torch.cat(finished)
 
     def _plan(self, **options: Any) -> StepTable:  # noqa: ANN401 - `table` and `sample` name and type them
         """The coefficients of a run, on the CPU."""
@@ -408,7 +422,7 @@ class Sampler:
         return _filled(torch.randn(shape, generator=noise, device=noise.device), batch)
 
     def _noise(self, table: StepTable, batch: Request, noise: NoiseSource | None) -> Callable[[int], Tensor] | None:
-        """What gives z of each loop step, float32 [1, B, C, H, W] of a filled batch; None where it is seeded or unused."""
+        """What gives z of a loop step, float32 [1, B, C, H, W] of a filled batch; None where it is seeded or unused."""
         if noise is None or not table.uses_noise:
             return None
         if isinstance(noise, Tensor):

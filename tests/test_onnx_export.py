@@ -19,7 +19,7 @@ from fastddpm import CheckpointError, ModelSpec, NoiseSchedule, Sampler  # noqa:
 from fastddpm.export import OnnxSampler, export_onnx  # noqa: E402
 from fastddpm.export.graph import Graph, in_order  # noqa: E402
 from fastddpm.export.model_file import _tensors, write_model  # noqa: E402
-from fastddpm.export.modules import EmbeddedRows, row_network  # noqa: E402
+from fastddpm.export.modules import Ask, step_of  # noqa: E402
 from fastddpm.export.normals import add_words, first_noise, step_noise  # noqa: E402
 from fastddpm.export.session import OnnxSession  # noqa: E402
 from fastddpm.export.tensorrt import check_tensorrt  # noqa: E402
@@ -103,12 +103,12 @@ def test_a_picture_does_not_depend_on_its_batch(exported, name, batch_size):
     torch.testing.assert_close(parts, whole, rtol=0, atol=TIGHT)
 
 
-def test_many_steps_of_many_classes_have_their_times_tabulated():
-    """A table of projections would be larger than the weights: one of time embeddings takes its place."""
+def test_what_depends_on_time_alone_is_tabulated_and_classes_are_told():
+    """A table of projections of all classes would be larger than the weights."""
     ours = tiny_sampler(T=400)
     table = ours.table(solver="ddpm")
-    network = row_network(ours.model, ours.spec, table)
-    assert isinstance(network, EmbeddedRows)
+    network = Ask(step_of(ours.model, ours.spec, table), ours.spec, table)
+    assert network.conditions.shape == (401, ours.model.config.embedding_dim)
     x, step, y = torch.randn(3, 1, 8, 8), torch.tensor([0, 7, 399]), torch.tensor([1, 0, 3])
     with torch.no_grad():
         theirs = network(x, step, y)

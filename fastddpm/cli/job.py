@@ -28,9 +28,9 @@ from fastddpm.images import (
 )
 from fastddpm.noise import seed_bits
 from fastddpm.progress import StepProgress
-from fastddpm.step.request import default_batch_size, make_request
 from fastddpm.sampler import Preview, Sampler
 from fastddpm.solvers import DynamicThreshold, Solver
+from fastddpm.step.request import default_batch_size, make_request
 
 MOST_PICTURES = 10**7
 MOST_BYTES = 64 << 30

@@ -1,11 +1,11 @@
 """Engine: how one network's steps run, and the choice where that is left to us.
 
-    eager       the Python function itself.
-    compiled    the step as one graph: an ahead-of-time package on CPUs, `torch.compile` on GPUs.
-    cuda_graph  the compiled step, captured several times over and replayed with one launch.
-    onnx        eager steps of a network that ONNX Runtime runs (see `fastddpm.export`).
-    auto        eager, or the best of the others for the device, whichever was measured to be quicker; it compiles only
-                where the run is long enough to earn the time back, and remembers what it measured.
+eager       the Python function itself.
+compiled    the step as one graph: an ahead-of-time package on CPUs, `torch.compile` on GPUs.
+cuda_graph  the compiled step, captured several times over and replayed with one launch.
+onnx        eager steps of a network that ONNX Runtime runs (see `fastddpm.export`).
+auto        eager, or the best of the others for the device, whichever was measured to be quicker; it compiles only
+where the run is long enough to earn the time back, and remembers what it measured.
 """
 
 from __future__ import annotations
@@ -39,13 +39,26 @@ class Quick(Protocol):
 
     name: str
 
-    def formed(self, call: Call) -> Call: ...
-    def key(self, call: Call) -> str: ...
-    def is_kept(self, call: Call) -> bool: ...
-    def is_ready(self, call: Call) -> bool: ...
-    def is_there(self, call: Call) -> bool: ...
-    def prepare(self, call: Call, on_compile: Callable[[bool], None]) -> float | None: ...
-    def runner(self, call: Call) -> Runner: ...
+    def formed(self, call: Call) -> Call:
+        """The call in the form that the prepared step serves."""
+
+    def key(self, call: Call) -> str:
+        """Names what is prepared, and what was measured of it."""
+
+    def is_kept(self, call: Call) -> bool:
+        """Whether the key means the same in other processes."""
+
+    def is_ready(self, call: Call) -> bool:
+        """Whether the step is at hand."""
+
+    def is_there(self, call: Call) -> bool:
+        """Whether the step can be had without compiling."""
+
+    def prepare(self, call: Call, on_compile: Callable[[bool], None]) -> float | None:
+        """Have the step at hand; returns the seconds that compiling took, if it had to."""
+
+    def runner(self, call: Call) -> Runner:
+        """What drives a call whose step is at hand."""
 
 
 class Engine:

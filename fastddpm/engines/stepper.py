@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
@@ -29,6 +28,7 @@ class Stepper:
     """Starts batches of one network.
 
     Attributes:
+        source: the network as it was given.
         network: as steps ask for it, in its precision.
         book: the rows of its runs.
         engine: what runs its steps.
@@ -54,9 +54,9 @@ class Stepper:
             make_engine: is handed what tells the digest of the weights.
         """
         self.spec, self.device, self.precision = spec, device, precision
-        self._source = as_network(model)
+        self.source = as_network(model)
         self.network = self._cast()
-        self._weights = Weights(self._source)
+        self._weights = Weights(self.source)
         self._lock = threading.Lock()
         self.engine = make_engine(lambda: self._weights.digest)
         with self.undisturbed():
@@ -76,9 +76,9 @@ class Stepper:
         with self._lock:
             if not self._weights.have_changed():
                 return
-            if self.network is not self._source:
+            if self.network is not self.source:
                 # Copied in place: what was captured or compiled reads the same memory.
-                self.network.load_state_dict(self._source.state_dict())
+                self.network.load_state_dict(self.source.state_dict())
             self.book.forget(cast(Network, self.network))
 
     @contextlib.contextmanager
@@ -155,9 +155,7 @@ class Stepper:
             call = Call(Step(self.network, form), state, self.book, torch.zeros_like(state.x)[None] if noise else None)
             yield call.formed()
 
-    def _places(
-        self, table: StepTable, batch: Request, guided: bool
-    ) -> contextlib.AbstractContextManager[Places]:
+    def _places(self, table: StepTable, batch: Request, guided: bool) -> contextlib.AbstractContextManager[Places]:
         labels: Sequence[int | None] = [None] * len(batch.ids)
         uncond = None
         if batch.labels is not None and self.book.holds_classes:
@@ -167,5 +165,5 @@ class Stepper:
     def _cast(self) -> nn.Module:
         """The network in its precision; the given one stays as it is."""
         if self.precision not in DTYPES:
-            return self._source
-        return cast(nn.Module, cast(Network, self._source).cast(DTYPES[self.precision]))
+            return self.source
+        return cast(nn.Module, cast(Network, self.source).cast(DTYPES[self.precision]))

@@ -87,9 +87,7 @@ class Book:
             }  # fmt: skip
 
     @contextlib.contextmanager
-    def open(
-        self, table: StepTable, labels: Sequence[int | None], uncond: int | None = None
-    ) -> Iterator[Places]:
+    def open(self, table: StepTable, labels: Sequence[int | None], uncond: int | None = None) -> Iterator[Places]:
         """Have a run's chapters in the book for the length of the block.
 
         Args:

@@ -7,7 +7,7 @@ A network's dependence on time is known before a run begins, so it is asked twic
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, Self, cast, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastddpm.spec import ModelSpec
 
 TABLE_BYTES = 256 << 20
-"""Largest table of all training steps and classes that is kept; networks that need more are told the class in each step."""
+"""Largest table of all training steps and classes; networks that would need more are told the class in each step."""
 
 
 @runtime_checkable
@@ -80,9 +80,9 @@ class Foreign(nn.Module):
     def forward(self, x: Tensor, t: Tensor, *labels: Tensor, **more: Tensor) -> Tensor:
         """The model's own call."""
         if self.dtype is None:
-            return self.model(x, t, *labels, **more)
+            return torch.as_tensor(self.model(x, t, *labels, **more))
         with torch.autocast(x.device.type, self.dtype):
-            return self.model(x, t, *labels, **more).float()
+            return torch.as_tensor(self.model(x, t, *labels, **more)).float()
 
     def tabulate(self, times: Tensor, label: int | None = None) -> Tensor:
         """The times themselves."""
@@ -122,7 +122,7 @@ def as_network(model: Callable[..., Tensor] | Network) -> nn.Module:
         return model
     if not callable(model):
         raise TypeError(f"network: model must be a module or a callable, got {type(model).__name__}; pass (x, t) → ε")
-    return Foreign(cast("Callable[..., Tensor]", model))
+    return Foreign(model)
 
 
 def rows_hold_classes(network: Network, spec: ModelSpec, T: int) -> bool:

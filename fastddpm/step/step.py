@@ -7,7 +7,7 @@ exported to ONNX or served, it is this object, and what a test proves of it hold
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,9 +126,9 @@ class Step(nn.Module):
         """Make the step.
 
         Args:
-            tensors: in the order of `StepForm.names`: x, step, end, sample_id and seed as in `State`; rows, timesteps and
-                conditions as in `Book`; then, as the form has them, labels, uncond, guidance and history as in `State`,
-                and noise, float32 [N, B, C, H, W], z, as in `p_sample` (with N = 1 that of this step).
+            tensors: in the order of `StepForm.names`: x, step, end, sample_id and seed as in `State`; rows, timesteps
+                and conditions as in `Book`; then, as the form has them, labels, uncond, guidance and history as in
+                `State`, and noise, float32 [N, B, C, H, W], z, as in `p_sample` (with N = 1 that of this step).
 
         Returns:
             x, step and, where there is one, history, one step later.
@@ -225,15 +225,15 @@ class Step(nn.Module):
             if out_uncond is not None and guidance is not None:
                 combined = out_uncond + guidance[:, None, None, None] * (out - out_uncond)
             bound = dynamic_bound(x, combined, rows[torch.minimum(step, end)], form.threshold)
-        options = {"noise": noise, "out_uncond": out_uncond, "guidance": guidance, "history": history, "bound": bound}
-        place = (rows, timesteps, step, end, sample_id, seed)
         later = torch.minimum(step + 1, end)
-        if form.in_place:
-            p_sample(x, out, *place, **options, stochastic=form.stochastic)
-            new, past = x, history
-            later = step.copy_(later)
-        else:
-            new, past = p_sample_reference(x, out, *place, **options, stochastic=form.stochastic)
+        run = p_sample if form.in_place else p_sample_reference
+        changed = run(
+            x, out, rows, timesteps, step, end, sample_id, seed,
+            noise=noise, out_uncond=out_uncond, guidance=guidance, history=history, bound=bound,
+            stochastic=form.stochastic,
+        )  # fmt: skip
+        new, past = (x, history) if changed is None else changed
+        later = step.copy_(later) if form.in_place else later
         return (new, later) if not form.history or past is None else (new, later, past)
 
 
@@ -263,7 +263,7 @@ class Call:
         """The same call on a copy of the samples."""
         return dataclasses.replace(self, state=self.state.copy())
 
-    def formed(self, **changes: bool) -> Call:
+    def formed(self, **changes: Any) -> Call:  # noqa: ANN401 - the fields of `StepForm` type them
         """The call with another form of the step; where it keeps a history now, there is room for one."""
         form = dataclasses.replace(self.step.form, **changes)
         state = self.state
