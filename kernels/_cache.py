@@ -98,12 +98,12 @@ def _examined(*, make: bool) -> tuple[Path | None, str]:
     try:
         if make:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        elif not os.path.lexists(folder):
-            above = next(place for place in folder.parents if os.path.lexists(place))
-            usable = above.is_dir() and os.access(above, os.W_OK | os.X_OK, effective_ids=True)
-            return None, "" if usable else f"{folder} must be a folder, got none, nor can it be made; {_ELSEWHERE}"
         refusal = _refusal(folder)
     except OSError as error:
+        if not make and isinstance(error, FileNotFoundError) and not folder.is_symlink():
+            above = next(place for place in folder.parents if place.exists())
+            if above.is_dir() and os.access(above, os.W_OK | os.X_OK, effective_ids=True):
+                return None, ""  # not made yet
         return None, f"{folder} must be a folder, got {_reason(error)}; {_ELSEWHERE}"
     if refusal:
         return None, refusal

@@ -54,14 +54,11 @@ def load(source: Path, functions: tuple[str, ...]) -> ctypes.CDLL:
 @functools.cache
 def _loaded(source: Path, functions: tuple[str, ...]) -> ctypes.CDLL | str:
     """The library, or why there is none: to find that out again would take as long as the first time."""
-    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return f"{source.name}: a C compiler must be there, found none; install gcc"
     why = ""
     try:
         digest = hashlib.blake2b(source.read_bytes(), digest_size=8)
-        digest.update(" ".join((compiler, *_FLAGS, processor())).encode())
-        for path in _candidates(f"{source.stem}-{digest.hexdigest()}", (compiler, *_FLAGS, str(source))):
+        digest.update(" ".join((os.environ.get("CC", ""), *_FLAGS, processor())).encode())
+        for path in _candidates(source, f"{source.stem}-{digest.hexdigest()}"):
             try:
                 library = ctypes.CDLL(str(path))
                 for function in functions:
@@ -74,15 +71,19 @@ def _loaded(source: Path, functions: tuple[str, ...]) -> ctypes.CDLL | str:
     return f"{source.name}: must be compiled and loaded, got {' '.join(why.split())}"
 
 
-def _candidates(key: str, command: tuple[str, ...]) -> Iterator[Path]:
+def _candidates(source: Path, key: str) -> Iterator[Path]:
     """The library that was kept; and if that one does not load, a new one."""
     kept = find(key, ".so")
     if kept is not None:
         yield kept
-    built = private_folder() / f"{key}.so"
-    done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, errors="replace", check=False)
+    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise NativeError("no C compiler; install gcc")
+    new = private_folder() / f"{key}.so"
+    command = [compiler, *_FLAGS, str(source), "-o", str(new)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
-        raise NativeError(f"from {command[0]}: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
-    own = sealed(built, key, ".so")
+        raise NativeError(f"from {compiler}: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+    own = sealed(new, key, ".so")
     yield keep(own)
     yield own  # for a cache on a disk that nothing may be executed from

@@ -1,0 +1,50 @@
+"""Caches that are fine, and caches that are not: what the tests of compiled code's folder share."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fastddpm.kernels import _cache
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the cache is to be, in a process that has not said anything yet and whose temporary files lie beside it."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(_cache, "_said", set())
+    monkeypatch.setattr(_cache, "_private", None)
+    monkeypatch.setenv("FASTDDPM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def users_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The same for a user whom permissions hold back, as they do not root."""
+    if os.geteuid() != 0:
+        yield cache
+        return
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder, contextlib.ExitStack() as root_again:
+        os.chown(folder, NOBODY, NOBODY)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        monkeypatch.setenv("FASTDDPM_CACHE", f"{folder}/cache")
+        try:
+            os.seteuid(NOBODY)
+        except OSError:
+            pytest.skip("root cannot become another user here")
+        root_again.callback(os.seteuid, 0)
+        yield Path(folder, "cache")
+
+
+def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a file or folder belong to somebody else."""
+    if os.geteuid() == 0:
+        os.chown(path, NOBODY, NOBODY)
+    else:  # only root can; so we become somebody else in name
+        monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
