@@ -143,14 +143,14 @@ def _reason(error: OSError) -> str:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def entries(folder: Path, suffix: str) -> list[tuple[str, Path]]:
+def entries(folder: Path, *suffixes: str) -> list[tuple[str, Path]]:
     """What was kept in a folder: keys and files, the ones that were used last coming first."""
     found = []
     with contextlib.suppress(OSError), os.scandir(folder) as files:
         for file in files:
             name = _NAME.fullmatch(file.name)
             with contextlib.suppress(OSError):  # another process may have removed it
-                if name and name["suffix"] == suffix and file.is_file():
+                if name and name["suffix"] in suffixes and file.is_file():
                     found.append((file.stat().st_mtime, name["key"], Path(file.path)))
     return [(key, path) for _, key, path in sorted(found, reverse=True)]
 

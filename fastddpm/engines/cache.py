@@ -26,7 +26,9 @@ CACHE_BYTES = 4 << 30
 WAIT_S = 300.0
 """How long a process waits for another one that is making the same package, before it makes its own."""
 SUFFIX = ".pt2"
+"""Of compiled steps; packages with other suffixes lie beside them."""
 
+_SUFFIXES = (SUFFIX, ".onnx")
 _UNFINISHED_S = 86400.0
 _NO_PART_OF_A_STEP = frozenset(
     {"bench", "cli", "checkpoints", "integrations", "train", "data", "pretrained", "__pycache__"}
@@ -59,46 +61,43 @@ def _digest(package: Path) -> tuple[str, float]:
     return digest.hexdigest(), changed
 
 
-def packages() -> dict[str, Path]:
+def packages(suffix: str = SUFFIX) -> dict[str, Path]:
     """The packages in the cache by key, unverified: to count them, or to see whether there is one."""
-    return {key: path for folder in reversed(files.folders()) for key, path in reversed(files.entries(folder, SUFFIX))}
+    return {key: path for folder in reversed(files.folders()) for key, path in reversed(files.entries(folder, suffix))}
 
 
-def find(key: str) -> Path | None:
+def find(key: str, suffix: str = SUFFIX) -> Path | None:
     """The package of this key, if there is one that is as it was written; it counts as used now.
 
     What is damaged is removed, what somebody else could have written is left alone, and both are said.
     """
-    return files.find(key, SUFFIX)
+    return files.find(key, suffix)
 
 
-def find_or_make(key: str, make: Callable[[Path], object], *, keep: bool = True) -> Path:
+def find_or_make(key: str, make: Callable[[Path], object], *, keep: bool = True, suffix: str = SUFFIX) -> Path:
     """The package of this key; only one process makes it, the others wait for it.
 
     Args:
         key: letters, digits, `-` and `_`: all that the package depends on.
-        make: writes a package to the path that it is given; not called if there is one.
-        keep: whether other processes may have it; else it lies in a folder of this one's own.
+        make: writes the package, one file, to the path that it is given; not called if there is one.
+        keep: whether there may be one, and is one afterwards; else it is made for this caller alone, who may remove it.
+        suffix: of the file's name.
 
     Returns:
-        Where the package is. It may be gone after a while: load it now, and make it anew if it is.
+        Where the package is. Load it now: it may be gone after a while. What is not in the cache is removed at exit.
 
     Raises:
         OSError: there is not even a place for temporary files.
     """
-    waiting = "another process compiles the same step; waiting for it"
-    with locked(key, WAIT_S, waiting) if keep else contextlib.nullcontext():
-        found = find(key)
+    if not keep:
+        return _made(key, make, suffix)
+    with locked(key, WAIT_S, "another process makes the same package; waiting for it"):
+        found = find(key, suffix)
         if found is not None:
             return found
         # Compiling does not depend on the cache: what cannot be kept is used all the same.
-        new = files.private_folder() / f"{key}.{uuid.uuid4().hex[:8]}{SUFFIX}"
-        try:
-            make(new)
-            own = files.sealed(new, key, SUFFIX)
-        finally:
-            new.unlink(missing_ok=True)
-        path = files.keep(own) if keep else own
+        own = files.sealed(_made(key, make, suffix), key, suffix)
+        path = files.keep(own)
         if path != own:
             own.unlink()
             with contextlib.suppress(OSError):  # another process may be doing the same
@@ -106,10 +105,21 @@ def find_or_make(key: str, make: Callable[[Path], object], *, keep: bool = True)
     return path
 
 
-def forget(key: str) -> None:
+def _made(key: str, make: Callable[[Path], object], suffix: str) -> Path:
+    """A new package in this process' own folder."""
+    new = files.private_folder() / f"{key}.{uuid.uuid4().hex[:8]}{suffix}"
+    try:
+        make(new)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    return new
+
+
+def forget(key: str, suffix: str = SUFFIX) -> None:
     """Remove the packages of this key."""
     for folder in files.folders():
-        for name, path in files.entries(folder, SUFFIX):
+        for name, path in files.entries(folder, suffix):
             if name == key:
                 with contextlib.suppress(OSError):
                     path.unlink()
@@ -155,7 +165,7 @@ def _acquired(lock: FileLock, seconds: float, waiting: str) -> bool:
 def _prune(keep: Path) -> None:
     """Remove the packages that were used longest ago until all fit, and what processes left that were killed."""
     total = keep.stat().st_size
-    for _, path in files.entries(keep.parent, SUFFIX):
+    for _, path in files.entries(keep.parent, *_SUFFIXES):
         if path != keep:
             with contextlib.suppress(OSError):
                 total += path.stat().st_size

@@ -54,11 +54,14 @@ def test_the_digest_follows_the_sources_of_steps(package, name, matters):
     assert (store._digest(package)[0] != before) == matters
 
 
-def test_the_digest_tells_files_apart(package):
-    before, _ = store._digest(package)
-    (package / "a.py").write_text("")
-    (package / "step" / "b.py").write_text("11")
-    assert store._digest(package)[0] != before
+def test_the_digest_tells_a_file_from_a_part_of_another(tmp_path):
+    digests = set()
+    for name, texts in {"two": {"a.py": "", "b.py": "x"}, "one": {"a.py": "b.py\nx"}}.items():
+        (tmp_path / name).mkdir()
+        for file, text in texts.items():
+            (tmp_path / name / file).write_text(text)
+        digests.add(store._digest(tmp_path / name)[0])
+    assert len(digests) == 2
 
 
 def test_our_own_digest_is_of_this_package():
@@ -101,12 +104,20 @@ def test_a_damaged_package_is_made_anew(cache):
         assert find_or_make("key", writes(b"x" * 1000)).read_bytes() == b"x" * 1000
 
 
-def test_a_package_for_this_process_alone(cache):
-    path = find_or_make("key", writes(b"mine"), keep=False)
-    assert path.parent == private_folder() and find("key") == path
-    assert not cache.exists() or os.listdir(cache) == []
+def test_a_package_for_one_caller_is_made_for_each(cache):
+    kept = find_or_make("key", writes(b"kept"))
+    paths = [find_or_make("key", writes(content), keep=False) for content in (b"one", b"other")]
+    assert [path.read_bytes() for path in paths] == [b"one", b"other"]
+    assert {path.parent for path in paths} == {private_folder()} and find("key") == kept
     forget("key")
-    assert find("key") is None and not path.exists()
+    assert find("key") is None and packages() == {} and all(path.exists() for path in paths)
+
+
+def test_packages_of_other_kinds_lie_beside_them(cache):
+    step, network = find_or_make("key", writes(b"1")), find_or_make("key", writes(b"2"), suffix=".onnx")
+    assert (find("key"), find("key", ".onnx")) == (step, network) and packages(".onnx") == {"key": network}
+    forget("key", ".onnx")
+    assert (find("key"), find("key", ".onnx")) == (step, None)
 
 
 def test_forgetting_is_of_one_key(cache):
@@ -149,7 +160,7 @@ def test_two_at_once_make_one(cache):
         path.write_bytes(b"whole")
 
     threads = [threading.Thread(target=lambda: paths.append(find_or_make("key", make))) for _ in range(2)]
-    with pytest.warns(CacheWarning, match="another process compiles the same step; waiting for it"):
+    with pytest.warns(CacheWarning, match="another process makes the same package; waiting for it"):
         threads[0].start()
         assert busy.wait(10)
         threads[1].start()
@@ -200,8 +211,9 @@ def test_the_packages_that_were_used_longest_ago_go_first(cache, monkeypatch):
 def test_what_was_just_made_stays_however_large(cache, monkeypatch):
     monkeypatch.setattr(store, "CACHE_BYTES", 10)
     find_or_make("old", writes(b"x" * 100))
+    find_or_make("old", writes(b"x" * 100), suffix=".onnx")
     find_or_make("new", writes(b"x" * 100))
-    assert set(packages()) == {"new"}
+    assert set(packages()) == {"new"} and packages(".onnx") == {}
 
 
 def test_nothing_else_is_removed(cache, monkeypatch):

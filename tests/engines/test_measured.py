@@ -59,7 +59,7 @@ FILES = {
     "empty": b"", "cut short": json.dumps({"a": GOOD}).encode()[:-5], "a list": b"[1, 2]", "a number": b"NaN",
     "binary": bytes(range(256)), "UTF-16": json.dumps({"a": GOOD}).encode("utf-16"), "NULs": b"\0" * 100,
     "deep": b"[" * 100_000, "deep and whole": b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "digits": b"9" * 10_000,
-    "huge": b'{"a": "' + b"x" * (5 << 20) + b'"}',
+    "huge": json.dumps({"a": GOOD, "b": "x" * (5 << 20)}).encode(),
 }  # fmt: skip
 
 
