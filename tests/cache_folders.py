@@ -3,8 +3,9 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,8 +44,20 @@ def users_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a file or folder belong to somebody else."""
+    """Let a file or folder belong to somebody else; where only root could do that, it looks as if it did."""
     if os.geteuid() == 0:
         os.chown(path, NOBODY, NOBODY)
-    else:  # only root can; so we become somebody else in name
-        monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
+        return
+    given = os.stat(path)
+
+    def as_if(look: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
+        def looked(*arguments: Any, **options: Any) -> os.stat_result:  # noqa: ANN401
+            found = look(*arguments, **options)
+            if not os.path.samestat(found, given):
+                return found
+            return os.stat_result((*found[:4], os.geteuid() + 1, *found[5:]))
+
+        return looked
+
+    monkeypatch.setattr(os, "stat", as_if(os.stat))
+    monkeypatch.setattr(os, "fstat", as_if(os.fstat))
