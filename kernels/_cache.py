@@ -53,7 +53,10 @@ def cache_folder() -> Path:
         OSError: nor is there a place for temporary files.
     """
     folder, problem = _examined(make=True)
-    return private_folder() if problem or folder is None else folder
+    if folder is not None and not problem:
+        return folder
+    say_once(CACHE_VARIABLE, problem)
+    return private_folder()
 
 
 def no_cache() -> str:
@@ -122,7 +125,7 @@ def _refusal(folder: Path) -> str:
     if not stat.S_ISDIR(found.st_mode):
         return f"{folder} must be a folder, got a file; {_ELSEWHERE}"
     others = _others(found)
-    return f"{folder} must be yours alone, got {others}; chmod go-w it, or {_ELSEWHERE}" if others else ""
+    return f"{folder} must be yours alone, got {others}; make it so, or {_ELSEWHERE}" if others else ""
 
 
 def _others(found: os.stat_result) -> str:

@@ -112,7 +112,7 @@ FAULTS = {
     no_home: "must be a folder, got none",
     another_users: "must be yours alone, got one that belongs to user",
     a_link_to_another_users: "must be yours alone, got one that belongs to user",
-    writable_for_a_group: r"must be yours alone, got one that others may write to \(drwxrwx---\); chmod go-w it",
+    writable_for_a_group: r"must be yours alone, got one that others may write to \(drwxrwx---\); make it so",
     writable_for_all: r"must be yours alone, got one that others may write to \(drwxrwxrwt\)",
 }
 
@@ -127,6 +127,13 @@ def test_without_a_usable_folder_there_is_a_private_one_and_one_line(cache, monk
         assert find("key", ".so") == path and is_private(path) and cache_folder() == private_folder()
     assert [str(w.message) for w in said] == [f"cache: {no_cache()}"] and "\n" not in no_cache()
     assert sorted(os.walk(cache)) == before
+
+
+def test_whoever_asks_for_the_place_is_told(cache, monkeypatch):
+    a_file(cache, monkeypatch)
+    with pytest.warns(CacheWarning, match="must be a folder, got a file") as said:
+        assert [cache_folder() for _ in range(2)] == [private_folder()] * 2
+    assert len(said) == 1
 
 
 def unwritable(folder):
