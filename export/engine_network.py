@@ -4,47 +4,52 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastddpm import __version__
-from fastddpm.checkpoints import CheckpointError
+from fastddpm.engines import cache
+from fastddpm.engines.weights import Weights
 from fastddpm.export.convert import require_onnx
-from fastddpm.export.model_file import weights_hash
 from fastddpm.export.session import OnnxSession, Provider
-from fastddpm.kernels._native import cache_folder
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import ModelSpec
-from fastddpm.unet import UNet
+from fastddpm.step.network import Foreign, as_network
+
+_ONE_FILE_BYTES = 1_900_000_000
 
 
-class EngineNetwork:
-    """A network in ONNX Runtime, called like the one in PyTorch that it was made from.
-
-    Attributes:
-        module: the network in PyTorch.
-    """
+class EngineNetwork(Foreign):
+    """A network in ONNX Runtime, called like the one in PyTorch that it was made from, which is its `model`."""
 
     def __init__(
-        self, module: nn.Module | Callable[..., Tensor], schedule: NoiseSchedule, spec: ModelSpec, device: torch.device
+        self, model: Callable[..., Tensor], schedule: NoiseSchedule, spec: ModelSpec, device: torch.device
     ) -> None:
         """Remember the network; it is exported when it is first called.
 
         Args:
-            module: the network.
+            model: the network.
             schedule: the noise schedule it was trained with.
             spec: its conventions.
             device: where states are; on a GPU, ONNX Runtime's CUDA provider runs it.
         """
-        self.module, self.device = module, device
-        self._schedule, self._spec = schedule, spec
+        super().__init__(model)
+        self._network: Any = as_network(model)
+        self._schedule, self._spec, self._device = schedule, spec, device
         self._session: OnnxSession | None = None
+        self._weights = Weights(self)
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, x_self_cond: Tensor | None = None) -> Tensor:
+    def tabulate(self, times: Tensor, label: int | None = None) -> Tensor:
+        """The times; asked again when weights have changed, and then the network is exported anew."""
+        if self._weights.have_changed():
+            self._session = None
+        return times
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, x_self_cond: Tensor | None = None) -> Tensor:
         """The network's output, on x's device; arguments as the network's own."""
         session = self._session = self._session or self._open()
         given = {"x": x, "t": t, "y": y, "x_self_cond": x_self_cond}
@@ -61,30 +66,29 @@ class EngineNetwork:
         from fastddpm.export.exporter import export_onnx
         from fastddpm.sampler import Sampler
 
-        provider: Provider = "cuda" if self.device.type == "cuda" else "cpu"
-        sampler = Sampler(self.module, self._schedule, self._spec, device=self.device, engine="eager")
-        # Another network's code is not known to us, so its file is for this process alone.
-        keep = isinstance(self.module, UNet)
-        path = cache_folder() / f"{self._key() if keep else f'onnx-{os.getpid()}-{id(self):x}'}.onnx"
-        try:
-            return OnnxSession(path, provider)
-        except CheckpointError:  # absent, or cut short
-            export_onnx(sampler, path, what="network")
+        provider: Provider = "cuda" if self._device.type == "cuda" else "cpu"
+        sampler = Sampler(self.model, self._schedule, self._spec, device=self._device, engine="eager")
+        # Another network's code is not known to us, so its file is for this process alone; and beyond 2 GB there are two.
+        size = sum(p.numel() * p.element_size() for p in self.parameters())
+        keep = self._network.identity() is not None and size < _ONE_FILE_BYTES
+        path = cache.find_or_make(
+            self._key(), lambda new: export_onnx(sampler, new, what="network"), keep=keep, suffix=".onnx"
+        )
         try:
             return OnnxSession(path, provider)
         finally:
             if not keep:
-                path.unlink()
+                path.unlink(missing_ok=True)
+                path.with_name(f"{path.name}.data").unlink(missing_ok=True)
 
     def _key(self) -> str:
-        network = self.module
-        known = [str(network.config), weights_hash(network)] if isinstance(network, UNet) else []
-        text = json.dumps([__version__, torch.__version__, self._spec.to_dict(), *known], sort_keys=True)
+        parts = [__version__, torch.__version__, cache.source_digest(), self._spec.to_dict(), self._weights.digest]
+        text = json.dumps([*parts, self._network.identity()], sort_keys=True)
         return f"onnx-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
 def engine_network(
-    model: nn.Module | Callable[..., Tensor],
+    model: Callable[..., Tensor],
     schedule: NoiseSchedule,
     spec: ModelSpec,
     device: torch.device,

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastddpm.export.engine_network import EngineNetwork
 from fastddpm.images import to_unit
 from fastddpm.spec import ModelSpec
 from fastddpm.step.network import as_network
@@ -100,8 +99,6 @@ def as_module(model: object) -> nn.Module:
     Raises:
         TypeError: it is neither.
     """
-    if isinstance(model, EngineNetwork):
-        model = model.module
     if isinstance(model, nn.Module):
         return model
     if not callable(model):

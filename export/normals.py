@@ -39,7 +39,7 @@ def step_noise(timesteps: np.ndarray, shape: tuple[int, int, int], opset: int) -
         A model without declared inputs: step, seed and sample_id int64 [B], noise float32 [B, C, H, W].
     """
     graph = Graph("noise")
-    first, last = graph.constant("first", np.array(0)), graph.constant("last", np.array(len(timesteps) - 1))
+    first, last = graph.constant("first", np.array(0)), graph.constant("last", np.array([len(timesteps) - 1]))
     graph.op("Max", ["step", first], "step_raised")
     graph.op("Min", ["step_raised", last], "row")
     counters = graph.constant("counters", timesteps.astype(np.int64)[:, None, None] + _WORD)

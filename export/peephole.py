@@ -69,14 +69,9 @@ def _column(graph: onnx.GraphProto, first: onnx.NodeProto) -> tuple[int, onnx.No
 
 
 def _take_whole_noise(graph: onnx.GraphProto, gather: onnx.NodeProto) -> None:
-    """The update can be handed noise for several steps; of one step's, [1, B, …], row min(step, 0) is the whole."""
-    name = gather.input[0]
-    for kind in ("Reshape", "Unsqueeze"):
-        maker = next((node for node in graph.node if name in node.output), None)
-        if maker is None or maker.op_type != kind:
-            return
-        name = maker.input[0]
-    if name == "noise":
+    """The update is handed the noise of one step as [1, B, …], whose first row is the whole."""
+    maker = next((node for node in graph.node if gather.input[0] in node.output), None)
+    if maker is not None and maker.op_type == "Unsqueeze" and maker.input[0] == "noise":
         for node in _readers(graph, gather.output[0]):
             node.input[:] = ["noise" if read == gather.output[0] else read for read in node.input]
 

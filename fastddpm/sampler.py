@@ -206,7 +206,8 @@ class Sampler:
             )
         with self.stepper.undisturbed():
             self.stepper.refresh()
-            return self.model(x, t, **more) if y is None else self.model(x, t, y.to(self.device), **more)
+            network = self.stepper.network
+            return torch.as_tensor(network(x, t, **more) if y is None else network(x, t, y.to(self.device), **more))
 
     def table(
         self,

@@ -404,12 +404,24 @@ def test_the_onnx_engine_keeps_its_file(sampler, tmp_path, monkeypatch):
         other = Sampler(sampler.model, sampler.schedule, sampler.spec, device="cpu", engine="onnx")
         torch.testing.assert_close(other.sample(3, **options), ours, rtol=0, atol=TIGHT)
         assert other.engine.used == "onnx"
-        written.append([(path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir()])
+        written.append([(path.name, path.stat().st_ino) for path in tmp_path.glob("*.onnx")])
     assert len(written[0]) == 1 and written[0] == written[1]
     path = export_onnx(other, tmp_path / "m.onnx", what="network").files[0]  # of the network underneath
     assert OnnxSampler(path, "cpu").facts["weights_sha256"]
     with pytest.raises(ValueError, match="precision must be fp32 for the onnx engine, got bf16"):
         Sampler(sampler.model, sampler.schedule, sampler.spec, device="cpu", engine="onnx", precision="bf16")
+
+
+def test_the_onnx_engine_notices_changed_weights():
+    changing = tiny_sampler()
+    other = Sampler(changing.model, changing.schedule, changing.spec, device="cpu", engine="onnx")
+    options = {"class_labels": [0, 1, 2], "steps": 3, "progress": False}
+    before = other.sample(3, **options)
+    with torch.no_grad():
+        changing.model.stem.bias.add_(0.5)
+    after = other.sample(3, **options)
+    assert (after - before).abs().max() > 1e-2
+    torch.testing.assert_close(after, changing.sample(3, **options), rtol=0, atol=TIGHT)
 
 
 class SelfConditioned(torch.nn.Module):

@@ -13,12 +13,14 @@ import dataclasses
 import gc
 import hashlib
 import json
+import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -114,14 +116,18 @@ class AheadOfTime:
         def make(path: Path) -> None:
             on_compile(True)
             compile_step(call, path)
-            made.append(load_step(path))
+            made.append(load_step(path, key))
             check_step(made[0], call)
 
         try:
             path = cache.find_or_make(key, make, keep=self.is_kept(call))
+            if not made and not path.exists():  # another process has just made room for its own
+                path = cache.find_or_make(key, make, keep=self.is_kept(call))
         finally:
             on_compile(False)
-        self._steps[key] = made[0] if made else load_step(path)
+        self._steps[key] = made[0] if made else load_step(path, key)
+        if not self.is_kept(call):
+            path.unlink(missing_ok=True)
         return time.perf_counter() - began if made else None
 
     def runner(self, call: Call) -> Runner:
@@ -149,7 +155,7 @@ def compile_step(call: Call, path: Path) -> None:
     shapes = tuple({0: rows} if name in _IN_BOOK else None for name in call.step.names)
     # Exporting runs the step on fake tensors, so the samples stay as they are.
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _own_folder():
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 with_quick_layers(call), tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
@@ -160,6 +166,14 @@ def compile_step(call: Call, path: Path) -> None:
     except Exception as error:  # whatever the exporter, the compiler or the C++ compiler raise
         raise not_one_graph(error) from error
     _give_memory_back()
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[None]:
+    """Let the compiler work where nobody else can write: by itself it takes a folder that another user could make first."""
+    with mock.patch.dict(os.environ):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.private_folder() / "inductor"))
+        yield
 
 
 def with_quick_layers(call: Call) -> Step:
@@ -173,8 +187,12 @@ def with_quick_layers(call: Call) -> Step:
     return Step(network, call.step.form).eval()
 
 
-def load_step(path: Path) -> StepFunction:
+def load_step(path: Path, key: str) -> StepFunction:
     """Load a package: a function of the arguments of its step to what the step returns.
+
+    Args:
+        path: the package.
+        key: its key; the file that it was compiled to was called so.
 
     Raises:
         CompileError: the file is no package that runs here, or there is no room to unpack it.
@@ -189,7 +207,7 @@ def load_step(path: Path) -> StepFunction:
             f"engine: the compiled step {path} must load, got {reason}; see that {tempfile.gettempdir()} has room, or "
             "use engine='eager'"
         ) from error
-    _page_out(path.stem)
+    _page_out(key)
 
     def call(*tensors: Tensor) -> list[Tensor]:
         changed: list[Tensor] = loader.boxed_run(list(tensors))

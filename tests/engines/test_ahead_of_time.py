@@ -151,7 +151,7 @@ def test_a_wrongly_compiled_step_is_refused(monkeypatch):
         return x, torch.minimum(step + 1, end), more[-1]
 
     monkeypatch.setattr(ahead_of_time, "compile_step", lambda call, path: path.write_bytes(b"0"))
-    monkeypatch.setattr(ahead_of_time, "load_step", lambda path: passes)
+    monkeypatch.setattr(ahead_of_time, "load_step", lambda path, key: passes)
     sampler = like(tiny_sampler(), "compiled")
     with torch.no_grad():
         sampler.model.stem.bias.add_(0.125)  # weights that no other test has
