@@ -59,8 +59,13 @@ def capture_cuda_graph(launches: Callable[[], object]) -> Graph:
     return graph
 
 
-def compile_in_place(step: Step, arguments: list[Tensor]) -> StepFunction:
+def compile_in_place(step: Step, arguments: list[Tensor], backend: str = "inductor") -> StepFunction:
     """Compile a step for tensors like these, the book's capacity left open.
+
+    Args:
+        step: in place.
+        arguments: examples; the samples among them are moved a step on.
+        backend: of `torch.compile`.
 
     Raises:
         CompileError: it does not compile as one graph.
@@ -68,7 +73,7 @@ def compile_in_place(step: Step, arguments: list[Tensor]) -> StepFunction:
     for name, tensor in zip(step.names, arguments, strict=True):
         if name in ("rows", "timesteps", "conditions"):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    compiled: StepFunction = torch.compile(step, fullgraph=True, dynamic=False)
+    compiled: StepFunction = torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
     try:
         # Steps of other batches and forms share their Python code with this one; to compile it is no recompilation.
         with torch._dynamo.config.patch(
