@@ -69,7 +69,8 @@ class State:
         device = places.step.device
         ids = sample_ids.to(device)
         seeds = torch.full_like(ids, seed_bits(seed))
-        x = initial_noise(seeds, ids, shape) if x_T is None else x_T.to(device, torch.float32, copy=True).contiguous()
+        x = initial_noise(seeds, ids, shape) if x_T is None else x_T.to(device, torch.float32, copy=True)
+        x = x.contiguous()
         return cls(
             x,
             places.step.clone(),
