@@ -52,6 +52,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_regular(path: Path) -> None:
+    """Check that `path`, if there is anything, is a file or a folder: to open a pipe would mean to wait for its writer.
+
+    Raises:
+        ValueError: If it is a pipe, a socket or a device.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} must be a file, got a pipe, a socket or a device; write what it gives to a file")
+
+
 def make_folder(folder: Path) -> None:
     """Make `folder` and its parents, unless they are there.
 

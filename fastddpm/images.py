@@ -19,6 +19,8 @@ from fastddpm.files import atomic_path
 Output = Literal["unit", "raw", "uint8", "pil"]
 ToBytes = Literal["round", "truncate"]
 ToUnit = Literal["clamp", "affine", "identity"]
+SHOWN_CHANNELS = (1, 3, 4)
+"""Channels of pictures that image files can hold: gray, colour, colour with alpha."""
 
 
 def to_unit(x: Tensor, mapping: ToUnit = "clamp") -> Tensor:
@@ -69,7 +71,7 @@ def to_output(
 
 def _image(picture: Tensor) -> Image.Image:
     """A uint8 picture [C, H, W] as a PIL image."""
-    if picture.shape[0] not in (1, 3, 4):
+    if picture.shape[0] not in SHOWN_CHANNELS:
         raise ValueError(
             f"pictures must have 1, 3 or 4 channels, got {picture.shape[0]}; use output='raw' and map them"
         )

@@ -317,6 +317,30 @@ def test_train_then_sample(fastddpm, place, data):
     assert "trained already" in good(fastddpm("train", data, "--out", "run", "--epochs", 2, *TINY))
 
 
+@pytest.mark.parametrize("channels", [4, 5])
+def test_pictures_of_many_channels_train_and_sample(fastddpm, place, channels):
+    values = np.random.default_rng(0).integers(0, 256, (16, 8, 8, channels), dtype=np.uint8)
+    np.savez(place / "bands.npz", images=values)
+    result = fastddpm("train", "bands.npz", "--out", "run", "--epochs", 1, *TINY)
+    assert result.code == 0 and f"16 pictures ({channels}, 8, 8) from bands.npz, no classes" in result.out
+    said = "no grids of samples: pictures of 5 channels cannot be shown" in result.out
+    assert said == (channels == 5) and (place / "run" / "samples").exists() == (channels == 4)
+    good(fastddpm("sample", "run", "-n", 2, "--steps", 2, "--npz", "a.npz"))
+    with np.load(place / "a.npz") as archive:
+        assert archive["arr_0"].shape == (2, 8, 8, channels)
+
+
+def test_train_says_what_was_decided_about_the_pictures(fastddpm, place):
+    for i in range(16):
+        shade = np.random.default_rng(i).integers(0, 256, (8, 8) if i else (8, 8, 3), dtype=np.uint8)
+        (place / "data" / "one").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(shade).save(place / "data" / "one" / f"{i}.png")
+    result = fastddpm("train", "data", "--out", "run", "--epochs", 1, "--stop-after", 1, "--no-grids", *TINY)
+    lines = result.out.splitlines()
+    assert lines[0].startswith("16 pictures (3, 8, 8) from data, 1 class; ")
+    assert lines[1] == "pictures: 15 gray, 1 in colour: all become in colour"
+
+
 def test_every_option_of_train_once(fastddpm, place, data):
     options = [
         "--no-classes", "--lr", 1e-4, "--lr-schedule", "constant", "--warmup", 1, "--weight-decay", 0.01, "--ema", 0.5,

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from fastddpm.data import ImageData
     from fastddpm.spec import ModelSpec
     from fastddpm.training import Progress, Trainer
-    from fastddpm.unet import UNetConfig
 
 GRID_SAMPLES = 64
 GRID_STEPS = 25
@@ -133,6 +132,7 @@ def train(
 
     from fastddpm.data import load_images
     from fastddpm.files import check_writable
+    from fastddpm.images import SHOWN_CHANNELS
     from fastddpm.machine import pick_device
     from fastddpm.schedule import NoiseSchedule
     from fastddpm.spec import ModelSpec
@@ -146,9 +146,9 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     target = pick_device(device)
-    pictures = load_images(data, labels=labels, size=size)
+    pictures = load_images(data, labels=labels, size=size, classes=conditional)
     shape = (int(pictures.images.shape[1]), int(pictures.images.shape[2]), int(pictures.images.shape[3]))
-    classes = pictures.num_classes if conditional else None
+    classes = pictures.num_classes
     widths = _integers("--channels", channels)
     unet = UNetConfig(
         sample_size=shape[1:], in_channels=shape[0], out_channels=shape[0] * (2 if variance == "learned_range" else 1),
@@ -159,21 +159,26 @@ def train(
     spec = ModelSpec(
         shape=shape, prediction=prediction, variance=variance, num_classes=classes,
         null_class=classes if label_dropout > 0 else None,  # without dropout nothing ever trains that row
-        class_names=pictures.class_names if conditional else None,
+        class_names=pictures.class_names,
     )  # fmt: skip
     check_writable(out)
     torch.manual_seed(seed)
     trainer = Trainer(out, UNet(unet), NoiseSchedule.by_name(schedule, T), spec, pictures, config, device=target)
-    _announce(trainer, unet, spec, pictures)
-    _run(trainer, stop_after, not no_grids)
+    _announce(trainer, spec, pictures)
+    shown = shape[0] in SHOWN_CHANNELS
+    if not (shown or no_grids):
+        print(f"no grids of samples: pictures of {shape[0]} channels cannot be shown")
+    _run(trainer, stop_after, shown and not no_grids)
 
 
-def _announce(trainer: Trainer, unet: UNetConfig, spec: ModelSpec, pictures: ImageData) -> None:
+def _announce(trainer: Trainer, spec: ModelSpec, pictures: ImageData) -> None:
     parameters = sum(p.numel() for p in trainer.network.parameters())
-    classes = "no classes" if spec.num_classes is None else f"{spec.num_classes} classes"
+    classes = {None: "no classes", 1: "1 class"}.get(spec.num_classes, f"{spec.num_classes} classes")
     print(
         f"{len(pictures.images):,} pictures {spec.shape} from {pictures.source}, {classes}; {parameters:,} parameters"
     )
+    if pictures.note:
+        print(f"pictures: {pictures.note}")
     if trainer.resumed:
         news = "is trained already:" if trainer.step == trainer.total else "goes on at"
         print(f"{trainer.folder} {news} step {trainer.step:,} of {trainer.total:,}")
