@@ -316,9 +316,7 @@ class TestTrouble:
         with pytest.raises(error, match=message):
             tiny_sampler().sample(n, **options)
 
-    @pytest.mark.parametrize(
-        "value", ["0.5", None, [], ["x"], {}, object, b"x", 1j, True, np.array([1, 2])], ids=repr
-    )
+    @pytest.mark.parametrize("value", ["0.5", None, [], ["x"], {}, object, b"x", 1j, True, np.array([1, 2])], ids=repr)
     @pytest.mark.parametrize(
         "name",
         ["n", "seed", "sample_ids", "steps", "timesteps", "prev_timesteps", "eta", "clip", "class_labels",
