@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+from fastddpm import __version__
 from fastddpm.cli.bench import bench
 from fastddpm.cli.compile import compile_model
 from fastddpm.cli.convert import convert
@@ -27,8 +29,19 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastddpm {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def help_without_command(context: typer.Context) -> None:
+def help_without_command(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
     """Explain the commands to whoever names none."""
     if context.invoked_subcommand is None:
         print(context.get_help())

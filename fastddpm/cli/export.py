@@ -112,6 +112,7 @@ def export(
     """
     from fastddpm.export.convert import DEFAULT_OPSET  # late: PyTorch takes seconds to import, --help should not
     from fastddpm.export.exporter import export_onnx
+    from fastddpm.files import check_replaceable
     from fastddpm.sampler import Sampler
     from fastddpm.solvers import DynamicThreshold
 
@@ -123,6 +124,7 @@ def export(
         "licence": licence, "precision": "int8" if int8 else "fp16" if fp16 else "fp32", "tensorrt": tensorrt,
         "clip": "spec" if threshold is None else DynamicThreshold(threshold),
     }  # fmt: skip
+    check_replaceable(out)
     sampler = Sampler.from_pretrained(model, device="cpu", engine="eager", **parse_flags(flag))
     if server is not None:
         from fastddpm.export.server import check_repository, write_repository

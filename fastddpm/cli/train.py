@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 GRID_SAMPLES = 64
 GRID_STEPS = 25
+SAMPLES = "samples"
 DATA, LEARNING, NETWORK = "Pictures in, checkpoint out", "Learning", "Network"
 DIFFUSION, RUN = "Diffusion", "Running"
 
@@ -131,7 +132,7 @@ def train(
     import torch  # late, for --help: see `sample`
 
     from fastddpm.data import load_images
-    from fastddpm.files import check_writable
+    from fastddpm.files import check_writable, remove_leftovers
     from fastddpm.images import SHOWN_CHANNELS
     from fastddpm.machine import pick_device
     from fastddpm.schedule import NoiseSchedule
@@ -162,6 +163,7 @@ def train(
         class_names=pictures.class_names,
     )  # fmt: skip
     check_writable(out)
+    remove_leftovers(out / SAMPLES)
     torch.manual_seed(seed)
     trainer = Trainer(out, UNet(unet), NoiseSchedule.by_name(schedule, T), spec, pictures, config, device=target)
     _announce(trainer, spec, pictures)
@@ -191,6 +193,7 @@ def _run(trainer: Trainer, stop_after: int | None, grids: bool) -> None:
         TimeRemainingColumn(), console=console, disable=not console.is_terminal,
     )  # fmt: skip
     task = bar.add_task("", total=trainer.total, completed=trainer.step, news="")
+    first = trainer.step
     smooth: list[float] = []
 
     def on_progress(progress: Progress) -> None:
@@ -208,7 +211,8 @@ def _run(trainer: Trainer, stop_after: int | None, grids: bool) -> None:
             trainer.run(on_progress, stop_after)
     except KeyboardInterrupt:
         raise Stopped(f" at step {trainer.step}; the same command continues from there") from None
-    print(f"wrote {trainer.folder}; sample from it with: fastddpm sample {trainer.folder}")
+    wrote = f"wrote {trainer.folder}; " if trainer.step > first else ""
+    print(f"{wrote}sample from it with: fastddpm sample {trainer.folder}")
 
 
 def _draw_grid(trainer: Trainer, epoch: int) -> Path:
@@ -221,7 +225,7 @@ def _draw_grid(trainer: Trainer, epoch: int) -> Path:
     labels = None if classes is None else [i % classes for i in range(GRID_SAMPLES)]
     steps = min(GRID_STEPS, trainer.schedule.T)
     pictures = sampler.sample(GRID_SAMPLES, steps=steps, class_labels=labels, output="uint8", progress=False)
-    path = trainer.folder / "samples" / f"epoch_{epoch:04d}.png"
+    path = trainer.folder / SAMPLES / f"epoch_{epoch:04d}.png"
     save_image(path, make_grid(pictures, min_side=480))
     return path
 
