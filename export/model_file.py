@@ -51,6 +51,8 @@ def licence_of(path: Path | None) -> str | None:
     if path is None:
         return None
     card = (path if path.is_dir() else path.parent) / "README.md"
+    if not card.is_file():
+        return None
     try:
         lines = card.read_text(encoding="utf-8").splitlines()[:60]
     except (OSError, UnicodeDecodeError):

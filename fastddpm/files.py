@@ -122,7 +122,7 @@ def check_regular(path: Path) -> None:
     Raises:
         ValueError: If it is a pipe, a socket or a device.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise ValueError(f"{path} must be a file, got a pipe, a socket or a device; write what it gives to a file")
 
 

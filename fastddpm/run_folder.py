@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fastddpm.checkpoints import native
-from fastddpm.checkpoints.base import CheckpointError, check_weights
+from fastddpm.checkpoints.base import CheckpointError, check_file, check_weights
 from fastddpm.files import check_replaceable, make_folder, remove_leftovers, write_tensors, write_text
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import ModelSpec
@@ -155,6 +155,7 @@ class RunFolder:
 
     def _metrics(self) -> list[dict[str, Any]]:
         path = self.path / METRICS_NAME
+        check_file(path)
         if not path.exists():
             return []
         entries = []

@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastddpm import cli
 from fastddpm.cli.classes import class_cycle
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import ModelSpec
+from tests.command_line import Result, files, good, refused
 from tests.tiny import CLASSES, SPEC, T, command, environment, pictures, save_checkpoint, unconditional
 
 
@@ -45,61 +45,6 @@ def data(tmp_path_factory):
     made = pictures(32)
     np.savez(path, images=made.images.permute(0, 2, 3, 1).numpy(), labels=made.labels.numpy())
     return path
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty working folder."""
-    folder = tmp_path / "place"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-class Result:
-    """How a command ended."""
-
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def fastddpm(monkeypatch, capfd):
-    """Run the command line in this process."""
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.delenv("FASTDDPM_TRACEBACK", raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-
-    def run(*arguments):
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastddpm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return Result(ended.value.code, out, err)
-
-    yield run
-    torch.set_num_threads(threads)
-
-
-def good(result):
-    assert (result.code, result.err) == (0, "")
-    return result.out
-
-
-def refused(result, *phrases):
-    """Exit code 2 and one line that says all of `phrases`."""
-    assert result.code == 2, result.err
-    lines = result.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("fastddpm: error: ") and len(lines[0]) > 40, result.err
-    for phrase in phrases:
-        assert phrase in result.err
-    return True
-
-
-def files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def expected_pictures(model, n, **options):

@@ -119,6 +119,8 @@ class Job:
     seed: int
     first_id: int
     batch_size: int | None
+    engine: str
+    precision: str
     quiet: bool
 
     def run(self, outputs: Outputs) -> list[str]:
@@ -262,8 +264,7 @@ class Job:
         if outputs.folder is None:
             return None
         names = ("model", "flags", "solver", "steps", "timesteps", "eta", "classes", "guidance", "threshold", "seed")
-        settings = {name: getattr(self, name) for name in names}
-        settings |= {"precision": self.sampler.precision, "engine": self.sampler.engine.name}
+        settings = {name: getattr(self, name) for name in (*names, "precision", "engine")}
         return PictureFolder(outputs.folder, settings | checksums(self.sampler))
 
 

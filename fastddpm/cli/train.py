@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from fastddpm.cli.errors import Stopped
+from fastddpm.progress import progress_bar
+from fastddpm.terminal import clean, on_terminal, say
 
 if TYPE_CHECKING:
     from fastddpm.data import ImageData
@@ -169,29 +168,23 @@ def train(
     _announce(trainer, spec, pictures)
     shown = shape[0] in SHOWN_CHANNELS
     if not (shown or no_grids):
-        print(f"no grids of samples: pictures of {shape[0]} channels cannot be shown")
+        say(f"no grids of samples: pictures of {shape[0]} channels cannot be shown")
     _run(trainer, stop_after, shown and not no_grids)
 
 
 def _announce(trainer: Trainer, spec: ModelSpec, pictures: ImageData) -> None:
     parameters = sum(p.numel() for p in trainer.network.parameters())
     classes = {None: "no classes", 1: "1 class"}.get(spec.num_classes, f"{spec.num_classes} classes")
-    print(
-        f"{len(pictures.images):,} pictures {spec.shape} from {pictures.source}, {classes}; {parameters:,} parameters"
-    )
+    say(f"{len(pictures.images):,} pictures {spec.shape} from {pictures.source}, {classes}; {parameters:,} parameters")
     if pictures.note:
-        print(f"pictures: {pictures.note}")
+        say(f"pictures: {pictures.note}")
     if trainer.resumed:
         news = "is trained already:" if trainer.step == trainer.total else "goes on at"
-        print(f"{trainer.folder} {news} step {trainer.step:,} of {trainer.total:,}")
+        say(f"{trainer.folder} {news} step {trainer.step:,} of {trainer.total:,}")
 
 
 def _run(trainer: Trainer, stop_after: int | None, grids: bool) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    bar = Bar(
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps · {task.fields[news]}"),
-        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-    )  # fmt: skip
+    bar = progress_bar("training", " · {task.fields[news]}", visible=on_terminal())
     task = bar.add_task("", total=trainer.total, completed=trainer.step, news="")
     first = trainer.step
     smooth: list[float] = []
@@ -204,7 +197,7 @@ def _run(trainer: Trainer, stop_after: int | None, grids: bool) -> None:
         if progress.epoch_ended or progress.step == progress.total:
             bar.console.print(f"epoch {progress.epoch}: {news}")
             if grids:
-                bar.console.print(f"wrote {_draw_grid(trainer, progress.epoch)}")
+                bar.console.print(clean(f"wrote {_draw_grid(trainer, progress.epoch)}"))
 
     try:
         with bar:
@@ -212,7 +205,7 @@ def _run(trainer: Trainer, stop_after: int | None, grids: bool) -> None:
     except KeyboardInterrupt:
         raise Stopped(f" at step {trainer.step}; the same command continues from there") from None
     wrote = f"wrote {trainer.folder}; " if trainer.step > first else ""
-    print(f"{wrote}sample from it with: fastddpm sample {trainer.folder}")
+    say(f"{wrote}sample from it with: fastddpm sample {trainer.folder}")
 
 
 def _draw_grid(trainer: Trainer, epoch: int) -> Path:
