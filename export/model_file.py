@@ -7,8 +7,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastddpm.checkpoints import CheckpointError
-from fastddpm.files import make_folder
+from fastddpm.files import check_replaceable, temporary_folder
 from fastddpm.interrupts import hold_interrupt
 
 if TYPE_CHECKING:
@@ -53,6 +51,8 @@ def licence_of(path: Path | None) -> str | None:
     if path is None:
         return None
     card = (path if path.is_dir() else path.parent) / "README.md"
+    if not card.is_file():
+        return None
     try:
         lines = card.read_text(encoding="utf-8").splitlines()[:60]
     except (OSError, UnicodeDecodeError):
@@ -188,24 +188,19 @@ def _written_together(target: Path) -> Iterator[Path]:
     Raises:
         OSError: a file cannot be written; it names the one that was asked for.
     """
-    if target.is_dir():
-        raise IsADirectoryError(f"cannot write {target}: it is a folder; give a file name")
-    make_folder(target.parent)
-    folder = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.tmp")
+    check_replaceable(target)
     try:
-        folder.mkdir()
-        yield folder
-        for file in folder.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        with hold_interrupt(), _locked(target.parent):
-            _put(folder, target)
+        with temporary_folder(target) as folder:
+            yield folder
+            for file in folder.iterdir():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            with hold_interrupt(), _locked(target.parent):
+                _put(folder, target)
     except OSError as error:
         if error.strerror is None:
             raise
         raise OSError(error.errno, error.strerror, str(target)) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put(folder: Path, target: Path) -> None:

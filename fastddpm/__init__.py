@@ -51,7 +51,8 @@ _HOME = {
     "make_table": "solvers",
 }
 
-__all__ = [*_HOME, "__version__"]
+# Whatever needs a package that fastddpm does not ask for is left out of `from fastddpm import *`.
+__all__ = [*(name for name, home in _HOME.items() if home != "integrations.diffusers_schedulers"), "__version__"]
 
 
 def __getattr__(name: str) -> object:

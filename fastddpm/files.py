@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Mapping
@@ -14,13 +17,17 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+_LEFTOVER = re.compile(r"\.fastddpm\.[0-9a-f]{8}\.tmp(\.\w+)?")
+_ANY_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\.\w+)?|\.tmp[0-9A-Za-z]{6}")
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends, and vanishes if the block fails.
 
     Missing parent folders are made. The temporary name keeps the suffix, because image writers choose by it, and
-    starts with a dot. The file gets the permissions of any new file, whatever wrote it.
+    starts with a dot. The file gets the permissions of any new file, whatever wrote it. It is locked as long as its
+    writer lives, by which `remove_leftovers` tells one that a killed process left.
 
     Args:
         path: Where the finished file shall stand.
@@ -29,16 +36,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         The path to write to; an empty file stands there already.
 
     Raises:
-        OSError: If the folder cannot be made or the file cannot be written or renamed.
+        OSError: If the folder cannot be made, something other than a file stands there, or the file cannot be written
+            or renamed.
     """
     target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"cannot write {target}: it is a folder; give a file name")
+    check_replaceable(target)
     make_folder(target.parent)
-    temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.tmp{target.suffix}")
+    temporary, lock = _temporary(target), None
     try:
-        temporary.touch(exist_ok=False)
-        permissions = stat.S_IMODE(temporary.stat().st_mode)
+        lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        _lock(lock)
+        permissions = stat.S_IMODE(os.fstat(lock).st_mode)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -50,6 +58,72 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
         temporary.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write several files in; whatever is still there when the block ends vanishes.
+
+    Missing parent folders are made. It is locked as the files of `atomic_path` are.
+
+    Args:
+        target: What the files, or the folder itself, shall be renamed to.
+
+    Yields:
+        The folder, which is empty.
+
+    Raises:
+        OSError: If a folder cannot be made.
+    """
+    make_folder(target.absolute().parent)
+    folder, lock = _temporary(target.absolute().with_suffix("")), None
+    try:
+        folder.mkdir()
+        lock = os.open(folder, os.O_RDONLY)
+        _lock(lock)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _temporary(target: Path) -> Path:
+    """A new hidden name in the folder of `target`, short whatever the target's own is, and with its suffix."""
+    suffix = target.suffix if len(target.suffix) < 16 else ""
+    return target.with_name(f".fastddpm.{uuid.uuid4().hex[:8]}.tmp{suffix}")
+
+
+def _lock(handle: int) -> None:
+    with contextlib.suppress(OSError):  # some file systems know no locks
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def check_replaceable(target: Path) -> None:
+    """Check that nothing but a file stands where one is to be written.
+
+    Raises:
+        IsADirectoryError: If it is a folder.
+        OSError: If it is a symbolic link, a pipe, a socket or a device.
+    """
+    if target.is_symlink():
+        raise OSError(f"cannot write {target}: it is a symbolic link; give the path that it leads to, or remove it")
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write {target}: it is a folder; give a file name")
+    if target.exists() and not target.is_file():
+        raise OSError(f"cannot write {target}: it is a pipe, a socket or a device; give a file name")
+
+
+def check_regular(path: Path) -> None:
+    """Check that `path`, if there is anything, is a file or a folder: to open a pipe would mean to wait for its writer.
+
+    Raises:
+        ValueError: If it is a pipe, a socket or a device.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise ValueError(f"{path} must be a file, got a pipe, a socket or a device; write what it gives to a file")
 
 
 def make_folder(folder: Path) -> None:
@@ -68,10 +142,15 @@ def make_folder(folder: Path) -> None:
 def check_writable(folder: Path) -> None:
     """Check that files can be written to `folder`, or to the nearest folder above it that exists; leaves no trace.
 
+    What killed runs left in the folder is removed.
+
     Raises:
-        NotADirectoryError: If something on the way is a file.
+        NotADirectoryError: If something on the way is a file, or a link to nothing.
         OSError: If nothing can be written there.
     """
+    dangling = next((place for place in (folder, *folder.parents) if place.is_symlink() and not place.exists()), None)
+    if dangling is not None:
+        raise NotADirectoryError(f"cannot write to {folder}: {dangling} is a link to nothing; mend or remove it")
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         raise NotADirectoryError(_not_a_folder(folder))
@@ -83,21 +162,37 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"cannot write to {folder}: {reason}; choose another folder") from error
     finally:
         probe.unlink(missing_ok=True)
+    remove_leftovers(folder)
 
 
 def _not_a_folder(folder: Path) -> str:
     return f"cannot write to {folder}: it must be a folder, got a file there or above it; choose another place"
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that writers left in `folder` when they were killed.
+def remove_leftovers(folder: Path, *, alone: bool = False) -> None:
+    """Remove the temporary files and folders that fastddpm left in `folder` when it was killed; those in use stay.
 
-    Only for folders that nobody else is writing to.
+    Args:
+        folder: Where; nothing happens if it is not there.
+        alone: Whether the folder is a run's own, which nobody else writes to: then also those that are named after the
+            finished file, as older versions did, and those of the safetensors library.
     """
-    for pattern in (".*.tmp*", ".tmp??????"):  # ours, and those of the safetensors library
-        for left in folder.glob(pattern):
-            if left.is_file():
-                left.unlink(missing_ok=True)
+    pattern = _ANY_LEFTOVER if alone else _LEFTOVER
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for entry in list(os.scandir(folder)):
+            if pattern.fullmatch(entry.name) and not entry.is_symlink():
+                _remove_if_left(entry)
+
+
+def _remove_if_left(entry: os.DirEntry[str]) -> None:
+    is_folder = entry.is_dir()
+    with contextlib.suppress(OSError):  # locked, gone, or not ours to open
+        handle = os.open(entry.path, os.O_NOFOLLOW | (os.O_RDONLY if is_folder else os.O_RDWR | os.O_NONBLOCK))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(entry.path, ignore_errors=True) if is_folder else os.unlink(entry.path)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

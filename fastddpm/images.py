@@ -19,6 +19,8 @@ from fastddpm.files import atomic_path
 Output = Literal["unit", "raw", "uint8", "pil"]
 ToBytes = Literal["round", "truncate"]
 ToUnit = Literal["clamp", "affine", "identity"]
+SHOWN_CHANNELS = (1, 3, 4)
+"""Channels of pictures that image files can hold: gray, colour, colour with alpha."""
 
 
 def to_unit(x: Tensor, mapping: ToUnit = "clamp") -> Tensor:
@@ -69,7 +71,7 @@ def to_output(
 
 def _image(picture: Tensor) -> Image.Image:
     """A uint8 picture [C, H, W] as a PIL image."""
-    if picture.shape[0] not in (1, 3, 4):
+    if picture.shape[0] not in SHOWN_CHANNELS:
         raise ValueError(
             f"pictures must have 1, 3 or 4 channels, got {picture.shape[0]}; use output='raw' and map them"
         )
@@ -96,13 +98,18 @@ def make_grid(pictures: Tensor, *, columns: int | None = None, gap: int = 2, min
     if n == 0:
         raise ValueError("make_grid: pictures must be at least one, got none")
     columns = min(n, columns or math.ceil(math.sqrt(n)))
-    rows = math.ceil(n / columns)
     images = [_image(picture) for picture in pictures]
-    grid = Image.new(images[0].mode, (columns * (width + gap) + gap, rows * (height + gap) + gap))
+    grid = Image.new(images[0].mode, grid_size(n, height, width, columns=columns, gap=gap))
     for i, image in enumerate(images):
         grid.paste(image, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
     factor = max(1, math.ceil(min_side / max(grid.size)))
     return grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.NEAREST) if factor > 1 else grid
+
+
+def grid_size(n: int, height: int, width: int, *, columns: int | None = None, gap: int = 2) -> tuple[int, int]:
+    """(width, height) of the grid that `make_grid` makes of n pictures, before it is enlarged."""
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    return columns * (width + gap) + gap, math.ceil(n / columns) * (height + gap) + gap
 
 
 def save_image(path: str | os.PathLike[str], image: Image.Image) -> None:

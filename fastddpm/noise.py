@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from fastddpm.arguments import integers, whole
 from fastddpm.kernels.philox import X_T_COUNTER, normals_reference
 
 NoiseFunction = Callable[[int, int, Tensor], Tensor]
@@ -26,18 +27,17 @@ def seed_bits(seed: int) -> int:
 
 
 def _bits(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"sample: {name} must be an int, got {type(value).__name__}; convert it")
+    value = whole("sample", name, value)
     if not 0 <= value < 2**64:
         raise ValueError(f"sample: {name} must be in [0, 2**64), got {value}; it is a 64-bit number without sign")
     return value - 2**64 if value >= 2**63 else value
 
 
-def _whole(value: int) -> int:
+def _id(value: int) -> int:
     try:
-        return operator.index(value)
+        return _bits("sample_ids", value)
     except TypeError as error:
-        raise TypeError(f"sample: sample_ids must be integers, got {value!r}; convert them") from error
+        raise TypeError(f"sample: sample_ids must be integers, got {reprlib.repr(value)}; convert them") from error
 
 
 def id_bits(sample_ids: Tensor | Sequence[int]) -> Tensor:
@@ -48,11 +48,11 @@ def id_bits(sample_ids: Tensor | Sequence[int]) -> Tensor:
         ValueError: there are none, they are not 1-D, or one is not in [0, 2**64).
     """
     if isinstance(sample_ids, Tensor):
-        if sample_ids.is_floating_point() or sample_ids.dtype == torch.bool:
-            raise TypeError(f"sample: sample_ids must be integers, got {sample_ids.dtype}; convert them to int64")
-        ids = sample_ids.detach().to("cpu", torch.int64)
+        ids = integers("sample", "sample_ids", sample_ids)
+    elif isinstance(sample_ids, (str, bytes)) or not isinstance(sample_ids, Iterable):
+        raise TypeError(f"sample: sample_ids must be integers, got {reprlib.repr(sample_ids)}; make a list of them")
     else:
-        ids = torch.tensor([_bits("sample_ids", _whole(i)) for i in sample_ids], dtype=torch.int64)
+        ids = torch.tensor([_id(i) for i in sample_ids], dtype=torch.int64)
     if ids.ndim != 1 or ids.numel() == 0:
         raise ValueError(f"sample: sample_ids must be a list of at least one id, got shape {tuple(ids.shape)}")
     return ids

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastddpm.arguments import integers, whole
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.solvers import ClippedEps, DynamicThreshold, Solver, make_table, respace, spaced_timesteps
 from fastddpm.spec import ModelSpec, Variance
-from fastddpm.step_table import StepTable
+from fastddpm.step_table import StepTable, check_choice
 from fastddpm.timesteps import Spacing
 
 DEFAULT_STEPS: dict[Solver, int | None] = {"ddpm": None, "ddim": 50, "dpmpp_2m": 20}
@@ -54,9 +55,8 @@ def plan(
         TypeError: timesteps are not integers.
         ValueError: an argument is out of range.
     """
-    if solver not in DEFAULT_STEPS:
-        raise ValueError(f"sample: solver must be one of {', '.join(DEFAULT_STEPS)}, got {solver!r}; pick one")
-    chosen = torch.as_tensor(_timesteps(schedule.T, spec, solver, steps, timesteps))
+    check_choice("sample", "solver", solver, tuple(DEFAULT_STEPS))
+    chosen = integers("sample", "timesteps", _timesteps(schedule.T, spec, solver, steps, timesteps))
     sigma = _variance(spec, solver, variance)
     if clipped_eps != "spec" and solver != "ddim":
         raise ValueError(f"sample: clipped_eps must be left out for {solver}, got {clipped_eps!r}; it is ddim's")
@@ -66,7 +66,7 @@ def plan(
         chosen,
         solver=solver,
         prediction=spec.prediction,
-        clip=_bound(spec, solver) if clip == "spec" else clip,
+        clip=_bound(spec, solver) if isinstance(clip, str) and clip == "spec" else clip,
         prev_timesteps=_previous(schedule.T, spec, solver, chosen) if prev_timesteps is None else prev_timesteps,
         variance=sigma,
         noise_gate=spec.noise_gate if solver == "ddpm" else None,
@@ -93,8 +93,7 @@ def _timesteps(
     default = spec.ddim_steps if solver == "ddim" and spec.ddim_steps is not None else DEFAULT_STEPS[solver]
     if steps is None:
         steps = T if default is None else min(default, T)
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"sample: steps must be an int, got {type(steps).__name__}; convert it")
+    steps = whole("sample", "steps", steps)
     if not 1 <= steps <= T:
         raise ValueError(f"sample: steps must be in 1 … {T} (the steps of training), got {steps}; ask for fewer")
     if spec.spacing is None:
@@ -122,7 +121,7 @@ def _bound(spec: ModelSpec, solver: Solver) -> float | DynamicThreshold | None:
 
 def _previous(T: int, spec: ModelSpec, solver: Solver, t: Tensor) -> Tensor | None:
     """Where each row leads by the checkpoint's own rule, or None for the usual one."""
-    if t.ndim != 1 or t.numel() == 0 or t.is_floating_point():
+    if t.ndim != 1 or t.numel() == 0:
         return None  # the solver says what is wrong with it
     if spec.prev_timestep == "stride" and solver == "ddim" and _is_evenly_spaced(T, t):
         return (t - T // t.numel()).clamp(min=-1)

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from contextvars import ContextVar, Token
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from fastddpm.terminal import NARROW, on_terminal
 
 _REDRAW_S = 0.05  # telling the bar of each step would take longer than a small network's update
 
 
+def progress_bar(caption: str, news: str = "", *, visible: bool) -> Progress:
+    """A bar of steps for standard error; on narrow terminals the count alone.
+
+    Args:
+        caption: before the bar, as `rich.progress.TextColumn` takes it.
+        news: behind the count, likewise.
+        visible: whether it is shown at all.
+    """
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    columns: tuple[ProgressColumn, ...] = (MofNCompleteColumn(), TextColumn("steps"))
+    if console.width >= NARROW:
+        columns = (TextColumn(caption), BarColumn(), MofNCompleteColumn(), TextColumn(f"steps{news}"),
+                   TimeRemainingColumn(elapsed_when_finished=True))  # fmt: skip
+    return Progress(*columns, console=console, disable=not visible)
+
+
 class StepProgress:
-    """A bar over all steps of a run, on standard error, for terminals; silent elsewhere.
+    """A bar over all steps of a run, on standard error, for terminals; silent elsewhere, and where there is none.
 
     Within another one's block it shows nothing and adds its steps to that one, which is how several runs share a bar.
     """
@@ -27,18 +51,9 @@ class StepProgress:
             samples: pictures that are being drawn, for the caption.
             show: whether to show it; None shows it if standard error is a terminal.
         """
-        visible = sys.stderr.isatty() if show is None else show
-        noun = "picture" if samples == 1 else "pictures"
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=Console(stderr=True),
-            disable=not visible,
-        )
-        self._caption = f"sampling {samples} {noun}"
+        visible = on_terminal() if show is None else show
+        self._caption = f"sampling {samples} picture{'' if samples == 1 else 's'}"
+        self._progress = progress_bar("{task.description}", visible=visible)
         self._task = self._progress.add_task(self._caption, total=total)
         self._total, self._done, self._in_batch = total, 0, 0
         self._visible, self._drawn = visible, 0.0
@@ -81,7 +96,8 @@ class StepProgress:
         self._outer = _SHOWN.get()
         if self._outer is None:
             self._token = _SHOWN.set(self)
-            self._progress.start()
+            if self._visible:
+                self._progress.start()
         return self
 
     def __exit__(
@@ -91,7 +107,8 @@ class StepProgress:
         if self._token is not None:
             _SHOWN.reset(self._token)
             self._token = None
-            self._progress.stop()
+            if self._visible:
+                self._progress.stop()
 
 
 _SHOWN: ContextVar[StepProgress | None] = ContextVar("fastddpm_step_progress", default=None)

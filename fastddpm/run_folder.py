@@ -9,17 +9,19 @@ The state is written last: where it stands, all that belongs to its step stands 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fastddpm.checkpoints import native
-from fastddpm.checkpoints.base import CheckpointError, check_weights
-from fastddpm.files import remove_leftovers, write_tensors, write_text
+from fastddpm.checkpoints.base import CheckpointError, check_file, check_weights
+from fastddpm.files import check_replaceable, make_folder, remove_leftovers, write_tensors, write_text
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import ModelSpec
 from fastddpm.train_config import TrainConfig
@@ -27,6 +29,7 @@ from fastddpm.unet_config import UNetConfig
 
 STATE_NAME = "train_state.safetensors"
 METRICS_NAME = "metrics.jsonl"
+LOCK_NAME = ".fastddpm.lock"
 PARTS = ("model", "ema", "exp_avg", "exp_avg_sq")
 
 
@@ -44,11 +47,50 @@ class TrainState:
 
 
 class RunFolder:
-    """The folder of one training run; one process at a time may write to it."""
+    """The folder of one training run; one process at a time may write to it, which `locked` sees to."""
 
     def __init__(self, path: Path) -> None:
         """Name the folder; nothing is made or read yet."""
         self.path = path
+
+    @contextlib.contextmanager
+    def locked(self, step: int) -> Iterator[None]:
+        """Be the only process that trains in the folder; what a killed one left half-written is removed.
+
+        Args:
+            step: Of the state that was loaded, 0 if there was none.
+
+        Raises:
+            ValueError: If another process trains there, or has since the state was loaded.
+            OSError: If the folder cannot be made or written.
+        """
+        for name in ("config.json", "model.safetensors", STATE_NAME, METRICS_NAME):
+            check_replaceable(self.path / name)
+        make_folder(self.path)
+        lock = FileLock(self.path / LOCK_NAME, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ValueError(
+                f"{self.path} must be trained in by one process, got another one that does; wait for it or use another "
+                "folder"
+            ) from error
+        try:
+            remove_leftovers(self.path, alone=True)
+            there = self._saved_step()
+            if there != step:
+                raise ValueError(
+                    f"{self.path} must stand at step {step}, as when it was read, got {there}: another process trained "
+                    "in it meanwhile; start again"
+                )
+            yield
+        finally:
+            (self.path / LOCK_NAME).unlink(missing_ok=True)
+            lock.release()
+
+    def _saved_step(self) -> int:
+        path = self.path / STATE_NAME
+        return int(json.loads(native.read_metadata(path)["step"])) if path.exists() else 0
 
     def save_state(self, state: TrainState, settings: Mapping[str, Any]) -> None:
         """Write the state, atomically.
@@ -65,7 +107,7 @@ class RunFolder:
         write_tensors(self.path / STATE_NAME, tensors, {key: json.dumps(value) for key, value in facts.items()})
 
     def load_state(self, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> TrainState | None:
-        """Read the state; None if there is none yet. What a killed session left half-written is removed.
+        """Read the state; None if there is none yet.
 
         Args:
             settings: Those of this session.
@@ -78,7 +120,6 @@ class RunFolder:
             ValueError: If the state belongs to a run with other settings.
             CheckpointError: If the state or the metrics are damaged.
         """
-        remove_leftovers(self.path)
         path = self.path / STATE_NAME
         self._metrics()
         if not path.exists():
@@ -114,6 +155,7 @@ class RunFolder:
 
     def _metrics(self) -> list[dict[str, Any]]:
         path = self.path / METRICS_NAME
+        check_file(path)
         if not path.exists():
             return []
         entries = []

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from fastddpm.arguments import number
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import Prediction, Variance
 from fastddpm.step_pairs import StepPairs
@@ -133,6 +134,7 @@ def ddim_table(
         ValueError: an argument is out of range, or ε-prediction meets ᾱ_t = 0 (zero terminal SNR).
     """
     check_choice("ddim_table", "clipped_eps", clipped_eps, get_args(ClippedEps))
+    eta = number("ddim_table", "eta", eta)
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"ddim_table: eta must be in [0, 1], got {eta}; 0 is deterministic, 1 is ancestral")
     pairs = StepPairs.of("ddim_table", schedule, timesteps, prev_timesteps, final_alpha_to_one)

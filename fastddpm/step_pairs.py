@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from fastddpm.arguments import integers
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import Prediction
 from fastddpm.step_table import check_choice
@@ -59,13 +60,15 @@ class StepPairs:
         if prev_timesteps is None:
             prev = torch.cat([t[1:], t.new_tensor([-1])])
         else:
-            prev = torch.as_tensor(prev_timesteps).detach().cpu()
-            if prev.shape != t.shape or prev.is_floating_point() or bool(((prev >= t) | (prev < -1)).any()):
+            try:
+                prev = integers(function, "prev_timesteps", prev_timesteps)
+            except TypeError as error:  # one kind of error, whatever is wrong with such a list
+                raise ValueError(str(error)) from error
+            if prev.shape != t.shape or bool(((prev >= t) | (prev < -1)).any()):
                 raise ValueError(
                     f"{function}: prev_timesteps must be {t.numel()} integers, each −1 or between 0 and its timestep, "
-                    f"got {prev.tolist()[:8]} for {t.tolist()[:8]}; use −1 for x_0"
+                    f"got {prev.flatten().tolist()[:8]} for {t.tolist()[:8]}; use −1 for x_0"
                 )
-            prev = prev.to(torch.int64)
         alpha_bar = schedule.alphas_cumprod_exact
         final = 1.0 if final_alpha_to_one else float(alpha_bar[0])
         a_prev = torch.where(prev >= 0, alpha_bar[prev.clamp(min=0)], final)

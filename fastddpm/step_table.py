@@ -19,6 +19,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastddpm.arguments import number
 from fastddpm.kernels.p_sample import COLUMNS
 from fastddpm.spec import Prediction, Variance
 
@@ -37,6 +38,7 @@ class DynamicThreshold:
         max_value: upper limit of s, at least 1.
 
     Raises:
+        TypeError: a value is no number.
         ValueError: a value is out of range.
     """
 
@@ -45,6 +47,8 @@ class DynamicThreshold:
 
     def __post_init__(self) -> None:
         """Validate both numbers."""
+        for name in ("ratio", "max_value"):
+            object.__setattr__(self, name, number("DynamicThreshold", name, getattr(self, name)))
         if not 0.0 < self.ratio <= 1.0:
             raise ValueError(f"DynamicThreshold: ratio must be in (0, 1], got {self.ratio}; the usual is 0.995")
         if not self.max_value >= 1.0:
@@ -163,7 +167,7 @@ class StepTable:
 
 def check_choice(function: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{function}: {name} must be one of {', '.join(choices)}, got {value!r}; pick one of them")
 
 
@@ -192,6 +196,7 @@ def assemble(
         ValueError: clip is out of range, or a coefficient is not finite in float32.
     """
     threshold, bound = (clip, None) if isinstance(clip, DynamicThreshold) else (None, clip)
+    bound = None if bound is None else number(function, "clip", bound)
     if bound is not None and not 0.0 < bound < math.inf:
         raise ValueError(
             f"{function}: clip must be above 0 and finite, None or a DynamicThreshold, got {bound}; "

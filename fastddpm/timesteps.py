@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastddpm.arguments import integers
+
 Spacing = Literal["leading", "trailing", "linspace", "linspace_x0"]
 
 
@@ -24,15 +26,13 @@ def check_timesteps(function: str, T: int, timesteps: Tensor | Sequence[int]) ->
         TypeError: the entries are not integers.
         ValueError: there are none, they are not 1-D, out of range, repeated or not descending.
     """
-    given = torch.as_tensor(timesteps)
+    given = integers(function, "timesteps", timesteps)
     if given.numel() == 0 or given.ndim != 1:
         raise ValueError(
             f"{function}: timesteps must be 1-D with at least one entry, got shape {tuple(given.shape)}; "
             "make them with spaced_timesteps or respace"
         )
-    if given.dtype == torch.bool or given.is_floating_point() or given.is_complex():
-        raise TypeError(f"{function}: timesteps must be integers, got {given.dtype}; convert them to int64")
-    steps = given.detach().to("cpu", torch.int64, copy=True)
+    steps = given.clone()
     lowest, highest = int(steps.min()), int(steps.max())
     if lowest < 0 or highest >= T:
         raise ValueError(

@@ -116,12 +116,15 @@ class Trainer:
         Raises:
             FloatingPointError: If the loss or its gradient is no longer finite.
             OSError: If the folder cannot be written.
-            ValueError: If stop_after is less than 1.
+            ValueError: If stop_after is less than 1, or another process trains in the folder.
         """
         if stop_after is not None and stop_after < 1:
             raise ValueError(f"Trainer.run: stop_after must be at least 1, got {stop_after}; leave it out for no limit")
+        with self._files.locked(self.step):
+            self._run(on_progress, self.total if stop_after is None else min(self.total, self.step + stop_after))
+
+    def _run(self, on_progress: Callable[[Progress], None] | None, last: int) -> None:
         first, busy = self.step, 0.0
-        last = self.total if stop_after is None else min(self.total, first + stop_after)
         losses: list[float] = []
         try:
             while self.step < last:

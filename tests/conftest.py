@@ -2,7 +2,9 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 # Processes side by side get a thread each, and so do those that they start; PyTorch looks when it is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -11,6 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.command_line import Result
 
 # A shell that starts us in the background has Ctrl-C ignored, and some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,6 +31,36 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTDDPM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    folder = tmp_path / "place"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def fastddpm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
+    """Run the command line in this process."""
+    from fastddpm import cli
+
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("FASTDDPM_TRACEBACK", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(*arguments: object) -> Result:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["fastddpm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Result(ended.value.code, *capfd.readouterr())
+
+    yield run
+    torch.set_num_threads(threads)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

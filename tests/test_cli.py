@@ -1,5 +1,7 @@
 """The command line: every option once, every bad input in one line, and nothing left half-done."""
 
+import dataclasses
+import importlib.metadata
 import json
 import os
 import pickle
@@ -17,9 +19,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastddpm import cli
+from fastddpm.cli.classes import class_cycle
 from fastddpm.sampler import Sampler
-from tests.tiny import CLASSES, SPEC, command, environment, pictures, save_checkpoint, unconditional
+from fastddpm.schedule import NoiseSchedule
+from fastddpm.spec import ModelSpec
+from tests.command_line import Result, files, good, refused
+from tests.tiny import CLASSES, SPEC, T, command, environment, pictures, save_checkpoint, unconditional
 
 
 @pytest.fixture(scope="module")
@@ -40,61 +45,6 @@ def data(tmp_path_factory):
     made = pictures(32)
     np.savez(path, images=made.images.permute(0, 2, 3, 1).numpy(), labels=made.labels.numpy())
     return path
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty working folder."""
-    folder = tmp_path / "place"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-class Result:
-    """How a command ended."""
-
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def fastddpm(monkeypatch, capfd):
-    """Run the command line in this process."""
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.delenv("FASTDDPM_TRACEBACK", raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-
-    def run(*arguments):
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastddpm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return Result(ended.value.code, out, err)
-
-    yield run
-    torch.set_num_threads(threads)
-
-
-def good(result):
-    assert (result.code, result.err) == (0, "")
-    return result.out
-
-
-def refused(result, *phrases):
-    """Exit code 2 and one line that says all of `phrases`."""
-    assert result.code == 2, result.err
-    lines = result.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("fastddpm: error: ") and len(lines[0]) > 40, result.err
-    for phrase in phrases:
-        assert phrase in result.err
-    return True
-
-
-def files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def expected_pictures(model, n, **options):
@@ -120,6 +70,10 @@ def test_help_names_every_option(fastddpm, name):
 def test_help_lists_the_commands_also_when_none_is_given(fastddpm):
     assert good(fastddpm()).strip() == good(fastddpm("-h")).strip()
     assert all(f" {name} " in good(fastddpm("--help")) for name in ("sample", "train", "info"))
+
+
+def test_version(fastddpm):
+    assert good(fastddpm("--version")) == f"fastddpm {importlib.metadata.version('fastddpm')}\n"
 
 
 def test_help_needs_no_torch():
@@ -155,13 +109,15 @@ def test_a_folder_is_continued(fastddpm, place, model):
     for i, picture in list(enumerate(expected_pictures(model, 6)))[1:]:
         difference = np.array(Image.open(place / "out" / f"{i:06d}.png")).astype(int) - picture[0].numpy()
         assert abs(difference).max() <= 1  # a rounding, where batches differ
-    assert good(fastddpm("sample", model, "-n", 6, "--folder", "out")).startswith("wrote 0 pictures")
+    assert good(fastddpm("sample", model, "-n", 6, "--folder", "out")) == "out/ holds all 6 already\n"
+    assert good(fastddpm("sample", model, "-n", 1, "--folder", "out")) == "out/ holds the picture already\n"
 
 
 @pytest.mark.parametrize(
     ("options", "name"),
     [(["--seed", 1], "seed was 0, is 1"), (["--steps", 3], "steps was None, is 3"), (["--solver", "ddpm"], "solver"),
-     (["--guidance", 2], "guidance was 1.0, is 2.0"), (["--classes", "1"], "classes was 'all', is '1'")],
+     (["--guidance", 2], "guidance was 1.0, is 2.0"), (["--classes", "1"], "classes was 'all', is '1'"),
+     (["--precision", "bf16"], "precision was 'fp32', is 'bf16'")],
     ids=lambda value: value if isinstance(value, str) else None,
 )  # fmt: skip
 def test_a_folder_of_other_settings_is_refused(fastddpm, place, model, options, name):
@@ -180,7 +136,70 @@ def test_a_folder_of_other_weights_is_refused_and_of_moved_ones_not(fastddpm, pl
     refused(fastddpm("sample", copy, "-n", 4, "--folder", "out"), "other settings", "weights")
 
 
-@pytest.mark.parametrize("text", ["", "nonsense", "[]", "7", '"x"'])
+def test_a_folder_continued_with_another_engine_says_so(fastddpm, place, model):
+    good(fastddpm("sample", model, "-n", 1, "--folder", "out"))
+    out = good(fastddpm("sample", model, "-n", 2, "--folder", "out", "--engine", "eager"))
+    assert out.splitlines() == [
+        "engine was auto, is eager: pictures differ by rounding", "wrote 1 picture to out/ (1 were there already)"
+    ]  # fmt: skip
+
+
+def test_a_folder_of_other_conventions_is_refused(fastddpm, place, model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "copy")
+    good(fastddpm("sample", copy, "-n", 1, "--folder", "out"))
+    config = json.loads((copy / "config.json").read_text())
+    for part, change in (("spec", {"clip": 0.5}), ("schedule", {"beta_end": 0.03})):
+        (copy / "config.json").write_text(json.dumps({**config, part: {**config[part], **change}}))
+        refused(fastddpm("sample", copy, "-n", 2, "--folder", "out"), "other settings: conventions was")
+
+
+def test_a_folder_that_older_versions_began_is_continued(fastddpm, place, model):
+    good(fastddpm("sample", model, "-n", 1, "--folder", "out"))
+    settings = json.loads((place / "out" / "run.json").read_text())
+    old = {name: value for name, value in settings.items() if name not in ("precision", "engine", "conventions")}
+    (place / "out" / "run.json").write_text(json.dumps(old))
+    refused(fastddpm("sample", model, "-n", 2, "--folder", "out", "--precision", "bf16"), "precision was 'fp32'")
+    assert good(fastddpm("sample", model, "-n", 2, "--folder", "out")).startswith("wrote 1 picture to out/")
+
+
+def test_somebodys_pictures_are_no_run(fastddpm, place, model):
+    (place / "out").mkdir()
+    (place / "out" / "notes.txt").touch()
+    good(fastddpm("sample", model, "-n", 1, "--folder", "out"))
+    (place / "out" / "run.json").unlink()
+    before = files(place)
+    refused(
+        fastddpm("sample", model, "-n", 2, "--folder", "out"), "out must be a run's, got 000000.png without run.json"
+    )
+    assert files(place) == before
+
+
+def test_what_killed_runs_left_is_removed(fastddpm, place, model):
+    good(fastddpm("sample", model, "-n", 1, "--folder", "out", "--grid", "grids/a.png"))
+    left = ["out/.000001.12345678.tmp.png", "out/.fastddpm.12345678.tmp.png", "grids/.fastddpm.12345678.tmp.png"]
+    for name in left:
+        (place / name).touch()
+    good(fastddpm("sample", model, "-n", 1, "--folder", "out", "--grid", "grids/a.png"))
+    assert files(place) == ["grids", "grids/a.png", "out", "out/000000.png", "out/run.json"]
+
+
+@pytest.mark.parametrize("option", ["--grid", "--npz", "--gif"])
+def test_links_are_not_written_through(fastddpm, place, model, option):
+    name = "a.npz" if option == "--npz" else f"a.{option.removeprefix('--').replace('grid', 'png')}"
+    (place / "precious").write_text("precious")
+    (place / name).symlink_to("precious")
+    refused(fastddpm("sample", model, "-n", 1, option, name), f"cannot write {name}: it is a symbolic link")
+    assert (place / "precious").read_text() == "precious" and (place / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["x" * 245 + ".png", "ä" * 124 + ".png"], ids=["ascii", "two bytes each"])
+def test_long_names(fastddpm, place, model, name):
+    assert good(fastddpm("sample", model, "-n", 1, "--grid", name)) == f"wrote {name}\n"
+    refused(fastddpm("sample", model, "-n", 1, "--grid", "xxxxxxx" + name), "file name too long; choose a shorter name")
+    assert files(place) == [name]
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "[]", "7", '"x"', "{}", "[" * 10**5])
 def test_a_damaged_run_file(fastddpm, place, model, text):
     good(fastddpm("sample", model, "-n", 1, "--folder", "out"))
     (place / "out" / "run.json").write_text(text)
@@ -244,6 +263,67 @@ def test_classes(fastddpm, place, model, classes, labels):
     expected = Sampler.from_pretrained(model).sample(4, class_labels=labels, output="uint8", progress=False)
     for i in range(4):
         assert np.array_equal(np.array(Image.open(place / "out" / f"{i:06d}.png")), expected[i, 0].numpy())
+
+
+ANSWERS = {
+    "number": (SPEC, "11", "all, none, numbers in 0 … 2 or names (bar, dot, 2), with commas between several, got '11'"),
+    "no names": ({"class_names": None}, "3", "must be all, none or numbers in 0 … 2, with commas between several"),
+    "no null class": ({"class_names": None, "null_class": None}, "3", "must be all or numbers in 0 … 2, with commas"),
+    "names are the numbers": ({"class_names": ("0", "1", "2")}, "11", "must be all, none or numbers in 0 … 2, with"),
+    "names are other numbers": ({"class_names": ("3", "1", "0")}, "2", "must be all, none or names (3, 1, 0), with"),
+    "many names": (
+        {"class_names": tuple("abcdefg"), "num_classes": 7, "null_class": 7}, "h",
+        "names (a, b, c, d, e …), with commas between several, got 'h'; fastddpm info MODEL lists them",
+    ),
+    "empty": (SPEC, "1,", "got ''; pick some of these"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ANSWERS.values(), ids=ANSWERS.keys())
+def test_what_is_said_of_classes_that_are_not_there(case):
+    changes, text, answer = case
+    spec = SPEC if changes is SPEC else dataclasses.replace(SPEC, **changes)
+    with pytest.raises(ValueError, match=re.escape(answer)):
+        class_cycle(spec, text, "MODEL")
+
+
+@pytest.mark.parametrize(
+    ("names", "text", "labels"),
+    [(("bar", "dot", "2"), "02,bar", [2, 0]), (("3", "1", "0"), "1,0,3", [1, 2, 0]), (None, "2, 0", [2, 0])],
+)
+def test_names_count_before_numbers(names, text, labels):
+    assert class_cycle(dataclasses.replace(SPEC, class_names=names), text, "MODEL") == labels
+
+
+@pytest.mark.parametrize(
+    ("shape", "option", "phrases"),
+    [((5, 8, 8), "--grid=a.png", ("1, 3 or 4 channels to be shown, got 5", "--npz")),
+     ((2, 8, 8), "--folder=out", ("got 2; write them with --npz",)), ((5, 8, 8), "--quiet", ("got 5",)),
+     ((2, 8, 8), "--gif=a.gif", ("got 2",)), ((4, 8, 8), "--grid=a.jpg", ("with an alpha must be written as .png",)),
+     ((1, 8192, 8), "--grid=a.webp", (".webp must have at most 16,383 pixels a side, got 81,942",)),
+     ((1, 16384, 8), "--grid=a.jpg", (".jpg must have at most 65,500",)),
+     ((1, 16384, 8), "--gif=a.gif", (".gif must have at most 65,535",))],
+    ids=str,
+)  # fmt: skip
+def test_what_a_file_cannot_hold_is_refused_before_the_first_step(fastddpm, place, monkeypatch, shape, option, phrases):
+    def network(x, t):
+        raise AssertionError("a step was made")
+
+    sampler = Sampler(network, NoiseSchedule.linear(T), ModelSpec(shape=shape), engine="eager", device="cpu")
+    monkeypatch.setattr(Sampler, "from_pretrained", lambda *_, **__: sampler)
+    refused(fastddpm("sample", "any", "-n", 100, option), *phrases)
+    assert files(place) == []
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.gif"])
+def test_what_a_file_can_hold_is_written(fastddpm, place, monkeypatch, channels, name):
+    spec = ModelSpec(shape=(channels, 8, 8))
+    sampler = Sampler(lambda x, t: x, NoiseSchedule.linear(T), spec, engine="eager", device="cpu")
+    monkeypatch.setattr(Sampler, "from_pretrained", lambda *_, **__: sampler)
+    good(fastddpm("sample", "any", "-n", 2, "--steps", 2, "--gif" if name == "a.gif" else "--grid", name))
+    with Image.open(place / name) as image:
+        image.load()
 
 
 @pytest.mark.parametrize(
@@ -314,7 +394,32 @@ def test_train_then_sample(fastddpm, place, data):
         "samples/epoch_0002.png", "train_state.safetensors",
     ]  # fmt: skip
     good(fastddpm("sample", "run", "-n", 2, "--guidance", 2))
-    assert "trained already" in good(fastddpm("train", data, "--out", "run", "--epochs", 2, *TINY))
+    lines = good(fastddpm("train", data, "--out", "run", "--epochs", 2, *TINY)).splitlines()
+    assert lines[1:] == ["run is trained already: step 4 of 4", "sample from it with: fastddpm sample run"]
+
+
+@pytest.mark.parametrize("channels", [4, 5])
+def test_pictures_of_many_channels_train_and_sample(fastddpm, place, channels):
+    values = np.random.default_rng(0).integers(0, 256, (16, 8, 8, channels), dtype=np.uint8)
+    np.savez(place / "bands.npz", images=values)
+    result = fastddpm("train", "bands.npz", "--out", "run", "--epochs", 1, *TINY)
+    assert result.code == 0 and f"16 pictures ({channels}, 8, 8) from bands.npz, no classes" in result.out
+    said = "no grids of samples: pictures of 5 channels cannot be shown" in result.out
+    assert said == (channels == 5) and (place / "run" / "samples").exists() == (channels == 4)
+    good(fastddpm("sample", "run", "-n", 2, "--steps", 2, "--npz", "a.npz"))
+    with np.load(place / "a.npz") as archive:
+        assert archive["arr_0"].shape == (2, 8, 8, channels)
+
+
+def test_train_says_what_was_decided_about_the_pictures(fastddpm, place):
+    for i in range(16):
+        shade = np.random.default_rng(i).integers(0, 256, (8, 8) if i else (8, 8, 3), dtype=np.uint8)
+        (place / "data" / "one").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(shade).save(place / "data" / "one" / f"{i}.png")
+    result = fastddpm("train", "data", "--out", "run", "--epochs", 1, "--stop-after", 1, "--no-grids", *TINY)
+    lines = result.out.splitlines()
+    assert lines[0].startswith("16 pictures (3, 8, 8) from data, 1 class; ")
+    assert lines[1] == "pictures: 15 gray, 1 in colour: all become in colour"
 
 
 def test_every_option_of_train_once(fastddpm, place, data):
@@ -436,8 +541,6 @@ BAD_SAMPLE = {
 
 @pytest.fixture(scope="module")
 def large_model(tmp_path_factory):
-    import dataclasses
-
     unet, spec = unconditional()
     unet = dataclasses.replace(unet, sample_size=(256, 256))
     return save_checkpoint(

@@ -85,6 +85,15 @@ def test_an_own_checkpoint_is_copied_too(tmp_path):
     assert torch.equal(after.network.stem.weight, load_checkpoint(source).network.stem.weight)
 
 
+@pytest.mark.parametrize("name", ["link", "x" * 250], ids=["a link to a folder", "a long name"])
+def test_destinations_that_need_care(tmp_path, name):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    convert_checkpoint(save_checkpoint(tmp_path / "own"), tmp_path / name, {})
+    assert sorted(os.listdir(tmp_path / name)) == ["config.json", "model.safetensors"]
+    assert (tmp_path / "link").is_symlink() and not [left for left in os.listdir(tmp_path) if left.startswith(".")]
+
+
 def test_half_precision_is_half_as_large(tmp_path):
     source = save(tmp_path / "model.pt", "pesser")
     sizes = {}

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -83,7 +84,7 @@ BAD_IDX = {
     "no data": idx(PICTURES)[:16],
     "half a header": idx(PICTURES)[:9],
     "too long": idx(PICTURES) + b"\0",
-    "product wraps to 0": bytes([0, 0, 8, 4]) + struct.pack(">4I", *[2**16] * 4),
+    "more than there is memory": bytes([0, 0, 8, 4]) + struct.pack(">4I", *[2**16] * 4),
     "broken gzip": gzip.compress(idx(PICTURES))[:-9],
     "gzip of nothing": gzip.compress(b""),
     "gzip with a flipped bit": gzip.compress(idx(PICTURES))[:30] + b"\xff" + gzip.compress(idx(PICTURES))[31:],
@@ -95,6 +96,27 @@ def test_damaged_idx(tmp_path, content):
     (tmp_path / "images").write_bytes(content)
     with pytest.raises(ValueError, match="images: "):
         load_images(tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("shape", "phrase"),
+    [
+        ((2, 5, 4), r"header states shape \(2, 5, 4\), but more bytes follow"),
+        ((2**20, 2**20, 2**20), "must fit into .* GiB of memory"),
+        ((2, 2**15, 2**15), "bytes must not unpack to 2.0 GiB, which no pictures do"),
+    ],
+    ids=["longer than its header", "larger than memory", "too well compressed"],
+)
+def test_a_gzip_bomb_is_refused_by_its_header(tmp_path, shape, phrase):
+    header = bytes([0, 0, 8, 3]) + struct.pack(">3I", *shape)
+    path = write(tmp_path / "images.gz", header + bytes(1 << 25))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"images\.gz: .*{phrase}"):
+            read_idx(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @given(data=st.binary(max_size=60), header=st.booleans())
@@ -147,6 +169,16 @@ class Evil:
         return os.mkdir, (str(self.trace),)
 
 
+HEADERS = {
+    "too large": "{'descr': '|u1', 'fortran_order': False, 'shape': (1048576, 1048576, 1048576)}",
+    "large text": "{'descr': '<U2000000000', 'fortran_order': False, 'shape': (99, 99)}",
+    "shorter than its header": "{'descr': '|u1', 'fortran_order': False, 'shape': (4, 5, 5)}",
+    "negative": "{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 5, 5)}",
+    "nonsense": "(" * 5000,
+    "long header": "{'descr': '|u1', 'fortran_order': False, 'shape': (4, 5, 4)}" + " " * 20000,
+}
+
+
 def bad_npz(kind, trace):
     buffer = io.BytesIO()
     arrays = {
@@ -162,6 +194,7 @@ def bad_npz(kind, trace):
         "too many labels": {"images": PICTURES, "labels": np.arange(7)},
         "too few names": {"images": PICTURES, "labels": LABELS, "class_names": np.array(["a"])},
         "pickle inside": {"images": np.array([Evil(trace)], dtype=object)},
+        "pickled labels": {"images": PICTURES, "labels": np.array([Evil(trace)] * 6, dtype=object)},
     }
     if kind in arrays:
         np.savez(buffer, **arrays[kind])
@@ -173,6 +206,12 @@ def bad_npz(kind, trace):
         with zipfile.ZipFile(buffer, "w") as archive:
             archive.writestr("images", "text")
             archive.writestr("arr_0.npy", "text")
+    elif kind in HEADERS:
+        with zipfile.ZipFile(buffer, "w") as archive:
+            header = HEADERS[kind]
+            archive.writestr(
+                "images.npy", b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header.encode() + bytes(99)
+            )
     elif kind == "truncated":
         np.savez(buffer, images=PICTURES)
         return buffer.getvalue()[:-40]
@@ -182,14 +221,35 @@ def bad_npz(kind, trace):
 @pytest.mark.parametrize(
     "kind",
     ["floats", "nothing", "other names", "flat", "empty", "channels first", "float labels", "negative labels",
-     "enormous labels", "too many labels", "too few names", "pickle inside", "npy", "pickle", "zip of text",
-     "truncated", "zero bytes"],
+     "enormous labels", "too many labels", "too few names", "pickle inside", "pickled labels", "npy", "pickle",
+     "zip of text", "truncated", "zero bytes", *HEADERS],
 )  # fmt: skip
 def test_unusable_npz(tmp_path, kind):
     (tmp_path / "a.npz").write_bytes(bad_npz(kind, tmp_path / "trace"))
-    with pytest.raises(ValueError, match=r"a\.npz: "):
+    with pytest.raises(ValueError, match=r"a\.npz(: |, images: )") as refused:
         load_images(tmp_path / "a.npz")
     assert not (tmp_path / "trace").exists()
+    assert "allow_pickle" not in str(refused.value) and "trust" not in str(refused.value)
+
+
+def test_an_array_that_nobody_asked_for_is_not_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        for name, values in (("images", PICTURES), ("extra", np.array([{}], dtype=object))):
+            with archive.open(f"{name}.npy", "w") as file:
+                np.save(file, values)
+    assert load_images(tmp_path / "a.npz").images.shape == (6, 1, 5, 4)
+
+
+def test_npz_in_fortran_order(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", images=np.asfortranarray(PICTURES))
+    assert np.array_equal(load_images(tmp_path / "a.npz").images[:, 0].numpy(), PICTURES)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5, 12])
+def test_npz_of_many_channels(tmp_path, channels):
+    values = np.random.default_rng(1).integers(0, 256, (3, 16, 12, channels), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=values)
+    assert np.array_equal(load_images(tmp_path / "a.npz").images.numpy(), values.transpose(0, 3, 1, 2))
 
 
 # ---------------------------------------------------------------------- folders
@@ -217,6 +277,93 @@ def test_a_flat_folder_has_no_classes(tmp_path):
     picture(tmp_path / "2.png", mode="L")
     data = load_images(tmp_path)
     assert data.images.shape == (2, 1, 6, 8) and data.labels is None
+
+
+def mixed(folder, *modes):
+    """A picture of each mode, with shades that differ and, where the mode has an alpha, one that is not opaque."""
+    shades = np.random.default_rng(2).integers(0, 256, (len(modes), 6, 8, 4), dtype=np.uint8)
+    for i, (mode, values) in enumerate(zip(modes, shades, strict=True)):
+        channels = values[..., {"L": 0, "LA": [0, 3], "RGB": [0, 1, 2], "RGBA": [0, 1, 2, 3]}[mode]]
+        Image.fromarray(channels, mode).save(folder / f"{i}.png")
+    return shades.transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("modes", [("L", "RGB", "L"), ("RGB", "L", "L"), ("L", "L", "RGB")], ids="-".join)
+def test_one_picture_in_colour_makes_all_of_them_colour(tmp_path, modes):
+    shades = mixed(tmp_path, *modes)
+    data = load_images(tmp_path)
+    for mode, image, values in zip(modes, data.images.numpy(), shades, strict=True):
+        assert np.array_equal(image, values[:3] if mode == "RGB" else np.stack([values[0]] * 3))
+    assert data.note == "2 gray, 1 in colour: all become in colour"
+
+
+@pytest.mark.parametrize("modes", [("L", "RGBA", "RGB", "LA"), ("LA", "RGB", "RGBA", "L")], ids="-".join)
+def test_one_alpha_gives_all_of_them_an_alpha(tmp_path, modes):
+    shades = mixed(tmp_path, *modes)
+    data = load_images(tmp_path)
+    for mode, image, values in zip(modes, data.images.numpy(), shades, strict=True):
+        colour = values[:3] if mode.startswith("RGB") else np.stack([values[0]] * 3)
+        assert np.array_equal(image, [*colour, values[3] if mode.endswith("A") else np.full((6, 8), 255)])
+    assert data.note == (
+        "1 gray, 1 gray with alpha, 1 in colour, 1 in colour with alpha: all become in colour with alpha"
+    )
+
+
+def test_what_was_decided_is_said(tmp_path):
+    ramp = (np.arange(48, dtype=np.uint16) * 1000).reshape(6, 8)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    picture(tmp_path / "b.png", mode="LA")
+    (tmp_path / "labels.txt").write_text("of other kinds")
+    (tmp_path / "c.avif").write_text("of other kinds")
+    data = load_images(tmp_path)
+    assert np.array_equal(data.images[0, 0].numpy(), np.round(ramp / 257))
+    assert data.note == (
+        "1 of more than 8 bits (rounded to 8); 1 with an alpha that is opaque everywhere (left out); "
+        "2 other files left out (.avif, .txt)"
+    )
+
+
+def test_pictures_beside_class_folders_are_refused_unless_no_classes_are_wanted(tmp_path):
+    for name in ("cat/1.png", "dog/2.png", "3.png"):
+        picture(tmp_path / name)
+    with pytest.raises(ValueError, match=r"got 3\.png beside cat/; move it, or use --no-classes"):
+        load_images(tmp_path)
+    data = load_images(tmp_path, classes=False)
+    assert data.images.shape == (3, 3, 6, 8) and data.num_classes is None
+
+
+def test_links_to_class_folders_are_followed_and_circles_are_not(tmp_path):
+    picture(tmp_path / "elsewhere" / "1.png")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cat").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    data = load_images(tmp_path / "data")
+    assert data.class_names == ("cat",) and data.images.shape[0] == 1
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    picture(tmp_path / "1.png")
+    (tmp_path / "2.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(ValueError, match=r"2\.png: the link must lead to an image"):
+        load_images(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.npz", "folder/pipe.png"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} must be a file, got a pipe"):
+        load_images(tmp_path / (name.partition("/")[0] if "/" in name else name))
+
+
+def test_classes_can_be_left_out(tmp_path):
+    images = write(tmp_path / "train-images-idx3-ubyte", idx(PICTURES))
+    labels = write(tmp_path / "train-labels-idx1-ubyte", idx(LABELS))
+    np.savez(tmp_path / "a.npz", images=PICTURES, labels=LABELS)
+    assert load_images(images, classes=False).labels is None
+    assert load_images(tmp_path / "a.npz", classes=False).class_names is None
+    with pytest.raises(ValueError, match="no classes are wanted"):
+        load_images(images, labels=labels, classes=False)
 
 
 def test_resizing_crops_the_centre(tmp_path):

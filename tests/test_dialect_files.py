@@ -236,6 +236,34 @@ WRONG_FLAGS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("written", "plain"),
+    [("timestep_respacing=15", {"timestep_respacing": "15"}),
+     ("timestep_respacing=10,15", {"timestep_respacing": "10,15"}),
+     ("timestep_respacing=ddim25", {"timestep_respacing": "ddim25"}), ("attention_resolutions=4", {}),
+     ("attention_resolutions=4,2", {}), ("channel_mult=1,2", {}), ("learn_sigma=false", {}), ("class_cond=no", {}),
+     ("rescale_timesteps=yes", {"rescale_timesteps": True}), ("predict_xstart=T", {"predict_xstart": True})],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_openais_own_spelling_on_the_command_line(tmp_path, written, plain):
+    from fastddpm.cli.flags import parse_flags
+
+    save(tmp_path / "model.pt", "openai")
+    flags = {**FLAGS["openai"], **parse_flags([written])}
+    assert load_checkpoint(tmp_path / "model.pt", **flags).spec == (
+        load_checkpoint(tmp_path / "model.pt", **{**FLAGS["openai"], **plain}).spec
+    )
+
+
+def test_a_list_of_one_number_is_written_as_the_number(tmp_path):
+    save(tmp_path / "model.pt", "openai", channels=(64,), stem_channels=64, embedding_channels=32, attention=(True,))
+    load_checkpoint(tmp_path / "model.pt", **FLAGS["openai"], channel_mult=2, attention_resolutions=8)
+    with pytest.raises(CheckpointError, match=r"channel_mult must be \(2.0,\), as its weights have it, got 1"):
+        load_checkpoint(tmp_path / "model.pt", **FLAGS["openai"], channel_mult=1)
+    save(tmp_path / "ckpt.pt", "w86763777")
+    load_checkpoint(tmp_path / "ckpt.pt", **FLAGS["w86763777"], attn=1)
+
+
 @pytest.mark.parametrize(("dialect", "flags", "message"), WRONG_FLAGS)
 def test_wrong_flags(tmp_path, dialect, flags, message):
     save(tmp_path / "model.pt", dialect)
@@ -583,8 +611,10 @@ class TestFlagsOnTheCommandLine:
         from fastddpm.cli.flags import parse_flags
 
         texts = ["num_heads=4", "noise_schedule=cosine", "predict_xstart=False", "sigma=null", "path=a=b", 'mult="1,2"']
+        texts += ["mults=1,2", "full=True,False", "beta=.5", "end=+1.", "deep=" + "[" * 10**5, "words=a,1", "odd=1,"]
         expected = {"num_heads": 4, "noise_schedule": "cosine", "predict_xstart": False, "sigma": None}
-        expected |= {"path": "a=b", "mult": "1,2"}
+        expected |= {"path": "a=b", "mult": "1,2", "mults": [1, 2], "full": [True, False], "beta": 0.5, "end": 1.0}
+        expected |= {"deep": "[" * 10**5, "words": "a,1", "odd": "1,"}
         assert parse_flags(texts) == expected
         assert parse_flags(None) == {}
 

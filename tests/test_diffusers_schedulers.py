@@ -262,6 +262,30 @@ def test_ddpm_with_a_timestep_per_sample(variance, threshold):
         torch.testing.assert_close(got.pred_original_sample[b : b + 1], want.pred_original_sample, rtol=1e-4, atol=1e-4)
 
 
+LEARNED = {
+    "table": {},
+    "no table": {"solver_order": 3},
+    "thresholds": {"solver_order": 3, "thresholding": True, "sample_max_value": 2.0},
+    "DPM-Solver": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    "DPM-Solver, thresholds": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "thresholding": True},
+    "SDE": {"algorithm_type": "sde-dpmsolver++"},
+}
+
+
+@pytest.mark.parametrize("config", LEARNED.values(), ids=LEARNED.keys())
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("C", [1, 2, 3, 4, 6])
+def test_dpm_leaves_out_a_learned_variance_of_any_number_of_channels(config, prediction, C):
+    """The parent, given the first half alone and no learned variance, is the right value."""
+    config = {**config, "prediction_type": prediction}
+    ours = run(
+        FastDPMSolverMultistepScheduler(**config, variance_type="learned_range"), 6, shape=(2, C, 4, 4), channels=2
+    )
+    theirs = run(DPMSolverMultistepScheduler(**config), 6, shape=(2, C, 4, 4))
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        assert a.shape == (2, C, 4, 4) and relative(a, b) <= RUN_RTOL
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 @pytest.mark.parametrize("shape", [(3, 2, 4, 4), (3, 2, 6)], ids=str)
 def test_ddim_with_a_timestep_per_sample(eta, shape):

@@ -15,6 +15,7 @@ from fastddpm.files import (
     check_writable,
     make_folder,
     remove_leftovers,
+    temporary_folder,
     write_json,
     write_tensors,
     write_text,
@@ -88,11 +89,85 @@ def test_make_folder_accepts_one_that_is_there(tmp_path):
 
 
 def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path):
-    for name in (".a.12345678.tmp.png", ".tmpAb12Cd", "a.png", ".hidden", "b.tmp"):
-        (tmp_path / name).touch()
-    (tmp_path / ".tmp_cache").mkdir()
+    ours = {".fastddpm.12345678.tmp.png", ".fastddpm.0abcdef0.tmp"}
+    in_runs = {".a.12345678.tmp.png", ".tmpAb12Cd"}
+    others = {"a.png", ".hidden", "b.tmp", ".tmp_cache", ".fastddpm.lock", ".fastddpm.1.tmp", ".fastddpm.99999999.tmp"}
+    for name in ours | in_runs | others:
+        (tmp_path / name).mkdir() if "cache" in name else (tmp_path / name).touch()
+    (tmp_path / ".fastddpm.99999999.tmp").unlink()
+    (tmp_path / ".fastddpm.99999999.tmp").symlink_to(tmp_path / "a.png")
+    (tmp_path / ".fastddpm.aaaaaaaa.tmp").mkdir()
+    (tmp_path / ".fastddpm.aaaaaaaa.tmp" / "model.safetensors").touch()
     remove_leftovers(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".hidden", ".tmp_cache", "a.png", "b.tmp"]
+    assert set(os.listdir(tmp_path)) == in_runs | others
+    remove_leftovers(tmp_path, alone=True)
+    assert set(os.listdir(tmp_path)) == others
+    remove_leftovers(tmp_path / "nowhere")
+
+
+def test_what_is_being_written_is_no_leftover(tmp_path):
+    with atomic_path(tmp_path / "a.txt") as file, temporary_folder(tmp_path / "b") as folder:
+        file.write_text("half")
+        (folder / "part").touch()
+        check_writable(tmp_path)
+        remove_leftovers(tmp_path, alone=True)
+        assert file.read_text() == "half" and os.listdir(folder) == ["part"]
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from fastddpm.files import atomic_path, temporary_folder
+with atomic_path(sys.argv[1] + "/a.png") as file, temporary_folder(pathlib.Path(sys.argv[1], "b")) as folder:
+    file.write_text("half")
+    (folder / "part").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_gone_before_the_next_run_writes(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=120)
+    assert len(os.listdir(tmp_path)) == 2
+    check_writable(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("length", [240, 251, 255])
+def test_names_may_be_as_long_as_the_file_system_has_them(tmp_path, length):
+    name = "é" * 20 + "x" * (length - 44) + ".txt"
+    write_text(tmp_path / name, "whole")
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == "whole"
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["to a file", "to nothing"])
+def test_a_link_is_neither_followed_nor_replaced(tmp_path, there):
+    (tmp_path / "link.txt").symlink_to(tmp_path / "target.txt")
+    if there:
+        (tmp_path / "target.txt").write_text("precious")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(OSError, match=r"link\.txt: it is a symbolic link"):
+        write_text(tmp_path / "link.txt", "new")
+    assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "link.txt").is_symlink()
+    assert not there or (tmp_path / "target.txt").read_text() == "precious"
+
+
+def test_a_folder_may_be_a_link_but_not_one_to_nothing(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    check_writable(tmp_path / "link")
+    write_text(tmp_path / "link" / "a.txt", "whole")
+    assert os.listdir(tmp_path / "real") == ["a.txt"]
+    for folder in ("dangling", "dangling/deeper"):
+        with pytest.raises(NotADirectoryError, match="dangling is a link to nothing"):
+            check_writable(tmp_path / folder)
+
+
+def test_a_pipe_is_neither_written_nor_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is a pipe, a socket or a device"):
+        write_text(tmp_path / "pipe", "new")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_json_and_tensors_come_back(tmp_path):

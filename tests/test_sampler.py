@@ -1,6 +1,7 @@
 """Sampler: the same pictures whatever the batches, the noise a caller supplies, guidance, and clear refusals."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -315,6 +316,24 @@ class TestTrouble:
         with pytest.raises(error, match=message):
             tiny_sampler().sample(n, **options)
 
+    @pytest.mark.parametrize("value", ["0.5", None, [], ["x"], {}, object, b"x", 1j, True, np.array([1, 2])], ids=repr)
+    @pytest.mark.parametrize(
+        "name",
+        ["n", "seed", "sample_ids", "steps", "timesteps", "prev_timesteps", "eta", "clip", "class_labels",
+         "guidance_scale", "batch_size", "solver"],
+    )  # fmt: skip
+    def test_values_of_other_types_are_refused_in_our_own_words(self, name, value):
+        """None, where it asks for the default, and the like are no errors."""
+        arguments = {"n": 3, "steps": 2, "class_labels": 1, name: value}
+        if name.endswith("timesteps"):
+            del arguments["steps"]
+        try:
+            tiny_sampler().sample(**arguments)
+        except (TypeError, ValueError) as error:
+            assert re.match(r"(sample|make_table|\w+_table|respace): \w+ must ", str(error)) and "\n" not in str(error)
+        else:
+            assert value is None or (name, value) == ("guidance_scale", True) or name == "prev_timesteps"
+
     def test_labels_for_a_network_without_classes(self):
         sampler = tiny_sampler(num_classes=None, null_class=None)
         with pytest.raises(ValueError, match="the network has no classes"):
@@ -348,6 +367,27 @@ def test_time_scale_feeds_fractional_timesteps():
 
 
 class TestCallersObjects:
+    @pytest.mark.parametrize("kind", [np.int64, np.uint8, np.array, torch.tensor], ids=lambda kind: kind.__name__)
+    def test_integers_of_any_library(self, kind):
+        plain = {"n": 3, "seed": 7, "steps": 4, "class_labels": 2, "batch_size": 2}
+        same = {name: kind(value) for name, value in plain.items()}
+        assert torch.equal(tiny_sampler().sample(**same), tiny_sampler().sample(**plain))
+        same = tiny_sampler().sample(2, sample_ids=np.array([4, 9]), class_labels=np.array([0, 1]), steps=4)
+        assert torch.equal(same, tiny_sampler().sample(2, sample_ids=[4, 9], class_labels=[0, 1], steps=4))
+
+    @pytest.mark.parametrize("kind", [np.float32, np.float64, np.array, torch.tensor], ids=lambda kind: kind.__name__)
+    def test_numbers_of_any_library(self, kind):
+        plain = {"eta": 0.5, "clip": 1.5, "guidance_scale": 2.0}
+        same = {name: kind(value) for name, value in plain.items()}
+        expected = tiny_sampler().sample(2, class_labels=1, steps=4, **plain)
+        assert torch.equal(tiny_sampler().sample(2, class_labels=1, steps=4, **same), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+    def test_timesteps_of_any_integer_type(self, dtype):
+        strided = tiny_sampler(T=40, prev_timestep="stride")
+        rows = [strided.table(timesteps=torch.tensor([30, 20, 10, 0], dtype=t)).rows for t in (dtype, torch.int64)]
+        assert torch.equal(*rows)
+
     def test_a_module_keeps_its_gradients(self):
         sampler = tiny_sampler()
         assert all(p.requires_grad for p in sampler.model.parameters())

@@ -324,6 +324,47 @@ def test_a_finished_run_stays_as_it_is(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+LOCKING = """
+import sys, time
+from pathlib import Path
+from fastddpm.run_folder import RunFolder
+with RunFolder(Path(sys.argv[1])).locked(0):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    run = trainer(tmp_path)
+    other = subprocess.Popen([sys.executable, "-c", LOCKING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="must be trained in by one process, got another one"):
+            run.run()
+        assert os.listdir(tmp_path) == [".fastddpm.lock"] and run.step == 0
+    finally:
+        other.kill()
+        other.communicate(timeout=60)
+    run.run(stop_after=1)  # the killed process has left its lock, which holds nobody up
+    assert ".fastddpm.lock" not in os.listdir(tmp_path)
+
+
+def test_a_run_that_went_on_elsewhere_meanwhile_is_not_overwritten(tmp_path):
+    early = trainer(tmp_path)
+    trainer(tmp_path).run(stop_after=2)
+    with pytest.raises(ValueError, match=r"must stand at step 0, .* got 2: another process trained in it meanwhile"):
+        early.run()
+    assert trainer(tmp_path).step == 2
+
+
+def test_a_run_does_not_write_through_links(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=r"model\.safetensors: it is a symbolic link"):
+        trainer(tmp_path / "run").run()
+    assert not (tmp_path / "precious").exists()
+
+
 def test_what_a_run_leaves_is_a_checkpoint_and_a_record(tmp_path):
     seen = []
     trainer(tmp_path).run(seen.append)

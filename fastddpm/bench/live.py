@@ -13,6 +13,7 @@ from fastddpm.bench import bars
 from fastddpm.bench.figures import BatchResult, WorkloadResult
 from fastddpm.bench.report import COLUMNS, cells, in_order
 from fastddpm.bench.worker import LABELS
+from fastddpm.terminal import clean
 
 WIDE = 150
 """Columns of a terminal from which on the whole table is shown."""
@@ -52,16 +53,16 @@ class View:
             self._place, self._status = (workload, batch), {}
         self._status[peer] = what
         if self._live is not None:
-            table = Table("peer", "now", title=f"{workload}, B = {batch}" if batch else workload)
+            table = Table("peer", "now", title=clean(f"{workload}, B = {batch}" if batch else workload))
             for name, status in self._status.items():
-                table.add_row(LABELS.get(name, name), status)
+                table.add_row(LABELS.get(name, name), clean(status))
             self._live.update(table)
 
     def on_result(self, workload: WorkloadResult, one: BatchResult) -> None:
         """A batch size is done."""
         if self.quiet:
             return
-        title = f"{workload.name}, B = {one.batch} ({one.rounds} rounds of {one.steps} steps)"
+        title = clean(f"{workload.name}, B = {one.batch} ({one.rounds} rounds of {one.steps} steps)")
         shown = range(len(COLUMNS)) if self.console.width >= WIDE else NARROW
         table = Table(title=title, title_justify="left")
         for i in shown:
@@ -74,7 +75,7 @@ class View:
             self.console.print(table)
         for peer in one.peers:
             if peer.note:
-                self.console.print(f"skipped {LABELS.get(peer.peer, peer.peer)}: {peer.note}", soft_wrap=True)
+                self.say(f"skipped {LABELS.get(peer.peer, peer.peer)}: {peer.note}")
 
     def bars(self, found: Sequence[bars.Bar]) -> None:
         """The project's targets."""
@@ -89,4 +90,4 @@ class View:
     def say(self, text: str) -> None:
         """A line."""
         if not self.quiet:
-            self.console.print(text, soft_wrap=True)
+            self.console.print(clean(text), soft_wrap=True)

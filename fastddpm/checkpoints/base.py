@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ class CheckpointError(ValueError):
         """Replace what would break the line or steer a terminal, and shorten what would flood it."""
         text = "".join(character if character.isprintable() else "�" for character in message)
         super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}")
+
+
+def check_file(path: Path) -> None:
+    """Check that `path`, if there is anything, is a file: to open a pipe would mean to wait for its writer.
+
+    Raises:
+        CheckpointError: If it is something else.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(f"{path} must be a file, got a folder, a pipe or a device; give the file itself")
 
 
 @dataclasses.dataclass(frozen=True)

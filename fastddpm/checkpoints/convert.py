@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +11,7 @@ import torch
 
 from fastddpm.checkpoints import diffusers, load_checkpoint, native
 from fastddpm.checkpoints.base import Checkpoint, CheckpointError
-from fastddpm.files import check_writable, make_folder
+from fastddpm.files import check_writable, temporary_folder
 
 Dtype = Literal["fp32", "fp16"]
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -84,9 +82,8 @@ def write_folder(target: Path, checkpoint: Checkpoint, dtype: Dtype, training: M
     Raises:
         OSError: If a file cannot be written.
     """
-    make_folder(target.absolute().parent)
-    temporary = target.absolute().with_name(f".{target.absolute().name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    target = Path(os.path.realpath(target))  # a link to a folder stands for the folder
+    with temporary_folder(target) as temporary:
         native.save(
             temporary,
             checkpoint.network,
@@ -102,8 +99,6 @@ def write_folder(target: Path, checkpoint: Checkpoint, dtype: Dtype, training: M
                 os.replace(temporary / name, target / name)
         else:
             os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_range(checkpoint: Checkpoint, dtype: Dtype) -> None:

@@ -103,9 +103,9 @@ class Flags:
         return float(value)
 
     def boolean(self, name: str, default: bool | None = None) -> bool:
-        """True or false."""
-        value = self._get(name, default)
-        if not isinstance(value, bool):
+        """True or false, also as the projects' own command lines have it."""
+        value = _truth(self._get(name, default))
+        if value is None:
             raise self.wrong(name, "True or False")
         return value
 
@@ -117,11 +117,12 @@ class Flags:
         return value
 
     def text(self, name: str, default: str) -> str:
-        """Any string."""
+        """Any string; integers are taken for what was written, with commas between several."""
         value = self._get(name, default)
-        if not isinstance(value, str):
+        parts = value if isinstance(value, (list, tuple)) and value else [value]
+        if not all(isinstance(part, (str, int)) and not isinstance(part, bool) for part in parts):
             raise self.wrong(name, "a string")
-        return value
+        return ",".join(map(str, parts))
 
     def path(self, name: str) -> str | None:
         """A path, or None if it is not given."""
@@ -131,8 +132,10 @@ class Flags:
         return None if value is None else os.fspath(value)
 
     def numbers(self, name: str) -> tuple[float, ...] | None:
-        """A list of numbers, which may also be written as a string with commas; None if it is absent or empty."""
+        """A list of numbers, also a single one or a string with commas; None if it is absent or empty."""
         value = self._values.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = (value,)
         parts: object = value.split(",") if isinstance(value, str) and value else value
         if parts is None or parts == "":
             return None
@@ -155,7 +158,8 @@ class Flags:
                 numbers = self.numbers(name)
                 differs = numbers is not None and numbers != value
             else:
-                differs = name in self._values and self._values[name] != value
+                given = self._values.get(name, value)
+                differs = given != value and not (isinstance(value, bool) and _truth(given) is value)
             if differs:
                 raise CheckpointError(
                     f"{self.source}: {name} must be {value!r}, as its weights have it, got {self._values[name]!r}; "
@@ -186,6 +190,12 @@ class Flags:
         if name not in self._values and default is not None:
             self.note(name, default, "default")
         return self._values.get(name, default)
+
+
+def _truth(value: object) -> bool | None:
+    """The truth value that is written so on the projects' command lines (OpenAI's `str2bool`); None for others."""
+    word = str(value).lower() if isinstance(value, (bool, str)) else ""
+    return True if word in ("true", "t", "yes", "y", "1") else False if word in ("false", "f", "no", "n", "0") else None
 
 
 def classes_of(rows: int | None, flags: Flags) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_weights, load_weights
+from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_file, check_weights, load_weights
 from fastddpm.checkpoints.flags import Flags, classes_of
 from fastddpm.checkpoints.lucidrains_package import Module, PackageUNet
 from fastddpm.checkpoints.lucidrains_schedule import BUFFERS, RoundedSchedule
@@ -241,7 +241,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _opened(path: Path, read: Callable[[], T]) -> T:
-    if not path.is_file():
+    check_file(path)
+    if not path.exists():
         raise CheckpointError(f"{path} is missing; the checkpoint folder is incomplete")
     try:
         return read()
@@ -255,6 +256,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If it is missing, damaged, or holds something else.
     """
+    check_file(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.checkpoints import native
-from fastddpm.checkpoints.base import CheckpointError
+from fastddpm.checkpoints.base import CheckpointError, check_file
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 _REFUSED = ("Unsupported global", "Unsupported operand", "Unsupported class", "not allowed", "Trying to")
@@ -35,6 +35,7 @@ def read_file(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
     """
     if path.suffix == ".safetensors":
         return native.read_safetensors(path)
+    check_file(path)
     try:
         with path.open("rb") as file:
             start = file.read(2)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+from fastddpm import __version__
 from fastddpm.cli.bench import bench
 from fastddpm.cli.compile import compile_model
 from fastddpm.cli.convert import convert
@@ -15,6 +18,7 @@ from fastddpm.cli.export import export
 from fastddpm.cli.info import info
 from fastddpm.cli.sample import sample
 from fastddpm.cli.train import train
+from fastddpm.terminal import NARROW, say, settle_streams, tell
 
 app = typer.Typer(
     name="fastddpm",
@@ -27,8 +31,19 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"fastddpm {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def help_without_command(context: typer.Context) -> None:
+def help_without_command(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
     """Explain the commands to whoever names none."""
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -46,11 +61,14 @@ app.command()(info)
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     """One line on standard error, without the place in the code that only its authors care about."""
     if issubclass(category, UserWarning):
-        print(f"fastddpm: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        tell(f"fastddpm: warning: {' '.join(str(message).split())}")
 
 
 def main() -> None:
     """Run the command line; exits with 2 and one line on standard error where the input is at fault."""
+    settle_streams()
+    narrow = shutil.get_terminal_size().columns < NARROW
+    app.rich_markup_mode = None if narrow else "markdown"  # the columns of a table would be cut off
     warnings.showwarning = _show_warning
     try:
         code = app(standalone_mode=False)

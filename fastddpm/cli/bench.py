@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fastddpm.cli.flags import FlagOption, parse_flags
+from fastddpm.terminal import clean, say
 
 if TYPE_CHECKING:
     from fastddpm.bench.figures import WorkloadResult
@@ -109,7 +110,7 @@ def _measure(chosen: list[Workload], settings: Settings, out: Path, pictures: in
     machine = describe(settings.threads)
     facts: dict[str, Any] = {**dataclasses.asdict(settings), "workloads": [workload.name for workload in chosen]}
     results: list[WorkloadResult] = []
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = WIDE
     with View(console, quiet) as view:
@@ -162,11 +163,11 @@ def _profile(
     sampler = Sampler.from_pretrained(model, device=device, **options)
     path = out / "trace.json"
     kernels = trace(sampler, path, batch=batch, steps=10)
-    table = Table("kernel", "calls per step", "ms per step", "share", title=f"{model}, B = {batch}, {engine}")
+    table = Table("kernel", "calls per step", "ms per step", "share", title=clean(f"{model}, B = {batch}, {engine}"))
     for kernel in kernels:
         table.add_row(kernel.name, f"{kernel.calls:g}", f"{kernel.ms:.3g}", f"{kernel.share:.1%}")
-    Console(highlight=False).print(table)
-    print(f"wrote {path}; open it in ui.perfetto.dev or chrome://tracing")
+    Console(highlight=False, markup=False).print(table)
+    say(f"wrote {path}; open it in ui.perfetto.dev or chrome://tracing")
 
 
 def _integers(text: str | None) -> list[int]:

@@ -8,6 +8,7 @@ import typer
 
 from fastddpm.cli.engine_options import PrecisionOption
 from fastddpm.cli.flags import FlagOption, parse_flags
+from fastddpm.terminal import patience, say
 
 
 def compile_model(
@@ -41,8 +42,9 @@ def compile_model(
     if guided and sampler.spec.null_class is None:
         raise ValueError(f"--guided must be left out, got it, but {model} has no label that stands for no class")
     for size in batch_size or [64]:
-        seconds = sampler.compile(size, guided=guided)
-        print(f"batch {size}: " + ("was compiled already" if seconds is None else f"compiled in {seconds:.0f} s"))
+        with patience(f"batch {size}: compiling the step, which takes a minute or more"):
+            seconds = sampler.compile(size, guided=guided)
+        say(f"batch {size}: " + ("was compiled already" if seconds is None else f"compiled in {seconds:.0f} s"))
     for label, choice in describe_choices(sampler.stepper.weights).items():
-        print(f"{label}: {choice}")
-    print(f"{torch.get_num_threads()} threads; with another number of threads steps are compiled anew")
+        say(f"{label}: {choice}")
+    say(f"{torch.get_num_threads()} threads; with another number of threads steps are compiled anew")

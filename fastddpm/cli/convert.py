@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from fastddpm.cli.flags import FlagOption, parse_flags
+from fastddpm.terminal import say
 
 
 def convert(
@@ -38,4 +39,4 @@ def convert(
     checkpoint = convert_checkpoint(source, destination, dtype=dtype, force=force, flags=parse_flags(flag))
     if not quiet:
         size = (destination / WEIGHTS_NAME).stat().st_size / 1e6
-        print(f"wrote {destination}/ from {checkpoint.dialect} ({size:.2f} MB, {dtype})")
+        say(f"wrote {destination}/ from {checkpoint.dialect} ({size:.2f} MB, {dtype})")

@@ -6,6 +6,8 @@ import errno
 import os
 import sys
 
+from fastddpm.terminal import tell
+
 USER_ERRORS = (ValueError, TypeError, OSError, OverflowError, FloatingPointError)
 REMEDIES = {
     errno.ENOENT: "check the path",
@@ -33,7 +35,7 @@ def report(error: BaseException) -> int:
         BaseException: `error` itself, if it is a defect of the program and not of its input.
     """
     if isinstance(error, (Stopped, KeyboardInterrupt)):
-        print(_one_line(f"fastddpm: stopped{error}"), file=sys.stderr)
+        tell(_one_line(f"fastddpm: stopped{error}"))
         return INTERRUPTED
     if os.environ.get(DEBUG_VARIABLE):
         raise error
@@ -44,7 +46,7 @@ def report(error: BaseException) -> int:
     message = _message(error)
     if message is None:
         raise error
-    print(f"fastddpm: error: {message}", file=sys.stderr)
+    tell(f"fastddpm: error: {message}")
     return 2
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fastddpm.cli.flags import FlagOption, parse_flags
+from fastddpm.terminal import patience, say
 
 if TYPE_CHECKING:
     from fastddpm.export.exporter import Exported
@@ -112,6 +113,7 @@ def export(
     """
     from fastddpm.export.convert import DEFAULT_OPSET  # late: PyTorch takes seconds to import, --help should not
     from fastddpm.export.exporter import export_onnx
+    from fastddpm.files import check_replaceable
     from fastddpm.sampler import Sampler
     from fastddpm.solvers import DynamicThreshold
 
@@ -123,17 +125,19 @@ def export(
         "licence": licence, "precision": "int8" if int8 else "fp16" if fp16 else "fp32", "tensorrt": tensorrt,
         "clip": "spec" if threshold is None else DynamicThreshold(threshold),
     }  # fmt: skip
+    check_replaceable(out)
     sampler = Sampler.from_pretrained(model, device="cpu", engine="eager", **parse_flags(flag))
     if server is not None:
         from fastddpm.export.server import check_repository, write_repository
 
         check_repository(server)
-    exported = export_onnx(sampler, out, **options)
+    with patience(f"exporting the {what}, which takes up to a few minutes"):
+        exported = export_onnx(sampler, out, **options)
     lines = [f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)" for file in exported.files]
     if server is not None:
         lines.append(f"wrote {write_repository(server, exported)}")
     if not quiet:
-        print("\n".join(lines + _advice(exported, sampler if int8 else None)))
+        say("\n".join(lines + _advice(exported, sampler if int8 else None)))
 
 
 def _advice(exported: Exported, int8_of: Any) -> list[str]:  # noqa: ANN401 - a Sampler, imported late

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -19,10 +20,13 @@ FlagOption = Annotated[
 ]
 _TAKEN = ("device", "engine", "graph_steps", "name_or_path", "precision")  # options of the command itself
 _WORDS = {"True": True, "False": False, "None": None}
+_NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")  # JSON lacks the plus sign, and .5 and 1.
 
 
 def parse_flags(texts: Sequence[str] | None) -> dict[str, Any]:
-    """The flags as `load_checkpoint` takes them; a value is a JSON value, True, False, None, or else a word.
+    """The flags as `load_checkpoint` takes them.
+
+    A value is a JSON value, True, False, None, a number, a list of such with commas between, or else a word.
 
     Raises:
         ValueError: If an entry is not NAME=VALUE, or a name comes twice.
@@ -34,8 +38,17 @@ def parse_flags(texts: Sequence[str] | None) -> dict[str, Any]:
             raise ValueError(f"--flag must be NAME=VALUE, got {text!r}; write --flag num_heads=4, say")
         if name in flags:
             raise ValueError(f"--flag {name} must be given once, got it twice; keep one")
-        try:
-            flags[name] = _WORDS[value] if value in _WORDS else json.loads(value)
-        except ValueError:
-            flags[name] = value
+        flags[name] = _value(value)
     return flags
+
+
+def _value(text: str) -> Any:  # noqa: ANN401 - whatever JSON can be
+    if text in _WORDS:
+        return _WORDS[text]
+    if _NUMBER.fullmatch(text):
+        return float(text)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        values = [_value(part) for part in text.split(",")] if "," in text else [text]
+        return text if any(isinstance(value, str) for value in values) else values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastddpm.cli.flags import FlagOption, parse_flags
+from fastddpm.terminal import NARROW, clean, say
 
 if TYPE_CHECKING:
     from fastddpm.checkpoints import Checkpoint
@@ -48,7 +49,11 @@ def info(
         return
     console = Console(highlight=False)
     for title, values in facts.items():
-        if values:
+        if isinstance(values, list):
+            say(f"{title}: {', '.join(values)}")
+        elif values and console.width < NARROW:
+            say("\n".join((f"{title}:", *_lines(values))))
+        elif values:
             console.print(_settings_table(values) if title == "settings" else _table(title, values), "")
 
 
@@ -109,12 +114,19 @@ def _bytes(checkpoint: Checkpoint) -> int:
     return file.stat().st_size
 
 
-def _table(title: str, values: Mapping[str, Any] | Sequence[str]) -> Table:
+def _lines(values: Mapping[str, Any]) -> Iterator[str]:
+    """The facts without a table, for narrow terminals."""
+    for name, value in values.items():
+        setting = isinstance(value, dict) and value.keys() == {"value", "from"}
+        yield f"- {name}: " + (f"{_text(value['value'])} ({value['from']})" if setting else _text(value))
+
+
+def _table(title: str, values: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=ROUNDED)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in values.items() if isinstance(values, Mapping) else [(name, "") for name in values]:
-        table.add_row(escape(str(name)), escape(_text(value)))
+    for name, value in values.items():
+        table.add_row(escape(clean(name)), escape(clean(_text(value))))
     return table
 
 
@@ -125,7 +137,7 @@ def _settings_table(values: Mapping[str, Mapping[str, Any]]) -> Table:
     table.add_column("from", no_wrap=True)
     for name, fact in values.items():
         style = {"file": "", "default": "dim"}.get(fact["from"], "cyan")
-        table.add_row(escape(name), escape(_text(fact["value"])), escape(fact["from"]), style=style)
+        table.add_row(*(escape(clean(part)) for part in (name, _text(fact["value"]), fact["from"])), style=style)
     return table
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastddpm.cli.classes import class_cycle
 from fastddpm.cli.errors import Stopped
-from fastddpm.files import check_writable, write_json
+from fastddpm.cli.picture_folder import PictureFolder, checksums
+from fastddpm.files import check_replaceable, check_writable
 from fastddpm.images import (
+    SHOWN_CHANNELS,
     ToBytes,
     ToUnit,
     folder_file,
+    grid_size,
     make_grid,
     read_folder,
     save_folder,
@@ -37,7 +39,7 @@ MOST_BYTES = 64 << 30
 GRID_LIMIT = 400
 GIF_LIMIT = 64
 GIF_FRAMES = 40
-RUN_FILE = "run.json"
+_LARGEST = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535}  # pixels a side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,22 +51,33 @@ class Outputs:
     npz: Path | None
     gif: Path | None
 
-    def check(self) -> None:
+    def check(self, shape: tuple[int, int, int], n: int) -> None:
         """Refuse before the work what would fail after it.
 
+        Args:
+            shape: (C, H, W) of a picture.
+            n: How many there will be.
+
         Raises:
-            ValueError: If a suffix is wrong.
+            ValueError: If a suffix is wrong, or cannot hold such pictures.
             OSError: If a place is not writable.
         """
-        images = (".png", ".jpg", ".jpeg", ".webp")
-        for path, suffixes in ((self.grid, images), (self.npz, (".npz",)), (self.gif, (".gif",))):
+        if shape[0] not in SHOWN_CHANNELS and (self.grid or self.folder or self.gif):
+            raise ValueError(
+                f"pictures must have 1, 3 or 4 channels to be shown, got {shape[0]}; write them with --npz"
+            )
+        for path, suffixes, most in (
+            (self.grid, (".png", ".jpg", ".jpeg", ".webp"), GRID_LIMIT),
+            (self.npz, (".npz",), 0),
+            (self.gif, (".gif",), GIF_LIMIT),
+        ):
             if path is None:
                 continue
-            if path.is_dir():
-                raise IsADirectoryError(f"{path} is a folder; give a file name")
+            check_replaceable(path)
             if path.suffix.lower() not in suffixes:
                 got = repr(path.suffix) if path.suffix else "no suffix"
                 raise ValueError(f"{path}: the name must end in {' or '.join(suffixes)}, got {got}; rename it")
+            _check_fits(path, shape, min(n, most))
             check_writable(path.parent)
         if self.folder is not None:
             check_writable(self.folder)
@@ -74,6 +87,18 @@ class Outputs:
         if self.folder or self.npz:
             return n
         return min(n, max(GRID_LIMIT if self.grid else 0, GIF_LIMIT if self.gif else 0))
+
+
+def _check_fits(path: Path, shape: tuple[int, int, int], shown: int) -> None:
+    """See that the format of a grid's file can hold it."""
+    kind = path.suffix.lower()
+    if shape[0] == 4 and kind in (".jpg", ".jpeg"):
+        raise ValueError(f"{path}: pictures with an alpha must be written as .png or .webp, got {kind}; rename it")
+    side = max(grid_size(shown, shape[1], shape[2])) if shown else 0
+    if side > _LARGEST.get(kind, side):
+        raise ValueError(
+            f"{path}: {kind} must have at most {_LARGEST[kind]:,} pixels a side, got {side:,}; ask for fewer pictures"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +119,8 @@ class Job:
     seed: int
     first_id: int
     batch_size: int | None
+    engine: str
+    precision: str
     quiet: bool
 
     def run(self, outputs: Outputs) -> list[str]:
@@ -108,27 +135,27 @@ class Job:
             Stopped: On Ctrl-C; says how to go on where that is possible.
         """
         steps = self.check(outputs)
+        folder = self._folder(outputs)
+        lines = [note for note in (folder and folder.check(),) if note]
         ids = range(self.first_id, self.first_id + outputs.wanted(self.n))
         animation = Animation(steps, self.sampler.spec.to_bytes, self.sampler.spec.to_unit) if outputs.gif else None
-        batches = list(self._batches(ids, outputs))
+        batches = list(self._batches(ids, folder, outputs.gif is not None))
         drawn = sum(map(len, batches))
-        kept = self._room(len(ids)) if outputs.folder is None else None
+        kept = self._room(len(ids)) if folder is None else None
         try:
             with StepProgress(steps * len(batches), drawn, False if self.quiet else None):
                 for batch in batches:
                     animated = animation if batch[0] < self.first_id + GIF_LIMIT else None
                     pictures = self._draw(batch, animated)
-                    if outputs.folder is not None:
-                        self._begin_folder(outputs.folder)
-                        save_folder(outputs.folder, pictures, batch)
+                    if folder is not None:
+                        folder.begin()
+                        save_folder(folder.path, pictures, batch)
                     if kept is not None:
                         kept[batch[0] - ids[0] : batch[-1] + 1 - ids[0]] = pictures
         except KeyboardInterrupt:
             raise Stopped("; the same command continues" if outputs.folder else "") from None
-        lines = []
-        if outputs.folder is not None:
-            there = f" ({len(ids) - drawn} were there already)" if drawn < len(ids) else ""
-            lines.append(f"wrote {drawn} pictures to {outputs.folder}/{there}")
+        if folder is not None:
+            lines.append(_told(folder.path, drawn, len(ids) - drawn))
         return lines + self._write_files(ids, outputs, kept, animation)
 
     def check(self, outputs: Outputs) -> int:
@@ -158,9 +185,7 @@ class Job:
             self.sampler.spec, self.sampler.device, len(ids), ids, self.labels(ids), self.guidance, None, None,
             self.batch_size,
         )  # fmt: skip
-        outputs.check()
-        if outputs.folder is not None:
-            self._check_folder(outputs.folder)
+        outputs.check(self.sampler.spec.shape, self.n)
         return steps
 
     def labels(self, ids: Sequence[int]) -> list[int] | None:
@@ -174,26 +199,7 @@ class Job:
 
     def _cycle(self) -> list[int] | None:
         """The classes that the ids go through in turn."""
-        spec = self.sampler.spec
-        if self.classes == "none" or (self.classes == "all" and spec.num_classes is None):
-            return None
-        if spec.num_classes is None:
-            raise ValueError(f"--classes must be left out, got {self.classes!r}: the network has no classes")
-        if self.classes == "all":
-            return [label for label in range(spec.num_classes) if label != spec.null_class]
-        chosen = []
-        for part in (p.strip() for p in self.classes.split(",")):
-            if part in (spec.class_names or ()):
-                chosen.append((spec.class_names or ()).index(part))
-            elif part.isascii() and part.isdigit() and len(part) < 10 and int(part) < spec.num_classes:
-                chosen.append(int(part))
-            else:
-                named = f", names such as {spec.class_names[0]}," if spec.class_names else ""
-                raise ValueError(
-                    f"--classes must be all, none or numbers in 0 … {spec.num_classes - 1}{named} with commas between, "
-                    f"got {part!r}; fastddpm info {self.model} lists them"
-                )
-        return chosen
+        return class_cycle(self.sampler.spec, self.classes, self.model)
 
     def _method(self) -> dict[str, Any]:
         """How to sample: the arguments of `Sampler.table`."""
@@ -202,12 +208,13 @@ class Job:
             "solver": self.solver, "steps": self.steps, "timesteps": self.timesteps, "eta": self.eta, "clip": clip
         }  # fmt: skip
 
-    def _batches(self, ids: range, outputs: Outputs) -> Iterator[list[int]]:
+    def _batches(self, ids: range, folder: PictureFolder | None, with_gif: bool) -> Iterator[list[int]]:
         """The ids that must be drawn: those that are animated come first, and in batches of their own."""
         size = self.batch_size or default_batch_size(self.sampler.device)
-        split = min(len(ids), GIF_LIMIT) if outputs.gif else 0
+        there = set() if folder is None else folder.names()
+        split = min(len(ids), GIF_LIMIT) if with_gif else 0
         for part, animated in ((ids[:split], True), (ids[split:], False)):
-            missing = [i for i in part if animated or not outputs.folder or not folder_file(outputs.folder, i).exists()]
+            missing = [i for i in part if animated or folder_file("", i).name not in there]
             yield from (missing[first : first + size] for first in range(0, len(missing), size))
 
     def _draw(self, ids: Sequence[int], animation: Animation | None) -> Tensor:
@@ -252,36 +259,21 @@ class Job:
             note(outputs.gif, min(len(ids), GIF_LIMIT))
         return lines
 
-    def _check_folder(self, folder: Path) -> None:
-        """See that a folder's run is the same one: pictures of two settings must not mix."""
-        settings = self._settings()
-        path = folder / RUN_FILE
-        if not path.exists():
-            return
-        try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: not readable ({error}); remove it or use another folder") from error
-        different = [
-            f"{name} was {found.get(name)!r}, is {value!r}"
-            for name, value in settings.items()
-            if name != "model" and found.get(name) != value
-        ]
-        if different:
-            raise ValueError(f"{folder} holds a run with other settings: {'; '.join(different)}; use another folder")
-
-    def _begin_folder(self, folder: Path) -> None:
-        if not (folder / RUN_FILE).exists():
-            write_json(folder / RUN_FILE, self._settings())
-
-    def _settings(self) -> dict[str, object]:
-        """What determines a picture besides its id; the name of the model is for people, its weights count."""
+    def _folder(self, outputs: Outputs) -> PictureFolder | None:
+        """The folder of pictures with what determines a picture besides its id, if one is asked for."""
+        if outputs.folder is None:
+            return None
         names = ("model", "flags", "solver", "steps", "timesteps", "eta", "classes", "guidance", "threshold", "seed")
-        checksum = 0
-        if self.sampler.checkpoint is not None:
-            for value in self.sampler.checkpoint.network.state_dict().values():
-                checksum = zlib.crc32(value.cpu().flatten().contiguous().view(torch.uint8).numpy(), checksum)
-        return {name: getattr(self, name) for name in names} | {"weights": f"{checksum:08x}"}
+        settings = {name: getattr(self, name) for name in (*names, "precision", "engine")}
+        return PictureFolder(outputs.folder, settings | checksums(self.sampler))
+
+
+def _told(folder: Path, drawn: int, found: int) -> str:
+    """What to say about a folder of pictures."""
+    if not drawn:
+        return f"{folder}/ holds all {found} already" if found > 1 else f"{folder}/ holds the picture already"
+    there = f" ({found} were there already)" if found else ""
+    return f"wrote {drawn} picture{'s' if drawn > 1 else ''} to {folder}/{there}"
 
 
 class Animation:

@@ -9,6 +9,7 @@ import typer
 
 from fastddpm.cli.engine_options import EngineOption, PrecisionOption
 from fastddpm.cli.flags import FlagOption, parse_flags
+from fastddpm.terminal import say
 
 WHAT, METHOD, OUTPUT, RUN = "What to draw", "How to draw", "Where to write (several may be given)", "Running"
 
@@ -121,8 +122,8 @@ def sample(
     sampler = Sampler.from_pretrained(model, device=device, engine=engine, precision=precision, **flags)
     job = Job(
         sampler, model, flags, n, solver, steps, timesteps, eta, classes, guidance, threshold, seed, first_id,
-        batch_size, quiet,
+        batch_size, engine, precision, quiet,
     )  # fmt: skip
     lines = job.run(Outputs(grid, folder, npz, gif))
     if not quiet:
-        print("\n".join(lines))
+        say("\n".join(lines))

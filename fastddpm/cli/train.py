@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from fastddpm.cli.errors import Stopped
+from fastddpm.progress import progress_bar
+from fastddpm.terminal import clean, on_terminal, say
 
 if TYPE_CHECKING:
     from fastddpm.data import ImageData
     from fastddpm.spec import ModelSpec
     from fastddpm.training import Progress, Trainer
-    from fastddpm.unet import UNetConfig
 
 GRID_SAMPLES = 64
 GRID_STEPS = 25
+SAMPLES = "samples"
 DATA, LEARNING, NETWORK = "Pictures in, checkpoint out", "Learning", "Network"
 DIFFUSION, RUN = "Diffusion", "Running"
 
@@ -132,7 +131,8 @@ def train(
     import torch  # late, for --help: see `sample`
 
     from fastddpm.data import load_images
-    from fastddpm.files import check_writable
+    from fastddpm.files import check_writable, remove_leftovers
+    from fastddpm.images import SHOWN_CHANNELS
     from fastddpm.machine import pick_device
     from fastddpm.schedule import NoiseSchedule
     from fastddpm.spec import ModelSpec
@@ -146,9 +146,9 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     target = pick_device(device)
-    pictures = load_images(data, labels=labels, size=size)
+    pictures = load_images(data, labels=labels, size=size, classes=conditional)
     shape = (int(pictures.images.shape[1]), int(pictures.images.shape[2]), int(pictures.images.shape[3]))
-    classes = pictures.num_classes if conditional else None
+    classes = pictures.num_classes
     widths = _integers("--channels", channels)
     unet = UNetConfig(
         sample_size=shape[1:], in_channels=shape[0], out_channels=shape[0] * (2 if variance == "learned_range" else 1),
@@ -159,33 +159,34 @@ def train(
     spec = ModelSpec(
         shape=shape, prediction=prediction, variance=variance, num_classes=classes,
         null_class=classes if label_dropout > 0 else None,  # without dropout nothing ever trains that row
-        class_names=pictures.class_names if conditional else None,
+        class_names=pictures.class_names,
     )  # fmt: skip
     check_writable(out)
+    remove_leftovers(out / SAMPLES)
     torch.manual_seed(seed)
     trainer = Trainer(out, UNet(unet), NoiseSchedule.by_name(schedule, T), spec, pictures, config, device=target)
-    _announce(trainer, unet, spec, pictures)
-    _run(trainer, stop_after, not no_grids)
+    _announce(trainer, spec, pictures)
+    shown = shape[0] in SHOWN_CHANNELS
+    if not (shown or no_grids):
+        say(f"no grids of samples: pictures of {shape[0]} channels cannot be shown")
+    _run(trainer, stop_after, shown and not no_grids)
 
 
-def _announce(trainer: Trainer, unet: UNetConfig, spec: ModelSpec, pictures: ImageData) -> None:
+def _announce(trainer: Trainer, spec: ModelSpec, pictures: ImageData) -> None:
     parameters = sum(p.numel() for p in trainer.network.parameters())
-    classes = "no classes" if spec.num_classes is None else f"{spec.num_classes} classes"
-    print(
-        f"{len(pictures.images):,} pictures {spec.shape} from {pictures.source}, {classes}; {parameters:,} parameters"
-    )
+    classes = {None: "no classes", 1: "1 class"}.get(spec.num_classes, f"{spec.num_classes} classes")
+    say(f"{len(pictures.images):,} pictures {spec.shape} from {pictures.source}, {classes}; {parameters:,} parameters")
+    if pictures.note:
+        say(f"pictures: {pictures.note}")
     if trainer.resumed:
         news = "is trained already:" if trainer.step == trainer.total else "goes on at"
-        print(f"{trainer.folder} {news} step {trainer.step:,} of {trainer.total:,}")
+        say(f"{trainer.folder} {news} step {trainer.step:,} of {trainer.total:,}")
 
 
 def _run(trainer: Trainer, stop_after: int | None, grids: bool) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    bar = Bar(
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps · {task.fields[news]}"),
-        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-    )  # fmt: skip
+    bar = progress_bar("training", " · {task.fields[news]}", visible=on_terminal())
     task = bar.add_task("", total=trainer.total, completed=trainer.step, news="")
+    first = trainer.step
     smooth: list[float] = []
 
     def on_progress(progress: Progress) -> None:
@@ -196,14 +197,15 @@ def _run(trainer: Trainer, stop_after: int | None, grids: bool) -> None:
         if progress.epoch_ended or progress.step == progress.total:
             bar.console.print(f"epoch {progress.epoch}: {news}")
             if grids:
-                bar.console.print(f"wrote {_draw_grid(trainer, progress.epoch)}")
+                bar.console.print(clean(f"wrote {_draw_grid(trainer, progress.epoch)}"))
 
     try:
         with bar:
             trainer.run(on_progress, stop_after)
     except KeyboardInterrupt:
         raise Stopped(f" at step {trainer.step}; the same command continues from there") from None
-    print(f"wrote {trainer.folder}; sample from it with: fastddpm sample {trainer.folder}")
+    wrote = f"wrote {trainer.folder}; " if trainer.step > first else ""
+    say(f"{wrote}sample from it with: fastddpm sample {trainer.folder}")
 
 
 def _draw_grid(trainer: Trainer, epoch: int) -> Path:
@@ -216,7 +218,7 @@ def _draw_grid(trainer: Trainer, epoch: int) -> Path:
     labels = None if classes is None else [i % classes for i in range(GRID_SAMPLES)]
     steps = min(GRID_STEPS, trainer.schedule.T)
     pictures = sampler.sample(GRID_SAMPLES, steps=steps, class_labels=labels, output="uint8", progress=False)
-    path = trainer.folder / "samples" / f"epoch_{epoch:04d}.png"
+    path = trainer.folder / SAMPLES / f"epoch_{epoch:04d}.png"
     save_image(path, make_grid(pictures, min_side=480))
     return path
 

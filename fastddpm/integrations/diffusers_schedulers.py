@@ -255,17 +255,14 @@ class FastDPMSolverMultistepScheduler(_Compatible, TableSteps, DPMSolverMultiste
             IndexError: a sample's own timestep is not in the run.
             ValueError: the timesteps are not set.
         """
-        tables, out, at = self._tables(), model_output, None
-        if tables is not None:
-            learned = self.config.variance_type in ("learned", "learned_range")
-            if learned and self.config.prediction_type == "epsilon":
-                out = model_output[:, :3]
-            if fits(out, sample, tables[0].table):
-                at = self._at(tables[0], timestep)
+        tables, at = self._tables(), None
+        out = model_output[:, : sample.shape[1]] if self._learns_variance() else model_output
+        if tables is not None and fits(out, sample, tables[0].table):
+            at = self._at(tables[0], timestep)
         follows = self.lower_order_nums >= 1
         first = isinstance(at, int) and at == 0
         if tables is None or at is None or (follows and (first or self.model_outputs[-1] is None)):
-            return super().step(model_output, timestep, sample, generator, variance_noise, return_dict)
+            return super().step(out, timestep, sample, generator, variance_noise, return_dict)
         history = self.model_outputs[-1] if follows else None
         if history is not None and history.shape != sample.shape:
             history = history.expand_as(sample)
@@ -278,6 +275,39 @@ class FastDPMSolverMultistepScheduler(_Compatible, TableSteps, DPMSolverMultiste
         if not return_dict:
             return (previous,)
         return SchedulerOutput(prev_sample=previous)
+
+    def convert_model_output(
+        self,
+        model_output: Tensor,
+        *args: Any,  # noqa: ANN401 - as the parent
+        sample: Tensor | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Tensor:
+        """x̂_0 or ε from the network's output, as the parent; of a learned variance's channels the first half is taken.
+
+        Args:
+            model_output: float [B, C, …], or [B, 2C, …] with a learned variance, of which the parent takes 3 channels.
+            args: the parent's older arguments.
+            sample: float [B, C, …], x_t.
+            kwargs: the parent's older arguments.
+
+        Returns:
+            float [B, C, …]: x̂_0 for DPM-Solver++, ε for DPM-Solver.
+        """
+        if sample is None or not self._learns_variance() or self.config.prediction_type != "epsilon":
+            converted: Tensor = super().convert_model_output(model_output, *args, sample=sample, **kwargs)
+            return converted
+        eps = model_output[:, : sample.shape[1]]
+        alpha_t, sigma_t = self._sigma_to_alpha_sigma_t(self.sigmas[self.step_index])
+        x_start: Tensor = (sample - sigma_t * eps) / alpha_t
+        if self.config.thresholding:
+            x_start = self._threshold_sample(x_start)
+        if self.config.algorithm_type.endswith("++"):
+            return x_start
+        return (sample - alpha_t * x_start) / sigma_t if self.config.thresholding else eps
+
+    def _learns_variance(self) -> bool:
+        return self.config.variance_type in ("learned", "learned_range")
 
     def _at(self, rows: Rows, timestep: int | Tensor) -> int | Tensor | None:
         """The row of this step, counting like the parent."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastddpm.arguments import integers, numbers, whole
 from fastddpm.noise import NoiseSource, id_bits
 from fastddpm.spec import ModelSpec
 
@@ -99,16 +100,16 @@ def make_request(
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range or does not fit the network.
     """
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"sample: n must be an int, got {type(n).__name__}; convert it")
-    if n < 1:
-        raise ValueError(f"sample: n must be at least 1, got {n}; ask for at least one picture")
+    n = whole("sample", "n", n)
+    if not 1 <= n < 2**63:
+        raise ValueError(f"sample: n must be at least 1 and below 2**63, got {n}; ask for at least one picture")
     ids = torch.arange(n) if sample_ids is None else id_bits(sample_ids)
     if len(ids) != n:
         raise ValueError(f"sample: sample_ids must have n = {n} entries, got {len(ids)}; make the two agree")
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+    batch_size = None if batch_size is None else whole("sample", "batch_size", batch_size)
+    if batch_size is not None and batch_size < 1:
         raise ValueError(
-            f"sample: batch_size must be a positive int, got {batch_size!r}; leave it out to choose by device"
+            f"sample: batch_size must be a positive int, got {batch_size}; leave it out to choose by device"
         )
     labels = _labels(spec, n, class_labels)
     guidance = _guidance(spec, n, guidance_scale, class_labels is not None)
@@ -137,10 +138,7 @@ def _labels(spec: ModelSpec, n: int, class_labels: int | Sequence[int] | Tensor 
                 "is known to stand for no class; if one does, load the checkpoint with null_class=N"
             )
         return torch.full((n,), spec.null_class, dtype=torch.int64)
-    labels = torch.as_tensor(class_labels)
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"sample: class_labels must be integers, got {labels.dtype}; convert them")
-    labels = labels.to("cpu", torch.int64)
+    labels = integers("sample", "class_labels", class_labels)
     if labels.ndim == 0:
         labels = labels.expand(n).clone()
     if labels.shape != (n,):
@@ -159,7 +157,7 @@ def _labels(spec: ModelSpec, n: int, class_labels: int | Sequence[int] | Tensor 
 def _guidance(
     spec: ModelSpec, n: int, guidance_scale: float | Sequence[float] | Tensor, has_labels: bool
 ) -> Tensor | None:
-    scale = torch.as_tensor(guidance_scale, dtype=torch.float32).cpu()
+    scale = numbers("sample", "guidance_scale", guidance_scale)
     if scale.ndim == 0:
         scale = scale.expand(n).clone()
     if scale.shape != (n,) or not bool(torch.isfinite(scale).all()):

@@ -1,0 +1,87 @@
+"""PictureFolder: pictures of one run, named by their ids, and how the same command goes on with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from fastddpm.files import check_regular, remove_leftovers, write_json
+from fastddpm.sampler import Sampler
+from fastddpm.spec import ModelSpec
+
+RUN_FILE = "run.json"
+_PICTURE = re.compile(r"\d{6,}\.png")
+_FOR_PEOPLE = ("model", "engine")  # the weights count, and engines differ by rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureFolder:
+    """A folder of PNGs with its run's settings in run.json.
+
+    Args:
+        path: The folder.
+        settings: What determines a picture besides its id, as JSON-ready values.
+    """
+
+    path: Path
+    settings: Mapping[str, object]
+
+    def check(self) -> str:
+        """See that the folder's run is the same one, as pictures of two settings must not mix.
+
+        Returns:
+            What to tell about it; mostly nothing.
+
+        Raises:
+            ValueError: If the run has other settings, is not readable, or the pictures are of no run at all.
+        """
+        file = self.path / RUN_FILE
+        check_regular(file)
+        if not file.exists():
+            foreign = min((name for name in self.names() if _PICTURE.fullmatch(name)), default=None)
+            if foreign is not None:
+                raise ValueError(f"{self.path} must be a run's, got {foreign} without {RUN_FILE}; use another folder")
+            return ""
+        try:
+            unrecorded = {"precision": "fp32", "engine": "auto", "conventions": self.settings["conventions"]}
+            found = {**unrecorded, **json.loads(file.read_text(encoding="utf-8"))}  # older folders do not say these
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{file}: not readable ({error}); remove it or use another folder") from error
+        different = [
+            f"{name} was {found.get(name)!r}, is {value!r}"
+            for name, value in self.settings.items()
+            if name not in _FOR_PEOPLE and found.get(name) != value
+        ]
+        if different:
+            raise ValueError(f"{self.path} holds a run with other settings: {'; '.join(different)}; use another folder")
+        remove_leftovers(self.path, alone=True)
+        was, is_now = found["engine"], self.settings["engine"]
+        return "" if was == is_now else f"engine was {was}, is {is_now}: pictures differ by rounding"
+
+    def names(self) -> set[str]:
+        """The names of all files that are there."""
+        return set(os.listdir(self.path)) if self.path.is_dir() else set()
+
+    def begin(self) -> None:
+        """Write down the settings, before the first picture."""
+        if not (self.path / RUN_FILE).exists():
+            write_json(self.path / RUN_FILE, self.settings)
+
+
+def checksums(sampler: Sampler) -> dict[str, str]:
+    """What tells one network from another: of its weights, and of its schedule and conventions."""
+    weights = 0
+    if sampler.checkpoint is not None:
+        for value in sampler.checkpoint.network.state_dict().values():
+            weights = zlib.crc32(value.cpu().flatten().contiguous().view(torch.uint8).numpy(), weights)
+    usual = {field.name: field.default for field in dataclasses.fields(ModelSpec)}
+    spec = {name: value for name, value in dataclasses.asdict(sampler.spec).items() if value != usual[name]}
+    conventions = json.dumps([sampler.schedule.to_config(), spec], sort_keys=True)
+    return {"weights": f"{weights:08x}", "conventions": f"{zlib.crc32(conventions.encode()):08x}"}
