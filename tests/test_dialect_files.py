@@ -476,7 +476,7 @@ def test_other_time_tables_are_refused(tmp_path):
         ({"block_out_channels": 32}, "block_out_channels must be a list"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type must be 'positional', got 'fourier'"),
         ({"class_embed_type": "timestep"}, "class_embed_type must be None, got 'timestep'"),
-        ({"mid_block_scale_factor": 1.4}, "mid_block_scale_factor must be 1"),
+        ({"mid_block_scale_factor": 0}, "mid_scale must be a number in"),
         ({"act_fn": "gelu"}, "act_fn must be 'silu' or 'swish', got 'gelu'"),
         ({"downsample_padding": 2}, "downsample_padding must be 0 or 1, got 2"),
         ({"center_input_sample": 2}, "center_input_sample must be False or True, got 2"),
