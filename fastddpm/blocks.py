@@ -86,7 +86,7 @@ class ResBlock(nn.Module):
 
 
 def divided(x: Tensor, scale: float) -> Tensor:
-    """x / scale, and x itself where that is 1: most networks have no such factor, and no operation for it."""
+    """The quotient x / scale, and x itself where that is 1: most networks divide by nothing."""
     return x if scale == 1.0 else x / scale
 
 
