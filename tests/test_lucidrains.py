@@ -486,6 +486,23 @@ def test_diffusions_with_a_loop_of_their_own_are_refused(name):
         accelerate(theirs)
 
 
+def test_a_diffusion_of_version_1():
+    """There the size is one number, and before 1.1 nothing is told of how pictures are normalised."""
+    theirs = make(*CONFIGS["v, sigmoid"])
+    torch.manual_seed(5)
+    expected = theirs.sample(2)
+    theirs.image_size = 8
+    del theirs.unnormalize
+    torch.manual_seed(5)
+    torch.testing.assert_close(accelerate(theirs).sample(2), expected, rtol=0.0, atol=1e-4)
+
+
+def test_a_diffusion_of_before_version_1_is_refused():
+    kind = type("GaussianDiffusion", (module().GaussianDiffusion,), {"sample": lambda self, batch_size=16: None})
+    with pytest.raises(TypeError, match="denoising-diffusion-pytorch 1.0.2 or later, got an older one"):
+        accelerate(make(kind=kind))
+
+
 def test_other_diffusions_are_refused():
     with pytest.raises(TypeError, match=r"without classes, masks or guidance, got .*sample\(classes, cond_scale"):
         accelerate(with_classes())

@@ -142,6 +142,14 @@ def test_a_version_that_cannot_be(tmp_path, of, said, message):
         load(tmp_path, said, state)
 
 
+def test_an_old_package_is_named(tmp_path, monkeypatch):
+    load(tmp_path, "1.11.1")
+    old = type("Unet", (torch.nn.Module,), {"__init__": lambda self, dim, resnet_block_groups=8: None})
+    monkeypatch.setattr(lucidrains_package.package_module("denoising_diffusion_pytorch"), "Unet", old)
+    with pytest.raises(CheckpointError, match="need denoising-diffusion-pytorch 2.0 or later, also those of 1.x"):
+        load_checkpoint(tmp_path / "model-7.pt", **FLAGS)
+
+
 def test_old_prefixes(tmp_path):
     """In 0.x the network was `denoise_fn`, and the averaged diffusion had no name within "ema"."""
     state = {f"denoise_fn.{name}": value for name, value in old_state("1.0.0").items()}

@@ -282,6 +282,11 @@ def _make(module: Module, arguments: Mapping[str, Any]) -> nn.Module:
     """The package's network on the meta device."""
     unet = package_module(module).Unet
     known = inspect.signature(unet.__init__).parameters
+    if "resnet_block_groups" in known:
+        raise CheckpointError(
+            "lucidrains networks need denoising-diffusion-pytorch 2.0 or later, also those of 1.x, but the one that is "
+            "installed is older; update the package"
+        )
     older = arguments.get("older") or {}
     arguments = {name: value for name, value in arguments.items() if name != "older"}
     unknown = sorted(set(arguments) - set(known))
