@@ -50,11 +50,17 @@ class ResBlock(nn.Module):
     """Residual block: norm, SiLU, convolution, embedding, norm, SiLU, dropout, convolution, plus a skip path."""
 
     def __init__(
-        self, config: UNetConfig, c_in: int, c_out: int, resample: Literal["down", "up"] | None = None
+        self,
+        config: UNetConfig,
+        c_in: int,
+        c_out: int,
+        resample: Literal["down", "up"] | None = None,
+        scale: float = 1.0,
     ) -> None:
-        """Make a block from `c_in` to `c_out` channels that may also change the resolution by two."""
+        """Make a block from `c_in` to `c_out` channels that may change the resolution by two and divides by `scale`."""
         super().__init__()
         self.resample = resample
+        self.scale = scale
         self.scale_shift = config.scale_shift
         self.projection_width = c_out * (2 if config.scale_shift else 1)
         self.norm1 = nn.GroupNorm(config.norm_groups, c_in, eps=config.norm_eps)
@@ -76,7 +82,12 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
             h = self.norm2(h + projection)
-        return torch.as_tensor(self.conv2(self.dropout(F.silu(h))) + self.skip(x))
+        return divided(self.conv2(self.dropout(F.silu(h))) + self.skip(x), self.scale)
+
+
+def divided(x: Tensor, scale: float) -> Tensor:
+    """The quotient x / scale, and x itself where that is 1: most networks divide by nothing."""
+    return x if scale == 1.0 else x / scale
 
 
 def resample(x: Tensor, direction: Literal["down", "up"]) -> Tensor:
@@ -88,10 +99,17 @@ class Attention(nn.Module):
     """Self-attention over the H·W positions with a residual connection (Ho et al. 2020, appendix B)."""
 
     def __init__(
-        self, config: UNetConfig, channels: int, heads: int, normalise: bool = True, groups: int | None = None
+        self,
+        config: UNetConfig,
+        channels: int,
+        heads: int,
+        normalise: bool = True,
+        groups: int | None = None,
+        scale: float = 1.0,
     ) -> None:
         """Make attention over `channels` channels; heads come from `config.head_channels` where that is set."""
         super().__init__()
+        self.scale = scale
         self.heads = heads if config.head_channels is None else channels // config.head_channels
         self.order = config.attention_order
         groups = config.norm_groups if groups is None else groups
@@ -105,7 +123,7 @@ class Attention(nn.Module):
         b, c, height, width = x.shape
         rows = self.norm(x).permute(0, 2, 3, 1).reshape(b, height * width, c)
         h = self.out(self.mixed(self.qkv(rows)))
-        return x + torch.as_tensor(h).reshape(b, height, width, c).permute(0, 3, 1, 2)
+        return divided(x + torch.as_tensor(h).reshape(b, height, width, c).permute(0, 3, 1, 2), self.scale)
 
     def mixed(self, qkv: Tensor) -> Tensor:
         """Attention proper: queries, keys and values [B, H·W, 3C] of the fused projection, mixed to [B, H·W, C]."""

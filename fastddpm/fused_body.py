@@ -144,7 +144,11 @@ def _res_block(module: nn.Module, h: Pending, rows: _Rows) -> Pending:
     y = hidden.normed(block.norm2, keep=False, **rows.take(block))
     if isinstance(block.skip, nn.Conv2d):
         x = _as_pictures(F.linear(_per_pixel(x), block.skip.weight.flatten(1), block.skip.bias), x)
-    return Pending(_convolved(block.conv2, y), block.conv2.bias, x)
+    return _divided(Pending(_convolved(block.conv2, y), block.conv2.bias, x), block.scale)
+
+
+def _divided(h: Pending, scale: float) -> Pending:
+    return h if scale == 1.0 else Pending(h.total / scale)
 
 
 def _attended(module: nn.Module, h: Pending) -> Pending:
@@ -154,7 +158,8 @@ def _attended(module: nn.Module, h: Pending) -> Pending:
     x = h.total
     qkv = F.linear(_per_pixel(y), module.qkv.weight, module.qkv.bias)
     mixed = module.mixed(torch.unflatten(qkv, 0, (x.shape[0], -1)))
-    return Pending(_as_pictures(F.linear(mixed.flatten(0, 1), module.out.weight), x), module.out.bias, x)
+    h = Pending(_as_pictures(F.linear(mixed.flatten(0, 1), module.out.weight), x), module.out.bias, x)
+    return _divided(h, module.scale)
 
 
 def _resampled(module: nn.Module, h: Pending, rows: _Rows) -> Pending:

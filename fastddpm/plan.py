@@ -13,7 +13,7 @@ from fastddpm.schedule import NoiseSchedule
 from fastddpm.solvers import ClippedEps, DynamicThreshold, Solver, make_table, respace, spaced_timesteps
 from fastddpm.spec import ModelSpec, Variance
 from fastddpm.step_table import StepTable, check_choice
-from fastddpm.timesteps import Spacing
+from fastddpm.timesteps import Spacing, largest_offset
 
 DEFAULT_STEPS: dict[Solver, int | None] = {"ddpm": None, "ddim": 50, "dpmpp_2m": 20}
 """Steps of each solver unless the caller says otherwise; None is all that the network was trained with."""
@@ -98,9 +98,25 @@ def _timesteps(
         raise ValueError(f"sample: steps must be in 1 … {T} (the steps of training), got {steps}; ask for fewer")
     if spec.spacing is None:
         return respace(T, steps) if solver == "ddpm" else spaced_timesteps(T, steps, "trailing")
-    if solver == "dpmpp_2m" and spec.spacing in ("leading", "linspace") and steps < T:
-        return spaced_timesteps(T, steps + 1, spec.spacing, steps_offset=spec.steps_offset)[:-1]
-    return spaced_timesteps(T, steps, spec.spacing, steps_offset=spec.steps_offset)
+    # diffusers' DPM-Solver spaces one point more than it visits.
+    more = 1 if solver == "dpmpp_2m" and spec.spacing in ("leading", "linspace") and steps < T else 0
+    offset = _offset(T, spec, steps, more)
+    return spaced_timesteps(T, steps + more, spec.spacing, steps_offset=offset)[:steps]
+
+
+def _offset(T: int, spec: ModelSpec, steps: int, more: int) -> int:
+    """The checkpoint's steps_offset, which cannot apply where all T timesteps are spaced."""
+    if spec.spacing != "leading" or steps + more == T:
+        return 0
+    if spec.steps_offset > largest_offset(T, steps + more):
+        fitting = (S for S in range(steps - 1, 0, -1) if spec.steps_offset <= largest_offset(T, S + more))
+        near = next(fitting, None)
+        remedy = f"ask for {T} or {near}" if near else "give timesteps"
+        raise ValueError(
+            f"sample: steps must leave room for the checkpoint's steps_offset of {spec.steps_offset} within {T}, got "
+            f"{steps}; {remedy}"
+        )
+    return spec.steps_offset
 
 
 def _variance(spec: ModelSpec, solver: Solver, variance: Variance | Literal["spec"]) -> Variance | None:

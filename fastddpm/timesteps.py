@@ -81,12 +81,11 @@ def spaced_timesteps(T: int, S: int, spacing: Spacing = "trailing", *, steps_off
             f"spaced_timesteps: S must be in 1 … T = {T}, got {S}; ask for at most as many steps as were trained"
         )
     if spacing == "leading":
-        stride = T // S
-        if not 0 <= steps_offset <= T - 1 - (S - 1) * stride:
+        stride, largest = T // S, largest_offset(T, S)
+        if not 0 <= steps_offset <= largest:
             raise ValueError(
-                f"spaced_timesteps: steps_offset must be in 0 … {T - 1 - (S - 1) * stride} for {S} "
-                "leading steps "
-                f"of {T}, got {steps_offset}; use 0 or fewer steps"
+                f"spaced_timesteps: steps_offset must be in 0 … {largest} for {S} leading steps of {T}, got "
+                f"{steps_offset}; choose one of these, or another S"
             )
         steps = [i * stride + steps_offset for i in range(S - 1, -1, -1)]
     elif spacing == "trailing":
@@ -105,6 +104,11 @@ def spaced_timesteps(T: int, S: int, spacing: Spacing = "trailing", *, steps_off
             f"{spacing!r}; pick one of them"
         )
     return torch.tensor(steps, dtype=torch.int64)
+
+
+def largest_offset(T: int, S: int) -> int:
+    """The largest steps_offset with which S "leading" steps stay within T."""
+    return T - 1 - (S - 1) * (T // S)
 
 
 def respace(T: int, spec: str | int) -> Tensor:

@@ -50,8 +50,9 @@ class UNet(nn.Module):
         attention = None
         if config.mid_attention:
             norm, groups = config.mid_attention_norm, config.mid_attention_groups
-            attention = Attention(config, bottom, config.num_heads, norm, groups)
-        self.mid = Stage([ResBlock(config, bottom, bottom) for _ in range(2)], [attention, None], None)
+            attention = Attention(config, bottom, config.num_heads, norm, groups, config.mid_scale)
+        blocks = [ResBlock(config, bottom, bottom, scale=config.mid_scale) for _ in range(2)]
+        self.mid = Stage(blocks, [attention, None], None)
         self.up = _up_stages(config, skips)
         self.norm_out = nn.GroupNorm(config.norm_groups, config.channels[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)

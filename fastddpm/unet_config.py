@@ -25,6 +25,7 @@ class UNetConfig:
         mid_attention: Whether the bottom has self-attention between its two blocks.
         mid_attention_norm: Whether that attention normalises its input.
         mid_attention_groups: Groups of that norm; None repeats `norm_groups`.
+        mid_scale: What each sum of a residual branch and its skip path at the bottom is divided by.
         num_heads: Attention heads, unless `head_channels` is given.
         up_num_heads: Heads on the way up; None repeats `num_heads`.
         head_channels: Channels per head; None means `num_heads` heads at every width.
@@ -59,6 +60,7 @@ class UNetConfig:
     mid_attention: bool = True
     mid_attention_norm: bool = True
     mid_attention_groups: int | None = None
+    mid_scale: float = 1.0
     num_heads: int = 1
     up_num_heads: int | None = None
     head_channels: int | None = None
@@ -136,6 +138,12 @@ _OPTIONAL_INTEGERS = (
 _LEVEL_FLAGS = ("attention", "up_attention", "resblock_down", "resblock_up")
 _BOOLEANS = ("mid_attention", "mid_attention_norm", "scale_shift", "resblock_updown", "conv_resample",
              "center_input")  # fmt: skip
+_RANGES = {
+    "norm_eps": (0.0, 1.0),
+    "dropout": (0.0, 0.999),
+    "embedding_shift": (0.0, 1.0),
+    "mid_scale": (1e-3, 1e3),
+}
 _CHOICES = {
     "attention_order": ("qkv_heads", "heads_qkv"),
     "downsample_padding": ("symmetric", "asymmetric"),
@@ -216,7 +224,7 @@ def _validate_types(config: UNetConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (isinstance(value, tuple) and all(isinstance(v, bool) for v in value)):
             raise ValueError(f"UNetConfig: {name} must be a list of true/false, got {value!r}")
-    for name, low, high in (("norm_eps", 0.0, 1.0), ("dropout", 0.0, 0.999), ("embedding_shift", 0.0, 1.0)):
+    for name, (low, high) in _RANGES.items():
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ValueError(f"UNetConfig: {name} must be a number in [{low}, {high}], got {value!r}")
+            raise ValueError(f"UNetConfig: {name} must be a number in [{low:g}, {high:g}], got {value!r}")

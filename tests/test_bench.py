@@ -234,7 +234,12 @@ def test_twin_computes_the_same(tmp_path, which):
         "tiny": {},
         "scale-shift": {"scale_shift": True, "num_classes": None},
         "heads": {"head_channels": 4, "up_attention": (True, False)},
-        "asymmetric": {"downsample_padding": "asymmetric", "embedding": "cos_sin", "embedding_shift": 0.0},
+        "asymmetric": {
+            "downsample_padding": "asymmetric",
+            "embedding": "cos_sin",
+            "embedding_shift": 0.0,
+            "mid_scale": 1.3,
+        },
     }[which]
     config = dataclasses.replace(tiny.UNET, **changes)
     spec = tiny.SPEC if config.num_classes else tiny.unconditional()[1]

@@ -232,7 +232,7 @@ WRONG_FLAGS = [
     ("pesser", {"num_heads": 1}, "there is no flag num_heads"),
     ("w86763777", {"mean_type": "x"}, "mean_type must be one of epsilon, xstart, xprev, got 'x'"),
     ("w86763777", {"T": 999}, "T must be 1000, as its weights have it, got 999"),
-    ("w86763777", {"model": "net_model"}, "model must be a network of the file, got net_model"),
+    ("w86763777", {"model": "net_model"}, "model must be a network of the file .one without a name., got 'net_model'"),
 ]
 
 
@@ -329,8 +329,24 @@ def test_truncated_files(tmp_path, zipped, share):
         ({"model": {}, "ema": {}, "step": 3}, "a file of denoising-diffusion-pytorch without its 2-D U-Net"),
         ({}, "of no kind that fastddpm reads"),
         ({"down_blocks.0.x": torch.zeros(1)}, "weights of diffusers without their config.json"),
-        ({"model.diffusion_model.x": torch.zeros(1)}, "a latent diffusion model, which is not supported"),
-        ({"state_dict": foreign_state("pesser", foreign_network("pesser"))}, "got pesser under the key 'state_dict'"),
+        ({"model.diffusion_model.x": torch.zeros(1)}, "holds a latent diffusion model, which is not supported"),
+        ({"state_dict": {"model.diffusion_model.time_embed.0.weight": torch.zeros(1)}}, "a latent diffusion model"),
+        (
+            {"model.vit.layers.0.0.norm.g": torch.zeros(1), "model.time_mlp.1.weight": torch.zeros(1)},
+            "UViT .simple_dif",
+        ),
+        (
+            {"model.input_block.weight": torch.zeros(1), "model.to_time_emb.1.weight": torch.zeros(1)},
+            "KarrasUnet, which",
+        ),
+        ({"denoise_fn.noise_level_mlp.1.weight": torch.zeros(1), "denoise_fn.downs.0.weight": torch.zeros(1)}, "SR3"),
+        (
+            {"denoise_fn.cond_embed.0.weight": torch.zeros(1), "denoise_fn.input_blocks.0.0.weight": torch.zeros(1)},
+            "Palette, a network conditioned on pictures, which is not supported",
+        ),
+        ({"x_embedder.proj.weight": torch.zeros(1), "t_embedder.mlp.0.weight": torch.zeros(1)}, "DiT, a transformer"),
+        ({"model": {"module.all_modules.0.weight": torch.zeros(1)}, "step": 3}, "a score-SDE network"),
+        ({"unet": {"down_blocks.0.x": torch.zeros(1)}}, "weights of diffusers without their config.json"),
         (torch.zeros(3), "got Tensor"),
     ],
 )
@@ -476,15 +492,70 @@ def test_the_mean_of_the_next_state_says_what_x_0_is():
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("channels", "learned"),
+    [((1, 2), True), ((2, 2), False), ((4, 8), True), ((6, 12), True), ((7, 7), False), ((12, 24), True)],
+)
+def test_any_number_of_channels(tmp_path, channels, learned):
+    network = save(tmp_path / "m.pt", "openai", in_channels=channels[0], out_channels=channels[1])
+    checkpoint = load_checkpoint(tmp_path / "m.pt", **FLAGS["openai"])
+    assert checkpoint.spec.shape == (channels[0], 8, 8) and checkpoint.spec.learned_variance == learned
+    assert same(checkpoint, network)
+
+
+def test_six_channels_that_may_be_super_resolution(tmp_path):
+    network = save(tmp_path / "m.pt", "openai", in_channels=6, out_channels=6)
+    for extra in ({}, {"learn_sigma": True}):
+        with pytest.raises(
+            CheckpointError, match="super-resolution of 3 channels .*give learn_sigma=False if it is the"
+        ):
+            load_checkpoint(tmp_path / "m.pt", **FLAGS["openai"], **extra)
+    assert same(load_checkpoint(tmp_path / "m.pt", learn_sigma=False, **FLAGS["openai"]), network)
+
+
+@pytest.mark.parametrize("channels", [(6, 3), (4, 3), (3, 1), (9, 4)], ids=str)
+@pytest.mark.parametrize("dialect", [*FLAGS, "diffusers"])
+def test_networks_conditioned_on_pictures(tmp_path, dialect, channels):
+    structure = {"in_channels": channels[0], "out_channels": channels[1]}
+    if dialect == "diffusers":
+        path = save_folder(tmp_path, foreign_network(dialect, **structure))
+    else:
+        path = tmp_path / "m.pt"
+        save(path, dialect, **structure)
+    with pytest.raises(
+        CheckpointError, match=f"takes {channels[0]} channels and returns {channels[1]}: it is condition"
+    ):
+        load_checkpoint(path, **FLAGS.get(dialect, {}))
+
+
+@pytest.mark.parametrize(("dialect", "wanted"), [("openai", "3 or 6"), ("pesser", "3"), ("w86763777", "3")])
+def test_other_numbers_of_channels(tmp_path, dialect, wanted):
+    save(tmp_path / "m.pt", dialect, out_channels=4)
+    with pytest.raises(CheckpointError, match=f"the output must have {wanted} channels for an input of 3, got 4"):
+        load_checkpoint(tmp_path / "m.pt", **FLAGS[dialect])
+
+
+@pytest.mark.parametrize(
+    ("flag", "what"),
+    [("cond_fn", "classifier guidance"), ("classifier_path", "classifier guidance"), ("small_size", "super-resolution"),
+     ("classifier_scale", "classifier guidance"), ("large_size", "super-resolution")],
+)  # fmt: skip
+@pytest.mark.parametrize("dialect", FLAGS)
+def test_flags_of_what_is_not_supported(tmp_path, dialect, flag, what):
+    save(tmp_path / "m.pt", dialect)
+    with pytest.raises(CheckpointError, match=rf"{what} \({flag}\) is not supported; leave it out"):
+        load_checkpoint(tmp_path / "m.pt", **FLAGS[dialect], **{flag: 64})
+
+
 def test_openai_relatives_are_named(tmp_path):
-    save(tmp_path / "sr.pt", "openai", in_channels=6, out_channels=6)
-    with pytest.raises(CheckpointError, match="super-resolution networks are not supported"):
-        load_checkpoint(tmp_path / "sr.pt", **FLAGS["openai"])
     state = foreign_state("openai", foreign_network("openai"))
     half = {name: value for name, value in state.items() if not name.startswith("output_blocks")}
     torch.save(half, tmp_path / "classifier.pt")
-    with pytest.raises(CheckpointError, match="must hold output_blocks"):
+    with pytest.raises(CheckpointError, match="a classifier, and classifier guidance is not supported"):
         load_checkpoint(tmp_path / "classifier.pt", **FLAGS["openai"])
+    torch.save({name: value for name, value in state.items() if name != "out.2.weight"}, tmp_path / "half.pt")
+    with pytest.raises(CheckpointError, match="it is cut short"):
+        load_checkpoint(tmp_path / "half.pt", **FLAGS["openai"])
 
 
 def test_other_time_tables_are_refused(tmp_path):
@@ -504,12 +575,13 @@ def test_other_time_tables_are_refused(tmp_path):
         ({"block_out_channels": 32}, "block_out_channels must be a list"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type must be 'positional', got 'fourier'"),
         ({"class_embed_type": "timestep"}, "class_embed_type must be None, got 'timestep'"),
-        ({"mid_block_scale_factor": 1.4}, "mid_block_scale_factor must be 1"),
+        ({"mid_block_scale_factor": 0}, "mid_scale must be a number in"),
         ({"act_fn": "gelu"}, "act_fn must be 'silu' or 'swish', got 'gelu'"),
         ({"downsample_padding": 2}, "downsample_padding must be 0 or 1, got 2"),
         ({"center_input_sample": 2}, "center_input_sample must be False or True, got 2"),
         ({"sample_size": None}, "does not say sample_size"),
-        ({"out_channels": 6}, "out_channels must be 3 for variance fixed_small, got 6"),
+        ({"out_channels": 6}, "out_channels must be 3 for variance fixed_small, got 6; the scheduler belongs to ano"),
+        ({"out_channels": 4}, "the output must have 3 or 6 channels for an input of 3, got 4"),
         ({"norm_num_groups": 7}, "must be multiples of norm_groups=7"),
         ({"attention_head_dim": 48}, "head_channels must divide"),
         ({"layers_per_block": [1, 2]}, "layers must be an integer"),
@@ -524,7 +596,13 @@ def test_diffusers_configurations_that_are_not_supported(tmp_path, changes, mess
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"_class_name": "ScoreSdeVeScheduler"}, "got ScoreSdeVeScheduler, which is not supported"),
+        (
+            {"_class_name": "ScoreSdeVeScheduler"},
+            "ScoreSdeVeScheduler is of score-SDE's variance-exploding models, not",
+        ),
+        ({"_class_name": "CMStochasticIterativeScheduler"}, "is of consistency models, not of a DDPM: not supported$"),
+        ({"_class_name": "EDMEulerScheduler"}, "is of EDM, not of a DDPM"),
+        ({"_class_name": "IPNDMScheduler"}, "got IPNDMScheduler, which is not supported; give scheduler="),
         ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type must be one of fixed_small"),
         ({"_class_name": "DDPMScheduler", "beta_schedule": "exp"}, "beta_schedule must be one of linear"),
         ({"_class_name": "DDPMScheduler", "prediction_type": "flow"}, "prediction_type must be one of epsilon"),
@@ -548,6 +626,18 @@ def test_other_pipelines_are_named(tmp_path):
     folder = save_folder(tmp_path, foreign_network("diffusers"))
     (folder / "model_index.json").write_text('{"_class_name": "LDMPipeline"}')
     with pytest.raises(CheckpointError, match="got LDMPipeline, whose pictures need its decoder.*fastddpm.accelerate"):
+        load_checkpoint(folder)
+    parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "CMStochasticIterativeScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "ConsistencyModelPipeline", **parts}))
+    with pytest.raises(CheckpointError, match="ConsistencyModelPipeline is of consistency models, not of a DDPM"):
+        load_checkpoint(folder, scheduler=tmp_path)
+
+
+def test_a_learned_variance_that_the_network_lacks(tmp_path):
+    folder = save_folder(tmp_path, foreign_network("diffusers"))
+    scheduler = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
+    (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
+    with pytest.raises(CheckpointError, match="out_channels must be 6 .* got 3; .* or this is conditioned on pictures"):
         load_checkpoint(folder)
 
 

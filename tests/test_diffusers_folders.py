@@ -37,6 +37,8 @@ OPTIONS = {
     "scale and shift": {"resnet_time_scale_shift": "scale_shift"},
     "scale and shift, attention norm": {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4},
     "attention norm": {"attn_norm_num_groups": 16},
+    "middle divided": {"mid_block_scale_factor": 1.7},
+    "middle divided, no attention": {"mid_block_scale_factor": 2**0.5, "add_attention": False},
     "no attention in the middle": {"add_attention": False},
     "attention changes resolution in a block": {
         "down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),

@@ -173,10 +173,11 @@ def test_parts_of_a_file(tmp_path, kind):
         torch.save({f"ema_model.{name}": value for name, value in theirs.state_dict().items()}, path)
     else:
         torch.save({"step": 1, "model": theirs.state_dict()}, path)
-        with pytest.raises(CheckpointError, match=r"network of the file \(online_model\), got ema_model"):
-            load_checkpoint(path, **flags)
-        flags["model"] = "online_model"
+        with pytest.raises(CheckpointError, match=r"network of the file \(online_model\), got 'ema_model'"):
+            load_checkpoint(path, model="ema_model", **flags)
     ours = load_checkpoint(path, **flags)
+    if kind == "no average":
+        assert ours.settings["model"] == ("online_model", "file") and ours.training["model"] == "online_model"
     assert all(torch.equal(value, theirs.model.state_dict()[name]) for name, value in ours.network.weights().items())
     torch.testing.assert_close(ours.schedule.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-7, atol=0.0)
     assert ours.spec.prediction == "v"
@@ -485,6 +486,23 @@ def test_diffusions_with_a_loop_of_their_own_are_refused(name):
         accelerate(theirs)
 
 
+def test_a_diffusion_of_version_1():
+    """There the size is one number, and before 1.1 nothing is told of how pictures are normalised."""
+    theirs = make(*CONFIGS["v, sigmoid"])
+    torch.manual_seed(5)
+    expected = theirs.sample(2)
+    theirs.image_size = 8
+    del theirs.unnormalize
+    torch.manual_seed(5)
+    torch.testing.assert_close(accelerate(theirs).sample(2), expected, rtol=0.0, atol=1e-4)
+
+
+def test_a_diffusion_of_before_version_1_is_refused():
+    kind = type("GaussianDiffusion", (module().GaussianDiffusion,), {"sample": lambda self, batch_size=16: None})
+    with pytest.raises(TypeError, match="denoising-diffusion-pytorch 1.0.2 or later, got an older one"):
+        accelerate(make(kind=kind))
+
+
 def test_other_diffusions_are_refused():
     with pytest.raises(TypeError, match=r"without classes, masks or guidance, got .*sample\(classes, cond_scale"):
         accelerate(with_classes())
@@ -526,7 +544,7 @@ WRONG_FLAGS = [
     ({"auto_normalize": 1}, "auto_normalize must be True or False"),
     ({"sinusoidal_pos_emb_theta": 0}, "sinusoidal_pos_emb_theta must be a number above 1"),
     ({"num_classes": 3}, "num_classes must be None"),
-    ({"model": "net_model"}, "model must be one of ema_model, online_model"),
+    ({"model": "net_model"}, "model must be a network of the file .one without a name., got 'net_model'"),
     ({"objectiv": "pred_v"}, "did you mean objective"),
 ]
 
@@ -559,12 +577,52 @@ def test_relatives_are_named(tmp_path):
     state = make().state_dict()
     flat = {name: value[..., 0] if value.ndim == 4 else value for name, value in state.items()}
     refuse(tmp_path, flat, "the U-Net must be 2-D, got a 1-D one")
-    old = {name.replace(".2.norm", ".2.fn.norm"): value for name, value in state.items()}
-    refuse(tmp_path, old, "must be that of a recent version of the package, got one with downs.0.2.fn")
+    guided = {name.replace(".2.norm", ".2.fn.norm"): value for name, value in state.items()}
+    refuse(tmp_path, guided, r"that of the module guided_diffusion, for classifier guidance \(cond_fn\), which is not")
+    oldest = {**state, "model.downs.0.3.weight": torch.zeros(8, 8, 4, 4)}
+    refuse(tmp_path, oldest, "of the package's version 0.31 or older, which is not supported")
     karras = {"step": 1, "model": {"model.input_block.weight": torch.zeros(1)}, "ema": {}}
     refuse(tmp_path, karras, "without its 2-D U-Net")
     weighted = {**state, "model.final_conv.weight": torch.zeros(8, 8, 1, 1)}
-    refuse(tmp_path, weighted, "must return as many channels as it takes")
+    refuse(tmp_path, weighted, "a network of WeightedObjectiveGaussianDiffusion, which is not supported")
+    conditioned = {**state, "model.init_conv.weight": torch.zeros(8, 4, 7, 7)}
+    refuse(tmp_path, conditioned, "takes 4 channels and returns 3: it is conditioned on pictures")
+
+
+CONTINUOUS = {
+    "continuous_time_gaussian_diffusion": "ContinuousTimeGaussianDiffusion",
+    "v_param_continuous_time_gaussian_diffusion": "VParamContinuousTimeGaussianDiffusion",
+    "elucidated_diffusion": "ElucidatedDiffusion",
+}
+
+
+@pytest.mark.parametrize(("source", "name"), CONTINUOUS.items(), ids=CONTINUOUS.values())
+@pytest.mark.parametrize("part", ["diffusion", "trainer", "U-Net"])
+def test_diffusions_of_continuous_time_are_named(tmp_path, source, name, part):
+    """They feed the network the log SNR, so that the steps of any schedule would draw noise from it."""
+    unet = module().Unet(**UNET, learned_sinusoidal_cond=True)
+    diffusion = getattr(module(source), name)(unet, image_size=8)
+    state = unet.state_dict() if part == "U-Net" else diffusion.state_dict()
+    values = state if part != "trainer" else {"step": 1, "model": state, "ema": {f"ema_model.{k}": v for k, v in
+                                                                                state.items()}}  # fmt: skip
+    refuse(tmp_path, values, f"{name}.* is not supported", timesteps=50, beta_schedule="linear", objective="pred_v")
+
+
+def test_a_learned_schedule_is_named(tmp_path):
+    kind = module("continuous_time_gaussian_diffusion").ContinuousTimeGaussianDiffusion
+    unet = module().Unet(**UNET, learned_sinusoidal_cond=True)
+    refuse(
+        tmp_path, kind(unet, image_size=8, noise_schedule="learned").state_dict(), "fed the log SNR by a diffusion of"
+    )
+
+
+def test_simple_diffusion_is_named(tmp_path):
+    simple = module("simple_diffusion")
+    unet = simple.UViT(8, dim_mults=(1, 2), vit_depth=1, attn_dim_head=8, attn_heads=2)
+    for values in (unet.state_dict(), simple.GaussianDiffusion(unet, image_size=8).state_dict()):
+        refuse(
+            tmp_path, values, r"holds denoising-diffusion-pytorch's UViT \(simple_diffusion\), which is not supported"
+        )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])

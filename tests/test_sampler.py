@@ -222,6 +222,32 @@ class TestOutputs:
         assert [sampler.table(solver=s).S for s in ("ddpm", "ddim", "dpmpp_2m")] == [100, 50, 20]
         assert [tiny_sampler(T=10).table(solver=s).S for s in ("ddpm", "ddim", "dpmpp_2m")] == [10, 10, 10]
 
+    @pytest.mark.parametrize("offset", [1, 3, 30])
+    @pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m"])
+    def test_an_offset_does_not_apply_to_all_timesteps(self, solver, offset):
+        sampler = tiny_sampler(T=20, spacing="leading", steps_offset=offset)
+        everything = list(range(19, -1, -1))
+        assert sampler.table(solver=solver).timesteps[:-1].tolist() == everything  # the default, where T is so small
+        assert sampler.table(solver=solver, steps=20).timesteps[:-1].tolist() == everything
+
+    @pytest.mark.parametrize(
+        ("solver", "steps", "offset", "remedy"),
+        [("ddpm", 19, 2, "ask for 20 or 18"), ("ddim", 10, 2, "ask for 20 or 9"),
+         ("dpmpp_2m", 18, 2, "ask for 20 or 17"), ("ddim", 10, 20, "give timesteps")],
+    )  # fmt: skip
+    def test_steps_that_leave_no_room_for_the_offset(self, solver, steps, offset, remedy):
+        sampler = tiny_sampler(T=20, spacing="leading", steps_offset=offset)
+        with pytest.raises(ValueError, match=f"steps_offset of {offset} within 20, got {steps}; {remedy}$"):
+            sampler.table(solver=solver, steps=steps)
+        if remedy.startswith("ask"):
+            near = int(remedy.split()[-1])
+            assert sampler.table(solver=solver, steps=near).S == near
+
+    def test_the_last_point_of_dpm_solver_is_no_step(self):
+        sampler = tiny_sampler(T=20, spacing="leading", steps_offset=1)
+        assert sampler.table(solver="dpmpp_2m", steps=19).timesteps[:-1].tolist() == list(range(19, 0, -1))
+        assert sampler.table(solver="dpmpp_2m", steps=4).timesteps[:-1].tolist() == [17, 13, 9, 5]
+
     def test_without_labels_the_null_class_is_asked(self):
         sampler = tiny_sampler()
         nulls = sampler.sample(2, output="raw")

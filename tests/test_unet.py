@@ -36,6 +36,7 @@ OPTIONS = {
     "up-attention": {"up_attention": (True, False)},
     "no-mid-attention": {"mid_attention": False},
     "no-mid-norm": {"mid_attention_norm": False},
+    "mid-scale": {"mid_scale": 1.7},
     "classes": {"num_classes": 5},
     "stem": {"stem_channels": 12},
     "learned-variance": {"out_channels": 4},

@@ -141,6 +141,7 @@ def diffusers_config(config: UNetConfig) -> dict[str, Any]:
         "up_block_types": tuple("AttnUpBlock2D" if attends else "UpBlock2D" for attends in up),
         "block_out_channels": config.channels,
         "layers_per_block": config.layers,
+        "mid_block_scale_factor": config.mid_scale,
         "downsample_padding": 0 if config.downsample_padding == "asymmetric" else 1,
         "attention_head_dim": config.head_channels,
         "norm_num_groups": config.norm_groups,

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastddpm.checkpoints import diffusers, diffusers_weights, hub, lucidrains, native, openai, pesser, w86763777
 from fastddpm.checkpoints.base import Checkpoint, CheckpointError
+from fastddpm.checkpoints.networks import state_dicts
 from fastddpm.checkpoints.reading import read_file
 
 __all__ = ["SHIPPED", "Checkpoint", "CheckpointError", "load_checkpoint"]
@@ -17,6 +18,16 @@ _PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 SHIPPED = ("mnist",)
 _PARTS = (native.CONFIG_NAME, native.WEIGHTS_NAME, diffusers.INDEX_NAME, diffusers_weights.STEM)
 _FILES = (openai, pesser, w86763777, lucidrains)
+# What networks that are not supported have among their keys: pieces of names, all of which must be there.
+_RELATIVES = {
+    "a latent diffusion model": ("model.diffusion_model.",),
+    "denoising-diffusion-pytorch's UViT (simple_diffusion)": ("vit.layers.", "time_mlp."),
+    "denoising-diffusion-pytorch's KarrasUnet": ("input_block.weight", "to_time_emb."),
+    "SR3, a super-resolution network": ("noise_level_mlp.", "downs."),
+    "Palette, a network conditioned on pictures": ("cond_embed.", "input_blocks."),
+    "DiT, a transformer": ("x_embedder.proj.", "t_embedder.mlp."),
+    "a score-SDE network": ("all_modules.",),
+}
 
 
 def load_checkpoint(name_or_path: str | os.PathLike[str], **flags: object) -> Checkpoint:
@@ -102,6 +113,9 @@ def _file_within(path: Path) -> str | None:
 
 def _load_file(path: Path, flags: Mapping[str, object]) -> Checkpoint:
     values = read_file(path)
+    relative = _relative(values)
+    if relative is not None:
+        raise CheckpointError(f"{path} holds {relative}, which is not supported; give another file")
     found = [dialect for dialect in _FILES if dialect.detect(values)]
     if len(found) > 1:
         reasons = " and ".join(f"{dialect.NAME} ({dialect.REASON})" for dialect in found)
@@ -113,18 +127,21 @@ def _load_file(path: Path, flags: Mapping[str, object]) -> Checkpoint:
     raise CheckpointError(f"{path} is of no kind that fastddpm reads ({known}), got {_describe(values)}; give another")
 
 
+def _relative(values: object) -> str | None:
+    """Which network that is not supported a file holds, if its keys show one."""
+    for state in state_dicts(values).values():
+        for what, pieces in _RELATIVES.items():
+            if all(any(piece in name for name in state) for piece in pieces):
+                return what
+    return None
+
+
 def _describe(values: Any) -> str:  # noqa: ANN401 - whatever a file holds
+    if any(name.startswith("down_blocks.") for state in state_dicts(values).values() for name in state):
+        return "the weights of diffusers without their config.json, which must lie beside them in a folder"
     if not isinstance(values, Mapping):
         return type(values).__name__
-    for key, value in values.items():
-        within = [dialect.NAME for dialect in _FILES if isinstance(value, Mapping) and dialect.detect(value)]
-        if within:
-            return f"{' and '.join(within)} under the key {key!r}, which must be saved by itself"
     names = sorted(map(str, values))
-    if any(name.startswith("down_blocks.") for name in names):
-        return "the weights of diffusers without their config.json, which must lie beside them in a folder"
-    if any(name.startswith("model.diffusion_model.") for name in names):
-        return "the keys of a latent diffusion model, which is not supported"
     if {"model", "ema", "step"} <= set(names):
         return (
             "a file of denoising-diffusion-pytorch without its 2-D U-Net (Karras and elucidated ones are not supported)"

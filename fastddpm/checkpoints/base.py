@@ -112,3 +112,30 @@ def check_weights(
         noun = "tensor holds" if len(broken) == 1 else "tensors hold"
         raise CheckpointError(f"{source}: {len(broken)} {noun} NaN or infinity, first {broken[0]}; fetch it again")
     return converted
+
+
+def check_channels(source: str, into: int, out: int, *allowed: int) -> None:
+    """Check how many channels a network returns for those that it takes.
+
+    Args:
+        source: The file's name for messages.
+        into: Channels of the input, x_t's if the network sees nothing else.
+        out: Channels of the output.
+        allowed: How many it may have.
+
+    Raises:
+        CheckpointError: If it is another number; a network that takes more than it returns is said to be conditioned
+            on pictures.
+    """
+    if out in allowed:
+        return
+    wanted = " or ".join(map(str, allowed))
+    if into > out:
+        raise CheckpointError(
+            f"{source}: the network takes {into} channels and returns {out}: it is conditioned on pictures "
+            "(super-resolution, inpainting, translation), which is not supported; give an unconditional or "
+            "class-conditional one"
+        )
+    raise CheckpointError(
+        f"{source}: the output must have {wanted} channels for an input of {into}, got {out}; give another network"
+    )

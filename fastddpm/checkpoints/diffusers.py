@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastddpm.checkpoints.base import Checkpoint, CheckpointError
+from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_channels
 from fastddpm.checkpoints.diffusers_scheduler import SCHEDULER_FLAGS, Scheduler, read_scheduler
 from fastddpm.checkpoints.diffusers_unet import DEFAULTS, load_network, network_from, unet_config
 from fastddpm.checkpoints.diffusers_weights import check_variant, read_weights
@@ -25,6 +25,11 @@ INDEX_NAME = "model_index.json"
 CONFIG_NAME = "config.json"
 SUBFOLDERS = ("unet", "unet_ema")
 FLAGS = ("scheduler", "sample_size", "variant", "subfolder", "null_class", *SCHEDULER_FLAGS)
+_OTHERS = {
+    "ConsistencyModelPipeline": "consistency models",
+    "KarrasVePipeline": "Karras et al.'s variance-exploding models",
+    "ScoreSdeVePipeline": "score-SDE's variance-exploding models",
+}
 _PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 
 
@@ -81,6 +86,8 @@ def check_pipeline(path: Path) -> None:
         return
     values = read_json(path / INDEX_NAME)
     kind = values.get("_class_name")
+    if isinstance(kind, str) and kind in _OTHERS:
+        raise CheckpointError(f"{path / INDEX_NAME}: {kind} is of {_OTHERS[kind]}, not of a DDPM: not supported")
     parts = {name for name, value in values.items() if isinstance(value, list) and len(value) == 2 and any(value)}
     if kind in _PIPELINES or (parts - {"_class_name"}) == {"unet", "scheduler"}:
         return
@@ -130,9 +137,11 @@ def _spec(config: UNetConfig, scheduler: Scheduler, flags: Flags) -> ModelSpec:
     except ValueError as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{flags.source}: {error}") from error
     wanted = config.in_channels * (2 if spec.learned_variance else 1)
+    check_channels(flags.source, config.in_channels, config.out_channels, config.in_channels, 2 * config.in_channels)
     if config.out_channels != wanted:
+        conditioned = ", or this is conditioned on pictures, which is not supported" if spec.learned_variance else ""
         raise CheckpointError(
             f"{flags.source}: out_channels must be {wanted} for variance {spec.variance}, got {config.out_channels}; "
-            "the scheduler belongs to another network"
+            f"the scheduler belongs to another network{conditioned}"
         )
     return spec

@@ -61,6 +61,19 @@ _RELATIVES = (
     "LMSDiscreteScheduler",
     "UniPCMultistepScheduler",
 )
+# Networks that were trained for these are no DDPMs, and no other scheduler makes them one.
+_OTHERS = {
+    "CMStochasticIterativeScheduler": "consistency models",
+    "EDMDPMSolverMultistepScheduler": "EDM",
+    "EDMEulerScheduler": "EDM",
+    "FlowMatchEulerDiscreteScheduler": "flow matching",
+    "FlowMatchHeunDiscreteScheduler": "flow matching",
+    "KarrasVeScheduler": "Karras et al.'s variance-exploding models",
+    "LCMScheduler": "latent consistency models",
+    "ScoreSdeVeScheduler": "score-SDE's variance-exploding models",
+    "ScoreSdeVpScheduler": "score-SDE's models of continuous time",
+    "TCDScheduler": "trajectory consistency models",
+}
 _SOLVER_ONLY: dict[str, tuple[Any, ...]] = {
     "algorithm_type": ("dpmsolver++",),
     "solver_order": (2,),
@@ -163,6 +176,8 @@ def _kind(name: object, file: Path) -> str:
             stacklevel=2,
         )
         return "DDIMScheduler"
+    if isinstance(name, str) and name in _OTHERS:
+        raise CheckpointError(f"{file}: {name} is of {_OTHERS[name]}, not of a DDPM: not supported")
     raise CheckpointError(
         f"{file}: the scheduler must be one of {', '.join((*_DEFAULTS, *_RELATIVES))}, got {name}, which is not "
         "supported; give scheduler=… another scheduler_config.json"

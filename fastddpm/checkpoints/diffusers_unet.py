@@ -49,7 +49,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False, True),
     "time_embedding_type": ("positional",),
     "mid_block_type": ("UNetMidBlock2D",),
-    "mid_block_scale_factor": (1,),
     "downsample_padding": (0, 1),
     "downsample_type": ("conv", "resnet", None),
     "upsample_type": ("conv", "resnet", None),
@@ -143,6 +142,7 @@ def _structure(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         "mid_attention": values["add_attention"],
         "mid_attention_norm": default_norm or groups is not None,
         "mid_attention_groups": groups,
+        "mid_scale": values["mid_block_scale_factor"],
         "head_channels": values["attention_head_dim"],  # null is one head at each width, which is our default
         "norm_groups": values["norm_num_groups"],
         "norm_eps": values["norm_eps"],

@@ -10,6 +10,13 @@ from typing import Any
 
 from fastddpm.checkpoints.base import CheckpointError
 
+# Options of the projects for what is not supported; a suggestion of another name would lead astray.
+_UNSUPPORTED = {
+    "cond_fn": "classifier guidance",
+    "classifier_": "classifier guidance",
+    "small_size": "super-resolution",
+    "large_size": "super-resolution",
+}
 _NO_PRESETS: Mapping[str, Mapping[str, object]] = {}
 
 
@@ -42,6 +49,9 @@ class Flags:
         values = {name: value for name, value in given.items() if not name.startswith("_")}
         unknown = sorted(values.keys() - names)
         if unknown:
+            for start, what in _UNSUPPORTED.items():
+                if unknown[0].startswith(start):
+                    raise CheckpointError(f"{source}: {what} ({unknown[0]}) is not supported; leave it out")
             near = difflib.get_close_matches(unknown[0], sorted(names), 1)
             hint = (
                 f"did you mean {near[0]}?" if near else f"leave it out; there are {', '.join(sorted(names)) or 'none'}"

@@ -1,10 +1,12 @@
 """denoising-diffusion-pytorch: a Trainer's model-N.pt, or the state dict of a GaussianDiffusion or of its U-Net.
 
 The network is the package's own (`fastddpm[lucidrains]`); its arguments follow from the weights' names and shapes.
+Networks of the package's versions 1.x are today's with some parts changed (`lucidrains_versions`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_weights
 from fastddpm.checkpoints.flags import Flags
-from fastddpm.checkpoints.lucidrains_package import Module, PackageUNet
+from fastddpm.checkpoints.lucidrains_package import PackageUNet
 from fastddpm.checkpoints.lucidrains_schedule import (
     BUFFERS,
     OBJECTIVES,
@@ -23,8 +25,16 @@ from fastddpm.checkpoints.lucidrains_schedule import (
     named_schedule,
     read_schedule,
 )
-from fastddpm.checkpoints.lucidrains_unet import ENTRY, structure, unseen_arguments
-from fastddpm.checkpoints.reading import as_state_dict
+from fastddpm.checkpoints.lucidrains_unet import ENTRY, refuse_relatives, structure, unseen_arguments
+from fastddpm.checkpoints.lucidrains_versions import (
+    Version,
+    is_wrapped,
+    older_options,
+    read_version,
+    standardised,
+    unwrapped,
+)
+from fastddpm.checkpoints.networks import behind, choose_network, prefixes, state_dicts, training_of
 from fastddpm.spec import ModelSpec, Prediction
 
 NAME = "lucidrains"
@@ -38,23 +48,49 @@ _DERIVED = ("dim", "init_dim", "out_dim", "dim_mults", "channels", "self_conditi
 _TRAINING = ("dropout", "flash_attn", "cond_drop_prob", "min_snr_loss_weight", "min_snr_gamma", "offset_noise_strength",
              "immiscible", "vb_loss_weight", "learned_sinusoidal_cond", "random_fourier_features")  # fmt: skip
 _SAMPLING = ("image_size", "objective", "beta_schedule", "schedule_fn_kwargs", "auto_normalize", "sampling_timesteps",
-             "ddim_sampling_eta", "attn_heads", "attn_dim_head", "sinusoidal_pos_emb_theta", "model")  # fmt: skip
+             "ddim_sampling_eta", "attn_heads", "attn_dim_head", "sinusoidal_pos_emb_theta", "resnet_block_groups",
+             "version", "model")  # fmt: skip
 FLAGS = (*_SAMPLING, *_DERIVED, *_TRAINING)
-_MODELS = ("ema_model", "online_model")
+_TIME = "time_mlp.1.weight"
+_FOURIER = "time_mlp.0.weights"
+# What GaussianDiffusion calls its network, today and in 0.x.
+_ATTRIBUTES = ("model.", "denoise_fn.")
+# Where a Trainer's file has its networks, and the names of these; "ema" alone was the averaged diffusion in 0.x.
+_MODELS = {"ema.ema_model": "ema_model", "ema": "ema_model", "ema.online_model": "online_model",
+           "model": "online_model"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A network in a file.
+
+    Args:
+        weights: The U-Net's, under the file's names.
+        beside: What stands beside the U-Net: the arrays of its diffusion, if it is in one.
+    """
+
+    weights: dict[str, Tensor]
+    beside: dict[str, Tensor]
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The arrays of a GaussianDiffusion."""
+        return {name: value for name, value in self.beside.items() if name in BUFFERS}
 
 
 def detect(values: object) -> bool:
     """Whether the contents of a file are such a checkpoint, or one of its networks alone."""
-    return any(_is_network(state) for state in _networks(values).values())
+    return bool(_networks(values))
 
 
 def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     """Make the network, its schedule and conventions from a file's contents and the flags.
 
     Flags have the names of the arguments of the package's Unet and GaussianDiffusion. `image_size` is asked for always,
-    `objective` where the loss weights do not show it, `attn_heads` (or `attn_dim_head`) for class-conditional networks,
-    and `timesteps` and `beta_schedule` for a U-Net's weights alone. Nothing in a file shows `auto_normalize`,
-    `sinusoidal_pos_emb_theta` and `ddim_sampling_eta`: unless given, they are the package's own defaults (True, 10000,
+    `objective` where the loss weights do not show it, `attn_heads` (or `attn_dim_head`) for class-conditional networks
+    and those of 1.8, `version` for those of versions before 1.8 whose file does not say it, and `timesteps` and
+    `beta_schedule` for a U-Net's weights alone. Nothing in a file shows `auto_normalize`, `sinusoidal_pos_emb_theta`,
+    `resnet_block_groups` and `ddim_sampling_eta`: unless given, they are the package's own defaults (True, 10000, 8,
     and 0, or 1 for class-conditional networks). `sampling_timesteps` is the number of steps of DDIM runs that do not
     say it. All other flags follow from the weights and are compared with them, or matter for training alone. `model`
     picks the averaged weights ("ema_model", which the package samples from) or "online_model".
@@ -69,33 +105,41 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     source = f"{path}, taken for {NAME} ({REASON})"
     # None is the default of many of the package's arguments.
     flags = Flags(source, {name: flag for name, flag in given.items() if flag is not None or name not in FLAGS}, FLAGS)
-    model, state = _choose(values, flags)
-    buffers = {name: state[name] for name in BUFFERS if name in state}
-    weights = _weights(state, source)
+    model, found = choose_network(_networks(values), flags)
+    source = flags.source
+    _refuse_relatives(found, source)
+    by_file = values.get("version") if isinstance(values, Mapping) else None
+    version = read_version(found.weights, flags, by_file)
+    older = older_options(found.weights, flags, version)
+    weights = _todays(found.weights, version)
     module, arguments = structure(weights, flags)
-    _require(flags, arguments, module, bool(buffers))
-    schedule = _schedule(buffers, flags)
+    heads = 4 if is_wrapped(found.weights) and "num_classes" not in arguments or _before(version, (1, 8, 6)) else None
+    _require(flags, arguments, found, heads)
+    schedule = _schedule(found.buffers, flags)
     flags.agree(timesteps=schedule.T)
-    spec = _spec(flags, arguments, schedule)
-    network = PackageUNet(module, {**arguments, **unseen_arguments(weights, flags, module, arguments)})
+    spec = _spec(flags, arguments, schedule, version)
+    arguments |= unseen_arguments(weights, flags, arguments, heads) | ({"older": older} if older else {})
+    network = PackageUNet(module, arguments)
     network.load(check_weights(network.shapes(), weights, source))
-    training: dict[str, object] = {"model": model} if model else {}
-    if isinstance(values, Mapping) and isinstance(values.get("step"), int):
-        training["steps"] = values["step"]
-    if isinstance(values, Mapping) and isinstance(values.get("version"), str):
-        training["package"] = f"denoising-diffusion-pytorch {values['version']}"
+    training = training_of(values, model)
+    if isinstance(by_file, str):
+        training["package"] = f"denoising-diffusion-pytorch {by_file}"
     settings = flags.settings()
     return Checkpoint(network, schedule, spec, NAME, path, training, reason=REASON, settings=settings)
 
 
-def _require(flags: Flags, arguments: Mapping[str, Any], module: Module, has_buffers: bool) -> None:
+def _before(version: Version | None, limit: Version) -> bool:
+    return version is not None and version < limit
+
+
+def _require(flags: Flags, arguments: Mapping[str, Any], found: _Found, heads: int | None) -> None:
     """Ask for all that is missing at once; the objective is asked for later, where it does not show."""
     needed = ["image_size"]
-    if not has_buffers:
+    if not found.buffers:
         needed += ["timesteps", "beta_schedule"]
         if not arguments["learned_variance"]:
             needed.append("objective")
-    if module == "classifier_free_guidance" and "attn_dim_head" not in flags:
+    if "attn_heads" not in arguments and heads is None and "attn_dim_head" not in flags:
         needed.append("attn_heads (or attn_dim_head)")
     flags.require(*needed)
 
@@ -103,58 +147,47 @@ def _require(flags: Flags, arguments: Mapping[str, Any], module: Module, has_buf
 # ------------------------------------------------------------------ what the file holds
 
 
-def _networks(values: object) -> dict[str, dict[str, Tensor]]:
-    """The state dicts in a file; a bare one stands under the empty name."""
-    bare = as_state_dict(values)
-    if bare is not None and ENTRY not in bare and f"model.{ENTRY}" not in bare:
-        parts = {f"{name}.": name for name in _MODELS}  # an EMA's own state dict
-        found = {name: _part(bare, prefix) for prefix, name in parts.items()}
-        return {name: state for name, state in found.items() if state}
-    if bare is not None:
-        return {"": bare}
-    if not isinstance(values, Mapping):
-        return {}
-    ema, online = as_state_dict(values.get("ema")), as_state_dict(values.get("model"))
+def _networks(values: object) -> dict[str, _Found]:
+    """The networks in a file, by where they stand; a bare one has the empty name."""
     found = {}
-    if ema is not None:
-        found["ema_model"] = _part(ema, "ema_model.")
-        found["online_model"] = _part(ema, "online_model.")
-    if online is not None:
-        found["online_model"] = online
-    return {name: state for name, state in found.items() if state}
+    for where, state in state_dicts(values).items():
+        for prefix in prefixes(state, ENTRY):
+            weights = behind(state, prefix)
+            if _TIME not in weights:
+                continue
+            outer = next((prefix.removesuffix(name) for name in _ATTRIBUTES if prefix.endswith(name)), prefix)
+            beside = behind(state, outer) if outer != prefix else {}
+            beside = {name: value for name, value in beside.items() if not name.startswith(_ATTRIBUTES)}
+            if not prefix:  # nothing but a diffusion has these arrays
+                beside = {name: weights.pop(name) for name in BUFFERS if name in weights}
+            name = ".".join(filter(None, (where, outer[:-1])))
+            found[_MODELS.get(name, name)] = _Found(weights, beside)
+    return found
 
 
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def _is_network(state: Mapping[str, Tensor]) -> bool:
-    return any(f"{prefix}{ENTRY}" in state and f"{prefix}time_mlp.1.weight" in state for prefix in ("", "model."))
-
-
-def _choose(values: object, flags: Flags) -> tuple[str, dict[str, Tensor]]:
-    """The network of the file that is asked for, under its name."""
-    networks = _networks(values)
-    name = flags.choice("model", _MODELS, "ema_model")
-    if "" in networks and "model" not in flags:
-        name = ""
-    if name not in networks or not _is_network(networks[name]):
-        there = ", ".join(name for name in networks if name and _is_network(networks[name])) or "one without a name"
-        raise CheckpointError(f"{flags.source}: model must be a network of the file ({there}), got {name}; change it")
-    return name, networks[name]
-
-
-def _weights(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The U-Net's weights, of which nothing of the diffusion around it is left over."""
-    inside = f"model.{ENTRY}" in state
-    weights = _part(state, "model.") if inside else dict(state)
-    left = [name for name in state if inside and not name.startswith("model.") and name not in BUFFERS]
+def _refuse_relatives(found: _Found, source: str) -> None:
+    """Refuse other diffusions and other U-Nets of the package by name."""
+    # No GaussianDiffusion takes networks with such an embedding.
+    is_continuous = _FOURIER in found.weights and not found.buffers
+    left = [name for name in found.beside if name not in BUFFERS and ("." not in name or name.startswith("log_snr."))]
+    if is_continuous or any(name.startswith("log_snr.") for name in left):
+        raise CheckpointError(
+            f"{source}: the network is fed the log SNR by a diffusion of continuous time "
+            "(ContinuousTimeGaussianDiffusion, VParamContinuousTimeGaussianDiffusion or ElucidatedDiffusion), which "
+            "is not supported; give a GaussianDiffusion's file"
+        )
     if left:
         raise CheckpointError(
             f"{source}: buffers must be those of GaussianDiffusion, got {', '.join(left[:3])}; other diffusions of the "
-            "package (continuous time, elucidated, 1-D) are not supported"
+            "package are not supported"
         )
-    return {name: value for name, value in weights.items() if inside or name not in BUFFERS}
+    refuse_relatives(found.weights, source)
+
+
+def _todays(weights: Mapping[str, Tensor], version: Version | None) -> dict[str, Tensor]:
+    """The weights as today's U-Net has them, but for what `older_options` says."""
+    plain = standardised(weights, version)
+    return plain if "classes_emb.weight" in plain else unwrapped(plain)
 
 
 # ------------------------------------------------------------------ the diffusion
@@ -181,9 +214,10 @@ def _schedule(buffers: Mapping[str, Tensor], flags: Flags) -> RoundedSchedule:
         raise CheckpointError(f"{flags.source}: {error}") from error
 
 
-def _spec(flags: Flags, arguments: Mapping[str, Any], schedule: RoundedSchedule) -> ModelSpec:
+def _spec(flags: Flags, arguments: Mapping[str, Any], schedule: RoundedSchedule, version: Version | None) -> ModelSpec:
     """The conventions of GaussianDiffusion, or of the one beside the class-conditional U-Net."""
     learned, classes = arguments["learned_variance"], arguments.get("num_classes")
+    old = _before(version, (1, 4, 2))
     if learned and classes is not None:
         raise CheckpointError(
             f"{flags.source}: a class-conditional U-Net must return as many channels as it takes, got twice as many; "
@@ -206,8 +240,8 @@ def _spec(flags: Flags, arguments: Mapping[str, Any], schedule: RoundedSchedule)
         variance="learned_range" if learned else "fixed_small",
         num_classes=classes,
         null_class=classes,
-        # Beside the classes, ε is not derived anew from the clipped x_0.
-        clipped_eps="raw" if classes is not None and prediction == "eps" else "rederive",
+        # Beside the classes, and in older versions, ε is not derived anew from the clipped x_0.
+        clipped_eps="raw" if prediction == "eps" and (classes is not None or old) else "rederive",
         spacing="linspace_x0",
         to_unit="affine" if normalizes else "identity",
         self_condition=arguments.get("self_condition", False),

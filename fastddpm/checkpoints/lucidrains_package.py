@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.checkpoints.base import CheckpointError
+from fastddpm.checkpoints.lucidrains_versions import make_older
 
 PACKAGE = "denoising_diffusion_pytorch"
 Module = Literal["denoising_diffusion_pytorch", "classifier_free_guidance", "learned_gaussian_diffusion"]
@@ -40,7 +41,8 @@ class PackageUNet(nn.Module):
 
     Args:
         module: The module of the package that defines it.
-        arguments: The keyword arguments of its class, as plain JSON data.
+        arguments: The keyword arguments of its class, as plain JSON data; "older" among them holds those of
+            `make_older`, for networks of older versions of the package.
 
     Attributes:
         unet: The package's own network. With classes, one more row of its embedding stands for "no class".
@@ -198,6 +200,10 @@ def _drop_private() -> None:
 class _Nothing(types.ModuleType):
     """A module whose every name is a class that does nothing."""
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []  # so that its submodules are looked for
+
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - anything that is asked for
         if name.startswith("__"):
             raise AttributeError(name)
@@ -213,11 +219,12 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: object = None, target: object = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """A spec for the package's submodules, None for everything else."""
+        """A spec for the submodules of the package and of what stands in for others, None for everything else."""
         package, _, name = fullname.partition(".")
-        if package != PACKAGE or not name:
-            return None
-        return importlib.machinery.ModuleSpec(fullname, _Alias(name, self.folder))
+        if package == PACKAGE and name:
+            return importlib.machinery.ModuleSpec(fullname, _Alias(name, self.folder))
+        stands_in = isinstance(sys.modules.get(package), _Nothing)
+        return importlib.machinery.ModuleSpec(fullname, _Placeholder()) if stands_in else None
 
 
 class _Alias(importlib.abc.Loader):
@@ -232,6 +239,17 @@ class _Alias(importlib.abc.Loader):
         sys.modules[module.__name__] = _load(self._name, self._folder)
 
 
+class _Placeholder(importlib.abc.Loader):
+    """Makes modules whose every name is a class that does nothing."""
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        """One under the name that is asked for."""
+        return _Nothing(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Nothing has to be done."""
+
+
 @contextlib.contextmanager
 def _stand_ins(folder: Path) -> Iterator[None]:
     """Placeholders in `sys.modules` for the package and what only its trainer uses; all is put back at the end."""
@@ -241,7 +259,7 @@ def _stand_ins(folder: Path) -> Iterator[None]:
     names = [PACKAGE, *unused]
 
     def ours() -> list[str]:
-        mine = [name for name in sys.modules if name.startswith(f"{PACKAGE}.")]
+        mine = [name for name in sys.modules if name.startswith(tuple(f"{name}." for name in names))]
         return [*mine, *(name for name in names if name in sys.modules)]
 
     saved = {name: sys.modules.pop(name) for name in ours()}
@@ -264,6 +282,13 @@ def _make(module: Module, arguments: Mapping[str, Any]) -> nn.Module:
     """The package's network on the meta device."""
     unet = package_module(module).Unet
     known = inspect.signature(unet.__init__).parameters
+    if "resnet_block_groups" in known:
+        raise CheckpointError(
+            "lucidrains networks need denoising-diffusion-pytorch 2.0 or later, also those of 1.x, but the one that is "
+            "installed is older; update the package"
+        )
+    older = arguments.get("older") or {}
+    arguments = {name: value for name, value in arguments.items() if name != "older"}
     unknown = sorted(set(arguments) - set(known))
     if unknown:
         raise CheckpointError(
@@ -273,6 +298,7 @@ def _make(module: Module, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         with torch.device("meta"):
             network: nn.Module = unet(**{key: _tuples(value) for key, value in arguments.items()})
+            make_older(network, **older)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastddpm.checkpoints.base import CheckpointError
+from fastddpm.checkpoints.base import CheckpointError, check_channels
 from fastddpm.checkpoints.flags import Flags
 from fastddpm.checkpoints.lucidrains_package import Module
+from fastddpm.checkpoints.lucidrains_versions import guided_diffusion, is_grouped, is_wrapped
 from fastddpm.checkpoints.reading import highest_index
 
 ENTRY = "init_conv.weight"
@@ -31,7 +32,6 @@ def structure(weights: Mapping[str, Tensor], flags: Flags) -> tuple[Module, dict
             or a flag contradicts it.
     """
     source = flags.source
-    _refuse_relatives(weights, source)
     levels = highest_index(weights, "downs.") + 1
     if levels < 1:
         raise CheckpointError(f"{source}: downs.0.0.block1.proj.weight is missing; give the whole state dict")
@@ -42,12 +42,11 @@ def structure(weights: Mapping[str, Tensor], flags: Flags) -> tuple[Module, dict
     by_classes = "classes_emb.weight" in weights
     is_self_conditioned = not by_classes and into == 2 * out
     channels = out if is_self_conditioned else into
-    if rest or dim < 1 or out not in (channels, 2 * channels):
-        raise CheckpointError(
-            f"{source}: a U-Net must return as many channels as it takes, half as many (self-conditioning) or twice as "
-            f"many (learned variance), and have a time MLP of 4 · dim, got {into} to {out} channels and {time}; "
-            "no other is supported"
-        )
+    if out == 2 * channels + 2:
+        raise CheckpointError(f"{source}: a network of WeightedObjectiveGaussianDiffusion, which is not supported")
+    check_channels(source, channels, out, channels, 2 * channels)
+    if rest or dim < 1:
+        raise CheckpointError(f"{source}: a U-Net must have a time MLP of 4 · dim, got {time}; give it whole")
     outs = [_shape(weights, _down(weights, level, levels), 4, source)[0] for level in range(levels)]
     if any(size % dim for size in outs):
         raise CheckpointError(
@@ -67,15 +66,15 @@ def structure(weights: Mapping[str, Tensor], flags: Flags) -> tuple[Module, dict
 
 
 def unseen_arguments(
-    weights: Mapping[str, Tensor], flags: Flags, module: Module, arguments: Mapping[str, Any]
+    weights: Mapping[str, Tensor], flags: Flags, arguments: Mapping[str, Any], heads: int | None = None
 ) -> dict[str, Any]:
     """Arguments that change what the network computes and do not show in its weights.
 
     Args:
         weights: As for `structure`.
         flags: What the caller said.
-        module: What `structure` found.
-        arguments: The same.
+        arguments: What `structure` found.
+        heads: Of attention in versions of the package that knew no other number.
 
     Returns:
         Further arguments, empty where the package's own defaults are meant.
@@ -83,36 +82,56 @@ def unseen_arguments(
     Raises:
         CheckpointError: If a flag is missing or out of range.
     """
-    if module == "classifier_free_guidance":
-        name = "mid_attn.fn.fn.to_qkv.weight"
-        hidden = _shape(weights, name, 4, flags.source)[0] // 3
-        asked = "attn_heads" if "attn_heads" in flags else "attn_dim_head"
-        number = flags.integer(asked)
-        if hidden % number:
-            raise flags.wrong(asked, f"a divisor of {hidden}, the width of {name}")
-        heads = number if asked == "attn_heads" else hidden // number
-        flags.agree(attn_heads=heads, attn_dim_head=hidden // heads)
-        return {"attn_heads": heads, "attn_dim_head": hidden // heads}
+    if "num_classes" in arguments:
+        heads, width = _split(weights, "mid_attn.fn.fn.to_qkv.weight", flags, heads)
+        return {"attn_heads": heads, "attn_dim_head": width}
+    found: dict[str, Any] = {}
+    if "attn_heads" not in arguments:
+        levels = range(len(arguments["dim_mults"]))
+        pairs = [_split(weights, f"downs.{level}.2.to_qkv.weight", flags, heads) for level in levels]
+        found = {"attn_heads": [pair[0] for pair in pairs], "attn_dim_head": [pair[1] for pair in pairs]}
     theta = flags.number("sinusoidal_pos_emb_theta", 10000)
     if theta <= 1:
         raise flags.wrong("sinusoidal_pos_emb_theta", "a number above 1")
     # Older versions of the package have no such argument, and 10000.
-    return {} if theta == 10000 or "learned_sinusoidal_cond" in arguments else {"sinusoidal_pos_emb_theta": theta}
+    if theta != 10000 and "learned_sinusoidal_cond" not in arguments:
+        found["sinusoidal_pos_emb_theta"] = theta
+    return found
 
 
-def _refuse_relatives(weights: Mapping[str, Tensor], source: str) -> None:
-    """Refuse other U-Nets of the package, and those of its older versions, by name."""
+def _split(weights: Mapping[str, Tensor], name: str, flags: Flags, known: int | None) -> tuple[int, int]:
+    """How many heads of which width an attention has whose weights show the product alone."""
+    hidden = _shape(weights, name, 4, flags.source)[0] // 3
+    asked = "attn_heads" if "attn_heads" in flags or known is not None else "attn_dim_head"
+    number = known if known is not None else flags.integer(asked)
+    if hidden % number:
+        raise flags.wrong(asked, f"a divisor of {hidden}, the width of {name}")
+    heads = number if asked == "attn_heads" else hidden // number
+    if known is not None or asked == "attn_heads":
+        flags.agree(attn_heads=heads)
+    if known is not None or asked == "attn_dim_head":
+        flags.agree(attn_dim_head=hidden // heads)
+    return heads, hidden // heads
+
+
+def refuse_relatives(weights: Mapping[str, Tensor], source: str) -> None:
+    """Refuse other U-Nets of the package by name.
+
+    Raises:
+        CheckpointError: If it is one.
+    """
     first = weights[ENTRY]
     if first.ndim != 4:
         what = {3: "1-D", 5: "3-D"}.get(first.ndim, f"{first.ndim - 2}-D")
         raise CheckpointError(
             f"{source}: the U-Net must be 2-D, got a {what} one, which is not supported; give another"
         )
-    if "classes_emb.weight" not in weights and any(name.startswith("downs.0.2.fn.") for name in weights):
-        raise CheckpointError(
-            f"{source}: the U-Net must be that of a recent version of the package, got one with downs.0.2.fn, as older "
-            "versions and the module guided_diffusion have, which is not supported; give another"
-        )
+    if "classes_emb.weight" in weights:
+        return
+    if is_wrapped(weights) and not is_grouped(weights):
+        raise guided_diffusion(source)
+    if "downs.0.3.weight" in weights and weights["downs.0.3.weight"].shape[2:] == (4, 4):
+        raise CheckpointError(f"{source}: the U-Net is of the package's version 0.31 or older, which is not supported")
 
 
 def _shape(weights: Mapping[str, Tensor], name: str, ndim: int, source: str) -> tuple[int, ...]:
@@ -132,13 +151,14 @@ def _down(weights: Mapping[str, Tensor], level: int, levels: int) -> str:
 
 def _attention(weights: Mapping[str, Tensor], levels: int, source: str) -> dict[str, Any]:
     """The attention of each level, from its memory: [2, heads, dim, n], or [2, heads, n, dim] where it is full."""
-    full, heads, widths = [], [], []
+    full = [f"downs.{level}.2.to_out.weight" in weights for level in range(levels)]
+    if not any(name.endswith(".mem_kv") for name in weights):  # before 1.9 the heads do not show
+        return {"full_attn": full}
+    heads, widths = [], []
     for level in range(levels):
-        prefix = f"downs.{level}.2"
-        full.append(f"{prefix}.to_out.weight" in weights)
-        memory = _shape(weights, f"{prefix}.mem_kv", 4, source)
+        memory = _shape(weights, f"downs.{level}.2.mem_kv", 4, source)
         heads.append(memory[1])
-        widths.append(memory[3 if full[-1] else 2])
+        widths.append(memory[3 if full[level] else 2])
     return {"full_attn": full, "attn_heads": heads, "attn_dim_head": widths}
 
 

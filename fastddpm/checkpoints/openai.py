@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastddpm.checkpoints.base import Checkpoint, CheckpointError
+from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_channels
 from fastddpm.checkpoints.flags import Flags, classes_of
+from fastddpm.checkpoints.networks import choose_network, find_networks, training_of
 from fastddpm.checkpoints.openai_presets import PRESETS, RELATIVES
-from fastddpm.checkpoints.reading import as_state_dict, highest_index
+from fastddpm.checkpoints.reading import highest_index
 from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import ModelSpec, Variance
@@ -19,6 +20,7 @@ from fastddpm.unet import UNetConfig
 
 NAME = "openai"
 REASON = "keys time_embed and input_blocks"
+_ENTRIES = ("time_embed.0.weight", "input_blocks.0.0.weight")
 _GUIDED_ONLY = ("num_head_channels", "resblock_updown", "use_fp16")
 _REQUIRED = ("image_size", "diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart")
 # What the weights tell: accepted, and compared with them.
@@ -27,26 +29,29 @@ _DERIVED = ("num_channels", "num_res_blocks", "channel_mult", "attention_resolut
 # What matters for training alone.
 _TRAINING = ("dropout", "use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas")
 _HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
-FLAGS = (*_REQUIRED, *_HEADS, "sigma_small", "timestep_respacing", "null_class", *_DERIVED, *_TRAINING)
+FLAGS = (*_REQUIRED, *_HEADS, "sigma_small", "timestep_respacing", "null_class", "model", *_DERIVED, *_TRAINING)
 
 
 def detect(values: object) -> bool:
     """Whether the contents of a file are such weights."""
-    state = as_state_dict(values)
-    return state is not None and "time_embed.0.weight" in state and "input_blocks.0.0.weight" in state
+    return bool(find_networks(values, *_ENTRIES))
 
 
 def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     """Make the network, its schedule and conventions from a file's contents and the flags.
 
+    Of several networks in the file it takes the averaged weights; the flag `model` picks another by its name.
+
     Raises:
         CheckpointError: If the weights are not whole, or flags are missing, unknown or wrong.
     """
     source = f"{path}, taken for {NAME} ({REASON})"
-    state = as_state_dict(values) or {}
-    _refuse_relatives(state, source, given.get("preset"))
+    _refuse_presets(source, given.get("preset"))
     flags = Flags(source, given, FLAGS, PRESETS)
-    learned = _learns_sigma(state, source)
+    name, state = choose_network(find_networks(values, *_ENTRIES), flags)
+    source = flags.source
+    _refuse_relatives(state, source)
+    learned = _learns_sigma(state, flags)
     _require(flags, state, learned)
     config = _config(state, flags)
     try:
@@ -66,7 +71,8 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{source}: {error}") from error
     network = load_renamed(config, _names(config), state, source)
-    return Checkpoint(network, schedule, spec, NAME, path, {}, REASON, flags.settings())
+    training = training_of(values, name)
+    return Checkpoint(network, schedule, spec, NAME, path, training, REASON, flags.settings())
 
 
 def _schedule(name: str, T: int) -> NoiseSchedule:
@@ -80,29 +86,40 @@ def _fixed_variance(flags: Flags) -> Variance:
     return "fixed_small" if flags.boolean("sigma_small", False) else "fixed_large"
 
 
-def _refuse_relatives(state: Mapping[str, Tensor], source: str, preset: object) -> None:
+def _refuse_presets(source: str, preset: object) -> None:
     if isinstance(preset, str) and preset in RELATIVES:
         raise CheckpointError(f"{source}: {preset} is {RELATIVES[preset]}, which is not supported; give a U-Net")
+
+
+def _refuse_relatives(state: Mapping[str, Tensor], source: str) -> None:
+    if not any(name.startswith("output_blocks.") for name in state):
+        raise CheckpointError(
+            f"{source}: must hold output_blocks, got none: a classifier, and classifier guidance is not supported; "
+            "give the U-Net's file"
+        )
     if "output_blocks.0.0.in_layers.0.weight" not in state or "out.2.weight" not in state:
-        what = "a classifier or another half network" if "out.2.weight" not in state else "cut short"
-        raise CheckpointError(f"{source}: must hold output_blocks and out.2, got neither or one: {what}; give a U-Net")
+        raise CheckpointError(f"{source}: must hold output_blocks.0 and out.2, got one: it is cut short; give it whole")
 
 
-def _learns_sigma(state: Mapping[str, Tensor], source: str) -> bool:
+def _learns_sigma(state: Mapping[str, Tensor], flags: Flags) -> bool:
     """Whether the output has 2C channels.
 
     Raises:
-        CheckpointError: If it has neither C nor 2C, as with super-resolution networks, whose input is twice as wide.
+        CheckpointError: If it has neither C nor 2C, or may be a super-resolution network's, with a picture beside x.
     """
     stem, out = state["input_blocks.0.0.weight"], state["out.2.weight"]
     if stem.ndim != 4 or out.ndim != 4:
-        raise CheckpointError(f"{source}: the first and last layers must be 2-D convolutions, got others; give a U-Net")
-    c_in, c_out = stem.shape[1], out.shape[0]
-    if c_out not in (c_in, 2 * c_in) or c_in == 6:
         raise CheckpointError(
-            f"{source}: the output must have as many channels as the input or twice as many, got {c_in} to {c_out}; "
-            "super-resolution networks are not supported"
+            f"{flags.source}: the first and last layers must be 2-D convolutions, got others; give a U-Net"
         )
+    c_in, c_out = stem.shape[1], out.shape[0]
+    check_channels(flags.source, c_in, c_out, c_in, 2 * c_in)
+    if c_in == c_out == 6:  # what OpenAI's super-resolution networks have, which see three channels twice
+        if flags.boolean("learn_sigma", True):
+            raise CheckpointError(
+                f"{flags.source}: 6 to 6 channels is super-resolution of 3 channels with learned variance, which is "
+                "not supported, or a network of 6 channels without; give learn_sigma=False if it is the latter"
+            )
     return bool(c_out == 2 * c_in)
 
 

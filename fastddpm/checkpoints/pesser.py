@@ -1,4 +1,7 @@
-"""Ho et al.'s networks in PyTorch, as pesser/pytorch_diffusion converts and stores them: a bare state dict."""
+"""Ho et al.'s networks in PyTorch, as pesser/pytorch_diffusion converts and stores them: a bare state dict.
+
+ermongroup/ddim trains the same network; its ckpt.pth is a list [model, optimizer, epoch, step, ema].
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastddpm.checkpoints.base import Checkpoint, CheckpointError
+from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_channels
 from fastddpm.checkpoints.flags import Flags
-from fastddpm.checkpoints.reading import as_state_dict, highest_index
+from fastddpm.checkpoints.networks import choose_network, find_networks, training_of
+from fastddpm.checkpoints.reading import highest_index
 from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import ModelSpec
@@ -18,10 +22,11 @@ from fastddpm.unet import UNetConfig
 
 NAME = "pesser"
 REASON = "keys temb.dense and down.0.block"
-_SCHEDULES = ("quad", "linear", "warmup10", "warmup50", "const", "jsd")
+_ENTRIES = ("temb.dense.0.weight", "down.0.block.0.norm1.weight")
+_SCHEDULES = ("quad", "linear", "warmup10", "warmup50", "const", "jsd", "sigmoid")
 _DIFFUSION = ("beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps", "model_var_type")
 _MODEL = ("resolution", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout")
-FLAGS = (*_MODEL, "resamp_with_conv", *_DIFFUSION)
+FLAGS = (*_MODEL, "resamp_with_conv", *_DIFFUSION, "model")
 
 _LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_diffusion_timesteps": 1000}
 _LSUN = {**_LINEAR, "resolution": 256, "model_var_type": "fixedsmall"}
@@ -36,19 +41,21 @@ PRESETS |= {f"ema_{name}": flags for name, flags in PRESETS.items()}
 
 def detect(values: object) -> bool:
     """Whether the contents of a file are such weights."""
-    state = as_state_dict(values)
-    return state is not None and "temb.dense.0.weight" in state and "down.0.block.0.norm1.weight" in state
+    return bool(find_networks(values, *_ENTRIES))
 
 
 def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     """Make the network, its schedule and conventions from a file's contents and the flags.
 
+    Of several networks in the file it takes the averaged weights; the flag `model` picks another by its name.
+
     Raises:
         CheckpointError: If the weights are not whole, or flags are missing, unknown or wrong.
     """
     source = f"{path}, taken for {NAME} ({REASON})"
-    state = as_state_dict(values) or {}
     flags = Flags(source, given, FLAGS, PRESETS)
+    name, state = choose_network(find_networks(values, *_ENTRIES), flags)
+    source = flags.source
     flags.require("resolution", *_DIFFUSION)
     config = _config(state, flags)
     try:
@@ -63,7 +70,8 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
     network = load_renamed(config, _names(), state, source)
-    return Checkpoint(network, schedule, spec, NAME, path, {}, REASON, flags.settings())
+    training = training_of(values, name)
+    return Checkpoint(network, schedule, spec, NAME, path, training, REASON, flags.settings())
 
 
 def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
@@ -94,8 +102,7 @@ def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
     except (KeyError, IndexError, ValueError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{flags.source}: {what}; give the whole state dict") from error
-    if out != stem[1]:
-        raise CheckpointError(f"{flags.source}: conv_out must have {stem[1]} channels, got {out}: not supported")
+    check_channels(flags.source, stem[1], out, stem[1])
     flags.agree(
         in_channels=stem[1],
         out_ch=out,
@@ -115,6 +122,8 @@ def _schedule(flags: Flags) -> NoiseSchedule:
         return NoiseSchedule.linear(T, start, end)
     if kind == "quad":
         return NoiseSchedule.scaled_linear(T, start, end)
+    if kind == "sigmoid":  # ermongroup's
+        return NoiseSchedule.logistic(T, start, end)
     if kind == "jsd":
         return NoiseSchedule.from_betas(1.0 / torch.linspace(T, 1, T, dtype=torch.float64))
     betas = torch.full((T,), end, dtype=torch.float64)

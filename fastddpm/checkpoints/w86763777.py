@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastddpm.blocks import timestep_embedding
-from fastddpm.checkpoints.base import Checkpoint, CheckpointError
+from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_channels
 from fastddpm.checkpoints.flags import Flags
-from fastddpm.checkpoints.reading import as_state_dict, highest_index
+from fastddpm.checkpoints.networks import choose_network, find_networks, training_of
+from fastddpm.checkpoints.reading import highest_index
 from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.spec import ModelSpec, Prediction
@@ -20,15 +21,15 @@ from fastddpm.unet import UNetConfig
 NAME = "w86763777"
 REASON = "keys time_embedding.timembedding and downblocks"
 _TABLE = "time_embedding.timembedding.0.weight"
+_ENTRIES = (_TABLE, "downblocks.0.block1.0.weight")
 _REQUIRED = ("beta_1", "beta_T", "mean_type", "var_type", "img_size")
 FLAGS = (*_REQUIRED, "T", "ch", "ch_mult", "attn", "num_res_blocks", "dropout", "model")
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "xstart": "x_start", "xprev": "x_prev"}
-_MODELS = ("ema_model", "net_model")
 
 
 def detect(values: object) -> bool:
     """Whether the contents of a file are such a checkpoint, or one of its two networks alone."""
-    return any(_TABLE in state and "downblocks.0.block1.0.weight" in state for state in _networks(values).values())
+    return bool(find_networks(values, *_ENTRIES))
 
 
 def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
@@ -41,13 +42,9 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     """
     source = f"{path}, taken for {NAME} ({REASON})"
     flags = Flags(source, given, FLAGS)
+    name, state = choose_network(find_networks(values, *_ENTRIES), flags)
+    source = flags.source
     flags.require(*_REQUIRED)
-    networks = _networks(values)
-    model = flags.choice("model", _MODELS, "ema_model")
-    name = "" if "" in networks and "model" not in flags else model
-    if name not in networks:
-        raise CheckpointError(f"{source}: model must be a network of the file, got {model}, which it lacks; change it")
-    state = networks[name]
     T = _check_times(state, source)
     flags.agree(T=T)
     mean = flags.choice("mean_type", tuple(_PREDICTIONS))
@@ -64,23 +61,10 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
         )
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    training: dict[str, object] = {"model": name} if name else {}
-    if isinstance(values, Mapping) and isinstance(values.get("step"), int):
-        training["steps"] = values["step"]
     weights = {name: value for name, value in state.items() if name != _TABLE}
     network = load_renamed(config, _names(config), weights, source)
+    training = training_of(values, name)
     return Checkpoint(network, schedule, spec, NAME, path, training, REASON, flags.settings())
-
-
-def _networks(values: object) -> dict[str, dict[str, Tensor]]:
-    """The state dicts in a file; a bare one stands under the empty name."""
-    bare = as_state_dict(values)
-    if bare is not None:
-        return {"": bare}
-    if not isinstance(values, Mapping):
-        return {}
-    found = {name: as_state_dict(values.get(name)) for name in _MODELS}
-    return {name: state for name, state in found.items() if state is not None}
 
 
 def _check_times(state: Mapping[str, Tensor], source: str) -> int:
@@ -123,6 +107,7 @@ def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
     except (KeyError, IndexError, ValueError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{flags.source}: {what}; give the whole checkpoint") from error
+    check_channels(flags.source, config.in_channels, config.out_channels, config.in_channels)
     flags.agree(ch=ch, ch_mult=tuple(width / ch for width in channels), num_res_blocks=layers)
     flags.agree_attention("attn", list(range(levels)), config.attention)
     return config

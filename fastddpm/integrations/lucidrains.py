@@ -36,7 +36,8 @@ def accelerate_gaussian_diffusion(
     """The same diffusion with a faster `sample`; see `AcceleratedGaussianDiffusion`.
 
     Args:
-        diffusion: A GaussianDiffusion or LearnedGaussianDiffusion of denoising-diffusion-pytorch. It is not changed.
+        diffusion: A GaussianDiffusion or LearnedGaussianDiffusion of denoising-diffusion-pytorch 1.0.2 or later. It is
+            not changed.
         engine: How steps run, as in `fastddpm.Sampler`.
 
     Raises:
@@ -49,6 +50,8 @@ def accelerate_gaussian_diffusion(
     if not isinstance(diffusion, nn.Module) or not any(base.__name__ in _KINDS for base in kind.__mro__):
         raise TypeError(f"{expected}, got {kind.__name__}; others of the package are not supported")
     parameters = list(inspect.signature(kind.sample).parameters)
+    if parameters[1:] == ["batch_size"]:
+        raise TypeError(f"{expected} 1.0.2 or later, got an older one; update the package, or sample with it directly")
     if parameters[1:] != ["batch_size", "return_all_timesteps"]:
         raise TypeError(
             f"{expected}, without classes, masks or guidance, got {kind.__module__}.{kind.__name__} with "
@@ -114,7 +117,8 @@ class AcceleratedGaussianDiffusion:
             ValueError: The diffusion's settings are out of range, or it cannot sample so itself.
             FloatingPointError: The samples ran into NaN or infinity.
         """
-        height, width = self._diffusion.image_size
+        size = self._diffusion.image_size
+        height, width = (size, size) if isinstance(size, int) else size  # an integer in 1.x
         run = self.ddim_sample if self._diffusion.is_ddim_sampling else self.p_sample_loop
         return run((batch_size, self._diffusion.channels, height, width), return_all_timesteps=return_all_timesteps)
 
@@ -140,12 +144,13 @@ class AcceleratedGaussianDiffusion:
         sampler = self._refreshed((shape[1], shape[2], shape[3]))
         eta = float(diffusion.ddim_sampling_eta) if is_ddim else None
         steps = len(timesteps)
-        x_T = torch.randn(shape, device=diffusion.device)
+        device = diffusion.betas.device
+        x_T = torch.randn(shape, device=device)
         states = [x_T]
         # The network draws nothing, so neither does it matter when noise is drawn, only in which order.
         z: Tensor | None = None
         if eta != 0.0 and steps * x_T.nbytes <= NOISE_BYTES:
-            z = torch.zeros((steps, *shape), device=diffusion.device)
+            z = torch.zeros((steps, *shape), device=device)
             for row in z[:-1]:  # the last step adds none
                 torch.randn(shape, out=row)
 
@@ -153,7 +158,7 @@ class AcceleratedGaussianDiffusion:
             states.append(preview.x)
 
         def draw(i: int, t: int, sample_ids: Tensor) -> Tensor:
-            return torch.randn(shape, device=diffusion.device)
+            return torch.randn(shape, device=device)
 
         final = sampler.sample(
             shape[0],
@@ -168,9 +173,10 @@ class AcceleratedGaussianDiffusion:
         )
         if eta == 0.0:
             for _ in range(steps - 1):  # the package draws here, for nothing; who draws next must not notice
-                torch.randn(shape, device=diffusion.device)
-        result: Tensor = diffusion.unnormalize(torch.stack(states, dim=1) if keeps_all else final)
-        return result
+                torch.randn(shape, device=device)
+        pictures = torch.stack(states, dim=1) if keeps_all else final
+        # Before 1.1 nothing but [−1, 1] was known.
+        return diffusion.unnormalize(pictures) if hasattr(diffusion, "unnormalize") else (pictures + 1) * 0.5
 
     def _refreshed(self, shape: tuple[int, int, int]) -> Sampler:
         """The sampler of the network as it is now."""
@@ -179,11 +185,11 @@ class AcceleratedGaussianDiffusion:
         # What is made in inference mode counts no versions, and cannot be changed outside it.
         counts = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         versions = tuple(zip(map(id, tensors), (tensor.data_ptr() for tensor in tensors), counts, strict=True))
-        key = (shape, diffusion.objective, diffusion.self_condition, diffusion.device, versions)
+        key = (shape, diffusion.objective, diffusion.self_condition, diffusion.betas.device, versions)
         if self._sampler is None or key != self._key:
             network = _Network(copy.deepcopy(diffusion.model), _is_learned(diffusion))
             self._sampler = Sampler(
-                network, _schedule(diffusion), _spec(diffusion, shape), device=diffusion.device, engine=self._engine
+                network, _schedule(diffusion), _spec(diffusion, shape), device=diffusion.betas.device, engine=self._engine
             )
             self._key = key
         return self._sampler
