@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
+from fastddpm.bench.entrants import LABELS
 from fastddpm.bench.figures import BatchResult, PeerResult, WorkloadResult, paired_ratio
-from fastddpm.bench.worker import LABELS
 
 RATIOS = (
     ("cifar10", "fp32", "diffusers", 1.2),
