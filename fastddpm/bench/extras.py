@@ -33,7 +33,7 @@ def look(lineup: Lineup, result: BatchResult, deadline: Deadline, ahead_s: float
             memory = lineup.ask(peer.peer, do="memory")
             peer.run_bytes, peer.whole_bytes = memory["run_bytes"], memory["whole_bytes"]
             time_is_left = deadline.left - ahead_s > OUTSIDE_S[compiles]
-            if lineup.job.model and lineup.job.device == "cpu" and time_is_left and (is_first or not compiles):
+            if lineup.job.model and not lineup.job.steps_only and time_is_left and (is_first or not compiles):
                 peer.outside_ms = lineup.ask(peer.peer, do="outside")["ms"]
         except WorkerError as error:
             lineup.say(result.batch, peer.peer, f"memory and overhead are left out: {error}")

@@ -45,14 +45,22 @@ def write(folder: Path, results: Sequence[WorkloadResult], machine: Mapping[str,
     Raises:
         OSError: one cannot be written.
     """
-    rows = gpu_rows(results) if device == "cuda" else cpu_rows(results)
-    if not rows:
+    table = text(results, machine, device)
+    if not table:
         return []
     path = folder / f"table-{'gpu' if device == 'cuda' else 'cpu'}.md"
+    write_text(path, table)
+    return [path]
+
+
+def text(results: Sequence[WorkloadResult], machine: Mapping[str, Any], device: str) -> str:
+    """The table and the line about the machine; "" where there is no row."""
+    rows = gpu_rows(results) if device == "cuda" else cpu_rows(results)
+    if not rows:
+        return ""
     columns = GPU_COLUMNS if device == "cuda" else COLUMNS
     lines = [_row(columns), f"|{'---|' * len(columns)}", *map(_row, rows), "", sentence(results, machine, device)]
-    write_text(path, "\n".join(lines) + "\n")
-    return [path]
+    return "\n".join(lines) + "\n"
 
 
 def cpu_rows(results: Sequence[WorkloadResult]) -> list[tuple[str, ...]]:
@@ -108,7 +116,7 @@ def sentence(results: Sequence[WorkloadResult], machine: Mapping[str, Any], devi
     where = f"{machine['threads']} threads of an {machine['processor']} ({machine['instructions']})"
     more = "ratios are medians of pairs within the run"
     if device == "cuda":
-        where = f"One {machine['gpu']}"
+        where = f"One {machine['gpu'] or machine['processor']}"
         peaks = [one for result in results for one in result.batches if one.peak_gflops]
         if peaks:
             products = ", ".join(f"{name} {v.p50 / 1e3:.3g} TFLOP/s" for name, v in peaks[-1].peak_gflops.items())

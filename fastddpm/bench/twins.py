@@ -64,6 +64,7 @@ def import_diffusers() -> Any:  # noqa: ANN401 - a module
     except ImportError as error:
         raise ImportError("needs the package diffusers, which is not installed; install fastddpm[diffusers]") from error
     diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
     return diffusers
 
 

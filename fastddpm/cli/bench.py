@@ -194,9 +194,9 @@ def _profile(
     options: dict[str, Any] = {"engine": engine, **flags}
     sampler = Sampler.from_pretrained(model, device=device, **options)
     path = out / "trace.json"
-    kernels = trace(sampler, path, batch=batch, steps=10)
+    found = trace(sampler, path, batch=batch, steps=10)
     table = Table("kernel", "calls per step", "ms per step", "share", title=f"{model}, B = {batch}, {engine}")
-    for kernel in kernels:
+    for kernel in found.kernels:
         table.add_row(kernel.name, f"{kernel.calls:g}", f"{kernel.ms:.3g}", f"{kernel.share:.1%}")
     Console(highlight=False).print(table)
     print(f"wrote {path}; open it in ui.perfetto.dev or chrome://tracing")
