@@ -13,24 +13,16 @@ import pytest
 import torch
 
 from fastddpm import cli
-from fastddpm.bench import bars, machine, memory, plots, report, runner, workloads
+from fastddpm.bench import memory, runner, workloads
 from fastddpm.bench.figures import (
     ATOL,
-    PSNR_DB,
     BatchResult,
     Equality,
     PeerResult,
-    Quantiles,
-    WorkloadResult,
-    as_json,
-    paired_ratio,
-    psnr,
 )
-from fastddpm.bench.live import View
-from fastddpm.bench.peers import Limits, count_flops
 from fastddpm.bench.process import WorkerError, WorkerProcess, side_by_side
 from fastddpm.bench.twins import NoTwinError, diffusers_config, twin_folder
-from fastddpm.bench.worker import LABELS, PEERS, Worker, forget_peak, peak_bytes, precision_of
+from fastddpm.bench.worker import Worker, forget_peak, peak_bytes
 from fastddpm.checkpoints import load_checkpoint
 from fastddpm.unet import UNetConfig
 from tests import tiny
@@ -58,173 +50,7 @@ def workload(model, *peers, batches=(2,), steps=(4,)):
     return workloads.Workload("tiny", "a tiny network", batches, steps, peers, str(model))
 
 
-# --- equality -------------------------------------------------------------------------------------
-
-
-def test_equal_pictures_pass_and_others_do_not():
-    assert Equality.judge(PICTURES, PICTURES, "fp32", True).holds
-    assert Equality.judge(PICTURES + 0.5 * ATOL, PICTURES, "fp32", True).holds
-    one = PICTURES.copy()
-    one[2, 0, 7, 7] += 2 * ATOL
-    assert not Equality.judge(one, PICTURES, "fp32", True).holds
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("compares", [True, False])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_pictures_that_are_not_finite_never_pass(bad, compares, precision):
-    one = PICTURES.copy()
-    one[0, 0, 0, 0] = bad
-    verdict = Equality.judge(one, PICTURES, precision, compares)
-    assert not verdict.holds and "not finite" in str(verdict)
-
-
-def test_pictures_of_another_shape_do_not_pass():
-    assert not Equality.judge(PICTURES[:2], PICTURES, "fp32", True).holds
-
-
-def test_bfloat16_is_judged_by_psnr():
-    def shifted(db):
-        return PICTURES + 10 ** (-db / 20)
-
-    assert psnr(shifted(40), PICTURES) == pytest.approx(40, abs=0.01)
-    assert Equality.judge(shifted(PSNR_DB + 1), PICTURES, "bf16", True).holds
-    assert not Equality.judge(shifted(PSNR_DB - 1), PICTURES, "bf16", True).holds
-    assert Equality.judge(PICTURES, PICTURES, "bf16", True).value is None  # infinite is no JSON
-
-
-# --- figures --------------------------------------------------------------------------------------
-
-
-def test_ratios_are_within_a_round():
-    """A machine that is ten times slower in one round does not move a ratio."""
-    assert paired_ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == Quantiles(2.0, 2.0, 2.0)
-
-
-def result_of(peer, *seconds, **more):
-    equality = Equality("none" if peer == "lucidrains" else "largest difference", None, None, True)
-    return PeerResult(peer, precision_of(peer), equality, seconds=list(seconds), first_s=9.0, again_s=1.0, **more)
-
-
-def measured(name, batch=1, flop=4e9, **seconds):
-    """A result with these peers (`_` for `-`), of runs of two steps."""
-    one = BatchResult(batch, 2, 3, [result_of(peer.replace("_", "-"), *times) for peer, times in seconds.items()])
-    for peer in one.peers:
-        peer.summarise(2, flop * batch, [10.0, 10.0, 10.0])
-        peer.run_bytes = 10**8
-    one.peak_gflops = {"fp32": Quantiles.of([10.0])}
-    one.copy_gb_s = Quantiles.of([20.0])
-    one.compare()
-    return WorkloadResult(name, name, flop, 0.0, [one])
-
-
-def test_speed_is_the_network_s_arithmetic_over_the_whole_step():
-    peer = measured("cifar10", diffusers=(1.0, 2.0, 4.0)).batches[0].peers[0]
-    assert peer.ms_per_step.p50 == pytest.approx(1000.0)  # two steps in two seconds
-    assert peer.gflops.p50 == pytest.approx(4.0)  # 8 GFLOP in two seconds
-    assert peer.of_peak.p50 == pytest.approx(0.4)
-    assert peer.compile_s == 8.0
-
-
-def test_the_best_peer_runs_the_same_network_in_the_same_precision():
-    one = measured("x", fastddpm_eager=(3.0,), lucidrains=(0.1,), openvino_bf16=(0.2,), diffusers=(2.0,)).batches[0]
-    assert one.fastest("fp32", ours=False).peer == "diffusers"
-    assert one.fastest("fp32", ours=True).peer == "fastddpm-eager"
-    assert one.fastest("bf16", ours=True) is None
-    assert set(one.ratios["fastddpm-eager"]) == {"lucidrains", "openvino-bf16", "diffusers"}
-
-
-def test_targets():
-    slow = measured("cifar10", 8, fastddpm_compiled=(1.0, 1.0), diffusers=(1.1, 1.1), onnxruntime=(1.3, 1.3))
-    fast = measured("mnist", 1, fastddpm_compiled=(1.0, 1.0), diffusers=(3.5, 3.5))
-    slow.batches[0].peers[0].outside_ms, slow.batches[0].peers[0].outside_share = 5.0, 0.01
-    found = {bar.what: bar for bar in bars.judge([slow, fast])}
-    assert not found["cifar10, B = 8, fp32: against diffusers DDPMPipeline"].met
-    best = found["cifar10, B = 8, fp32: against diffusers DDPMPipeline, the best"]
-    assert best.met and best.value == pytest.approx(1.1)
-    assert found["mnist, B = 1, fp32: against diffusers DDPMPipeline"].met
-    assert found["cifar10, B = 8: share outside the network"].met
-    assert found["cifar10, B = 8, fp32: of the matrix product's speed"].value == pytest.approx(6.4)
-    assert found["cifar10, B = 8: memory, fastddpm, compiled"].met
-    assert not any("bf16" in what for what in found)
-    ours = fast.batches[0].find("fastddpm-compiled")
-    ours.second_s = 6.0
-    low = result_of("fastddpm-compiled-bf16", 1.0, 1.0)
-    low.equality = Equality("psnr", 41.0, 30.0, True)
-    fast.batches[0].peers.append(low)
-    found |= {bar.what: bar for bar in bars.judge([fast])}
-    assert not found["mnist, B = 1: from a new process to its first pictures, package found"].met
-    assert found["mnist, B = 1: pictures in bf16, median PSNR"].met
-    assert bars.judge([measured("mnist", 1, fastddpm_eager=(1.0,), diffusers=(3.5,))]) == []
-    assert all(isinstance(row["met"], bool) for row in bars.rows(found.values()))
-
-
-def test_flops_are_counted_without_computing():
-    linear = torch.nn.Linear(10, 20)
-    assert count_flops(linear, torch.zeros(3, 10)) == 2 * 3 * 10 * 20
-    assert linear.weight.device.type == "cpu"
-
-
-def test_the_machine_s_limits_are_numbers():
-    limits = Limits()
-    assert limits.gemm("fp32", repeats=1) > 0.1
-    assert limits.copy(repeats=1) > 0.1
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def results():
-    one = measured("cifar10", 8, fastddpm_compiled=(1.0, 1.1), diffusers=(2.0, 2.0), reference=(2.1, 2.2))
-    one.batches[0].over_steps = {"diffusers": {"5": 1.0, "10": 2.0}}
-    left = PeerResult("openvino", "fp32", note="needs the package openvino")
-    one.batches[0].peers.append(left)
-    return [
-        one,
-        measured("update", flop=0.0, diffusers=(1.0,)),
-        WorkloadResult("celebahq256", "x", note="no diffusers"),
-    ]
-
-
-def test_files_hold_hardware_versions_and_figures(tmp_path, results):
-    curve = memory.MemoryCurve(100, 10, [0.0, 1.0, 2.0], [10, 50, 100], [10**8] * 3)
-    written = report.write(tmp_path, results, machine.describe(1), {"cold": False}, curve)
-    values = json.loads((tmp_path / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert values["machine"]["versions"]["torch"] == torch.__version__.split("+")[0] or values["machine"]["versions"]
-    peer = values["workloads"][0]["batches"][0]["peers"][0]
-    assert set(peer["ms_per_step"]) == {"p20", "p50", "p80"} and peer["compile_s"] == 8.0
-    assert values["workloads"][0]["batches"][0]["ratios"]["fastddpm-compiled"]["diffusers"]["p50"] > 1
-    text = (tmp_path / "results.md").read_text()
-    assert "needs the package openvino" in text and "no diffusers" in text and "100 pictures into a folder" in text
-    assert (tmp_path / "memory.csv").read_text().splitlines()[1] == "0.00,10,100000000"
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in rows if "fastddpm, compiled" in line and "GFLOP" not in line}) <= 2
-    assert {path.name for path in written} == {"results.json", "results.md", "memory.csv"}
-
-
-def test_plots(tmp_path, results):
-    pytest.importorskip("matplotlib")
-    curve = memory.MemoryCurve(100, 10, [0.0, 1.0], [10, 100], [10**8] * 2)
-    written = plots.draw_all(tmp_path, results, curve)
-    assert {path.name for path in written} == {"throughput.png", "ratios.png", "steps.png", "memory.png"}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
-    assert sorted(tmp_path.iterdir()) == sorted(written)
-
-
-def test_no_figures_no_plots(tmp_path):
-    pytest.importorskip("matplotlib")
-    assert plots.draw_all(tmp_path, [WorkloadResult("x", "x", note="skipped")]) == []
-
-
-def test_every_peer_has_a_label_and_a_class():
-    named = {peer for workload in (*workloads.FULL, *workloads.QUICK) for peer in workload.peers}
-    assert named <= set(LABELS) <= set(PEERS)
-    for standard in (*workloads.FULL, *workloads.QUICK):
-        assert len(standard.batches) == len(standard.steps) and all(1000 % steps == 0 for steps in standard.steps)
-
-
-# --- the same network for both --------------------------------------------------------------------
+# --- the same network for both ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", ["tiny", "scale-shift", "heads", "asymmetric"])
@@ -304,7 +130,7 @@ def test_a_defect_of_a_peer_is_a_line():
     assert not answer["ok"] and not answer["missing"] and answer["error"].startswith("AttributeError")
 
 
-# --- processes ------------------------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------------------------
 
 
 def stops(pid):
@@ -395,7 +221,7 @@ def test_time_runs_out_after_two_rounds(model, tmp_path):
     assert one.rounds == 2
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------
 
 
 def test_peak_memory_can_be_forgotten():
@@ -423,7 +249,7 @@ def test_growing_memory_is_noticed():
     assert not memory.MemoryCurve(10, 1).is_bounded  # nothing seen is no proof
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------
 
 
 def command(monkeypatch, capsys, *arguments):
@@ -528,17 +354,3 @@ def test_profile(monkeypatch, capsys, tmp_path, model):
     events = json.loads((tmp_path / "bench" / "trace.json").read_text())["traceEvents"]
     assert any("conv" in str(event.get("name")) for event in events)
     assert out.count("%") == 10
-
-
-def test_quiet_shows_nothing(capsys):
-    from rich.console import Console
-
-    with View(Console(), quiet=True) as view:
-        view.on_event("x", 1, "reference", "first run")
-        view.say("something")
-        view.bars([bars.Bar("x", "1", "2", 1.0, 2.0)])
-    assert capsys.readouterr().out == ""
-
-
-def test_results_are_plain_data():
-    json.dumps(as_json(measured("x", diffusers=(1.0,))), allow_nan=False)

@@ -153,6 +153,11 @@ class PeerResult:
             self.outside_share = self.outside_ms / self.ms_per_step.p50
 
 
+def short(value: float) -> str:
+    """A number with three digits, or with all those before the point."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
 def images_per_s(batch: int, ms_per_step: float) -> dict[str, float]:
     """Pictures per second of runs of the usual lengths, if every step takes as long."""
     return {name: batch / (count * ms_per_step / 1e3) for name, count in RUNS.items()}

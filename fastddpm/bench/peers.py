@@ -121,7 +121,7 @@ def count_flops(network: nn.Module, *example: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
-def steps_of(sampler: Sampler, batch: int, timesteps: Sequence[int], labels: Tensor | None) -> Callable[[], None]:
+def steps_of(sampler: Sampler, batch: int, timesteps: Sequence[int], labels: Tensor | None) -> Callable[[], Tensor]:
     """All steps of a batch as a function, and nothing besides: the one place that reaches into the engine.
 
     Args:
@@ -131,7 +131,7 @@ def steps_of(sampler: Sampler, batch: int, timesteps: Sequence[int], labels: Ten
         labels: int64 [B], or None.
 
     Returns:
-        Makes the steps, from the same start each time.
+        Makes the steps, from the same start each time, and returns the final state, which the next call overwrites.
     """
     with torch.no_grad(), float32_kernels(sampler.precision, sampler.device):
         table = sampler.table(solver="ddpm", timesteps=timesteps)
@@ -141,12 +141,13 @@ def steps_of(sampler: Sampler, batch: int, timesteps: Sequence[int], labels: Ten
         runner = sampler.engine.runner(denoiser, table, state, None, to_come=1 << 20)
     start, everyone = runner.state.copy(), torch.arange(batch, device=sampler.device)
 
-    def run() -> None:
+    def run() -> Tensor:
         with torch.no_grad(), float32_kernels(sampler.precision, sampler.device):
             runner.state.put(everyone, start)
             made = 0
             while made < table.S:
                 made += runner.run(table.S - made, None)
+        return runner.state.x
 
     return run
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastddpm.bench import bars
 from fastddpm.bench.entrants import COMPILES, LABELS
-from fastddpm.bench.figures import BatchResult, PeerResult, Quantiles, WorkloadResult, as_json
+from fastddpm.bench.figures import BatchResult, PeerResult, Quantiles, WorkloadResult, as_json, short
 from fastddpm.bench.memory import MemoryCurve
 from fastddpm.files import write_json, write_text
 
@@ -151,4 +151,4 @@ def _against(one: BatchResult, peer: PeerResult, precision: str) -> str:
 
 
 def _range(value: Quantiles) -> str:
-    return f"{value.p50:.3g} ({value.p20:.3g} … {value.p80:.3g})"
+    return f"{short(value.p50)} ({short(value.p20)} … {short(value.p80)})"

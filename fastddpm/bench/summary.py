@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastddpm.bench.entrants import LABELS
-from fastddpm.bench.figures import BatchResult, PeerResult, WorkloadResult, paired_ratio
+from fastddpm.bench.figures import BatchResult, PeerResult, WorkloadResult, paired_ratio, short
 from fastddpm.files import write_text
 
 ROWS = (
@@ -76,7 +76,7 @@ def cpu_rows(results: Sequence[WorkloadResult]) -> list[tuple[str, ...]]:
         best = None if name == "update" else _best(one, precision)
         note = " (`DDPMScheduler.step`)" if name == "update" else "" if precision == "fp32" else " in fp32"
         rows.append((
-            title, _ms(ours), _ms(theirs) + note, "" if best is None else f"{_ms(best)} ({LABELS[best.peer]})",
+            title, _ms(ours), _ms(theirs) + note, "" if best is None else f"{_ms(best)} ({LABELS[best.peer].removesuffix(', bf16')})",
             _times(theirs, ours), "" if best is None else _times(best, ours),
         ))  # fmt: skip
     return rows
@@ -113,7 +113,7 @@ def gpu_rows(results: Sequence[WorkloadResult]) -> list[tuple[str, ...]]:
 def sentence(results: Sequence[WorkloadResult], machine: Mapping[str, Any], device: str) -> str:
     """The machine, the versions and the commit that the table holds for, in one line."""
     versions = ", ".join(f"{_NAMES[name]} {version}" for name, version in machine["versions"].items() if name in _NAMES)
-    where = f"{machine['threads']} threads of an {machine['processor']} ({machine['instructions']})"
+    where = f"{machine['processor']} ({machine['instructions']}), {machine['threads']} threads"
     more = "ratios are medians of pairs within the run"
     if device == "cuda":
         where = f"One {machine['gpu'] or machine['processor']}"
@@ -131,7 +131,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _ms(peer: PeerResult | None) -> str:
-    return "" if peer is None or peer.ms_per_step is None else f"{peer.ms_per_step.p50:.3g}"
+    return "" if peer is None or peer.ms_per_step is None else short(peer.ms_per_step.p50)
 
 
 def _times(theirs: PeerResult | None, ours: PeerResult) -> str:
