@@ -29,9 +29,9 @@ MINUTES = 5.0
 ROUNDS = 9
 TRACED = {"batch": 16, "steps": 50}
 _DRY_UNET = {
-    "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": [8, 16], "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "norm_num_groups": 4, "attention_head_dim": None,
+    "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": [8], "layers_per_block": 1,
+    "down_block_types": ["AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D"], "norm_num_groups": 4,
+    "attention_head_dim": None,
 }  # fmt: skip
 _DRY_PEERS = ("reference", "fastddpm-eager", "fastddpm-eager-bf16", "diffusers", "diffusers-bf16",
               "diffusers-reduced-bf16", "fastddpm-graph-bf16")  # fmt: skip

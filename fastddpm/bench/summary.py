@@ -75,10 +75,9 @@ def cpu_rows(results: Sequence[WorkloadResult]) -> list[tuple[str, ...]]:
             continue
         best = None if name == "update" else _best(one, precision)
         note = " (`DDPMScheduler.step`)" if name == "update" else "" if precision == "fp32" else " in fp32"
-        rows.append((
-            title, _ms(ours), _ms(theirs) + note, "" if best is None else f"{_ms(best)} ({LABELS[best.peer].removesuffix(', bf16')})",
-            _times(theirs, ours), "" if best is None else _times(best, ours),
-        ))  # fmt: skip
+        best_name = "" if best is None else f"{_ms(best)} ({LABELS[best.peer].removesuffix(', bf16')})"
+        against_best = "" if best is None else _times(best, ours)
+        rows.append((title, _ms(ours), _ms(theirs) + note, best_name, _times(theirs, ours), against_best))
     return rows
 
 
