@@ -293,6 +293,15 @@ def test_who_is_not_needed_takes_part_where_time_is_left(model, asked, seconds, 
         assert bool(peers["openvino"].seconds) is timed and (peers["openvino"].note == runner.NO_TIME) is not timed
 
 
+def test_a_peer_may_take_what_later_ones_do_not_need(model):
+    run = runner.WorkloadRun(workload(model, "reference", more=("openvino",)), settings(), Deadline(100.0))
+    assert run._allowed("reference", ahead_s=30.0) == pytest.approx(70.0, abs=1.0)
+    assert run._allowed("reference", ahead_s=95.0) == 15.0  # at least what it usually takes
+    assert run._allowed("openvino", ahead_s=95.0) == 0.0
+    hurried = runner.WorkloadRun(workload(model, "reference"), settings(allowance_s=2.0), Deadline(100.0))
+    assert hurried._allowed("reference", ahead_s=30.0) == 2.0
+
+
 def test_workloads_after_the_time_is_up_are_a_line(model, asked):
     (result,) = runner.run([workload(model, "reference")], settings(seconds=0.0))
     assert result.note == runner.NO_TIME and asked == []

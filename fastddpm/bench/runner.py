@@ -122,7 +122,7 @@ class WorkloadRun:
         left = self.deadline.left
         if name in self.workload.more and left - ahead_s < _estimate(name):
             return 0.0
-        return min(self.settings.allowance_s, left)
+        return min(self.settings.allowance_s, left, max(left - ahead_s, _estimate(name)))
 
     def _time(self, lineup: Lineup, one: BatchResult) -> list[dict[str, float]]:
         """Rounds in which each peer runs once; returns the machine's limits in each of them."""
