@@ -27,6 +27,8 @@ HIDDEN = {"cpu": ((8, 128, 32, 32),), "cuda": ((512, 128, 32, 32), (512, 256, 16
 DRY = {"pictures": ((2, 3, 8, 8),), "hidden": ((2, 8, 4, 4),)}
 GROUPS = 32
 EPS = 1e-6
+_COEFFICIENTS = ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef1",
+                 "posterior_mean_coef2", "posterior_log_variance_clipped")  # fmt: skip
 _RANDN = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
 
 
@@ -67,9 +69,16 @@ def _diffusers() -> tuple[Any, tuple[str, ...]]:
         return None, (f"diffusers {error}",)
 
 
-def _randn(shape: tuple[int, ...], device: str, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
+def _randn(
+    shape: tuple[int, ...], device: str, count: int, seed: int, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
     return [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(count)]
+
+
+def _low(device: str) -> torch.dtype:
+    """What a network's tensors are on a kind of device."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 # ------------------------------------------------------------------ the update
@@ -93,64 +102,74 @@ def textbook_step(x: Tensor, out: Tensor, t: Tensor, z: Tensor, coefficients: tu
     return coef1 * x_start + coef2 * x + (0.5 * log_variance).exp() * z
 
 
+class _Update:
+    """The tensors of an update, and the ways to make it from buffer i; the textbook's can be compiled."""
+
+    def __init__(self, shape: tuple[int, ...], noise_given: bool, device: str) -> None:
+        count, B = BUFFERS[device], shape[0]
+        self.shape, self.given = shape, noise_given
+        self.starts, self.zs = _randn(shape, device, count, 0), _randn(shape, device, count, 1)
+        self.outs = _randn(shape, device, count, 2, _low(device))
+        self.states = [start.clone() for start in self.starts]
+        schedule = NoiseSchedule.linear(T, dtype=torch.float32)
+        self.table = ddpm_table(schedule, torch.arange(T - 1, -1, -1)).to(device)
+        self.step, self.t = (torch.full((B,), value, device=device) for value in (STEP, T - 1 - STEP))
+        self.ids, self.seed = torch.arange(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)
+        self.coefficients = tuple(getattr(schedule, name).to(device) for name in _COEFFICIENTS)
+
+    def reset(self) -> None:
+        for state, start in zip(self.states, self.starts, strict=True):
+            state.copy_(start)
+
+    def ours(self, i: int) -> Tensor:
+        noise = self.zs[i][None] if self.given else None
+        rows, timesteps = self.table.rows, self.table.timesteps
+        p_sample(self.states[i], self.outs[i], rows, timesteps, self.step, self.ids, self.seed, noise=noise)
+        return self.states[i]
+
+    def noise(self, i: int) -> Tensor:
+        """What ours adds."""
+        if self.given:
+            return self.zs[i]
+        return normals_reference(self.seed, self.ids, self.t, self.starts[i][0].numel()).reshape(self.shape)
+
+    def comparable(self, i: int) -> Tensor:
+        return textbook_step(self.starts[i], self.outs[i], self.t, self.noise(i), self.coefficients)
+
+    def with_noise_of_its_own(self, x: Tensor, out: Tensor) -> Tensor:
+        return textbook_step(x, out, self.t, torch.randn_like(x), self.coefficients)
+
+    def textbook(self, i: int, step: Any = textbook_step, drawing: Any = None) -> Tensor:  # noqa: ANN401
+        x, out = self.starts[i], self.outs[i]
+        if self.given:
+            return step(x, out, self.t, self.zs[i], self.coefficients)  # type: ignore[no-any-return]
+        return (drawing or self.with_noise_of_its_own)(x, out)
+
+
 def update_case(shape: tuple[int, ...], noise_given: bool, device: str, dry: bool = False) -> Case:
     """The update with its noise, from the network's output on: that of bfloat16 on GPUs, of float32 on CPUs."""
-    count, B = BUFFERS[device], shape[0]
-    low = torch.bfloat16 if device == "cuda" else torch.float32
-    starts, outs, zs = _randn(shape, device, count), _randn(shape, device, count, low), _randn(shape, device, count)
-    states = [start.clone() for start in starts]
-    schedule = NoiseSchedule.linear(T, dtype=torch.float32)
-    rows = ddpm_table(schedule, torch.arange(T - 1, -1, -1)).to(device)
-    step, t = (torch.full((B,), value, device=device) for value in (STEP, T - 1 - STEP))
-    ids, seed = torch.arange(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)
-    names = ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef1", "posterior_mean_coef2",
-             "posterior_log_variance_clipped")  # fmt: skip
-    coefficients = tuple(getattr(schedule, name).to(device) for name in names)
-
-    def ours(i: int) -> Tensor:
-        noise = zs[i][None] if noise_given else None
-        p_sample(states[i], outs[i], rows.rows, rows.timesteps, step, ids, seed, noise=noise)
-        return states[i]
-
-    def expected_noise(i: int) -> Tensor:
-        return zs[i] if noise_given else normals_reference(seed, ids, t, starts[i][0].numel()).reshape(shape)
-
-    def drawn(x: Tensor, out: Tensor) -> Tensor:
-        return textbook_step(x, out, t, torch.randn_like(x), coefficients)
-
-    def textbook(i: int, function: Any = drawn, of_noise: Any = textbook_step) -> Tensor:  # noqa: ANN401
-        if noise_given:
-            return of_noise(starts[i], outs[i], t, zs[i], coefficients)  # type: ignore[no-any-return]
-        return function(starts[i], outs[i])  # type: ignore[no-any-return]
-
-    def comparable(i: int) -> Tensor:
-        return textbook_step(starts[i], outs[i], t, expected_noise(i), coefficients)
-
-    contenders = [Contender("p_sample", ours), Contender("textbook", textbook, comparable)]
+    update = _Update(shape, noise_given, device)
+    contenders = [Contender("p_sample", update.ours), Contender("textbook", update.textbook, update.comparable)]
     if _compiles(device, dry):
-        fast = functools.partial(textbook, function=compiled(drawn, dry), of_noise=compiled(textbook_step, dry))
-        contenders.append(Contender("textbook, torch.compile", fast, None if noise_given else comparable))
+        step, drawing = compiled(textbook_step, dry), compiled(update.with_noise_of_its_own, dry)
+        fast = functools.partial(update.textbook, step=step, drawing=drawing)
+        contenders.append(Contender("textbook, torch.compile", fast, None if noise_given else update.comparable))
     library, missing = _diffusers()
     if library is not None:
         scheduler = library.DDPMScheduler()
         scheduler.set_timesteps(T)
 
         def theirs(i: int) -> Tensor:
-            return scheduler.step(outs[i], T - 1 - STEP, starts[i]).prev_sample  # type: ignore[no-any-return]
+            return scheduler.step(update.outs[i], T - 1 - STEP, update.starts[i]).prev_sample  # type: ignore[no-any-return]
 
         def theirs_compared(i: int) -> Tensor:
-            with patch(_RANDN, lambda *_, **__: expected_noise(i)):
+            with patch(_RANDN, lambda *_, **__: update.noise(i)):
                 return theirs(i)
 
         contenders.append(Contender("DDPMScheduler.step", theirs, theirs_compared, OTHERS_TOLERANCE, captured=False))
-
-    def reset() -> None:
-        for state, start in zip(states, starts, strict=True):
-            state.copy_(start)
-
-    moved = 2 * starts[0].nbytes + outs[0].nbytes + (zs[0].nbytes if noise_given else 0)
+    moved = 2 * update.starts[0].nbytes + update.outs[0].nbytes + (update.zs[0].nbytes if noise_given else 0)
     name = f"p_sample, noise {'given' if noise_given else 'made'}"
-    return Case(name, shape, tuple(contenders), moved, count, reset, missing)
+    return Case(name, shape, tuple(contenders), moved, BUFFERS[device], update.reset, missing)
 
 
 # ------------------------------------------------------------------ the forward noising
@@ -165,8 +184,8 @@ def textbook_noising(x: Tensor, t: Tensor, eps: Tensor, signal: Tensor, spread: 
 def noising_case(shape: tuple[int, ...], noise_given: bool, uint8: bool, device: str, dry: bool = False) -> Case:
     """`q_sample` of a training batch; what makes its noise hands it out too."""
     count, B = BUFFERS[device], shape[0]
-    epses = _randn(shape, device, count)
-    xs = [((x + 4) * 30).clamp(0, 255).to(torch.uint8) if uint8 else x for x in _randn(shape, device, count)]
+    epses = _randn(shape, device, count, 0)
+    xs = [((x + 4) * 30).clamp(0, 255).to(torch.uint8) if uint8 else x for x in _randn(shape, device, count, 1)]
     schedule = NoiseSchedule.linear(T, dtype=torch.float32)
     signal, spread = (a.to(device) for a in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod))
     ids, seed = torch.arange(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)
@@ -213,11 +232,12 @@ def noising_case(shape: tuple[int, ...], noise_given: bool, uint8: bool, device:
 def norm_case(shape: tuple[int, ...], adds: bool, device: str, dry: bool = False) -> Case:
     """Group norm and SiLU of channels-last pictures, with a bias and a residual branch added before where `adds`."""
     count, C = BUFFERS[device], shape[1]
-    low, groups = torch.bfloat16 if device == "cuda" else torch.float32, min(GROUPS, C // 2)
+    low, groups = _low(device), min(GROUPS, C // 2)
     xs, residuals = (
-        [x.contiguous(memory_format=torch.channels_last) for x in _randn(shape, device, count, low)] for _ in range(2)
+        [x.contiguous(memory_format=torch.channels_last) for x in _randn(shape, device, count, seed, low)]
+        for seed in (0, 1)
     )
-    weight, beta, bias = _randn((C,), device, 3, low)
+    weight, beta, bias = _randn((C,), device, 3, 2, low)
 
     def ours(i: int) -> Tensor:
         more = residuals[i] if adds else None
