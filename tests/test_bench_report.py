@@ -137,6 +137,7 @@ def test_targets():
     assert not found["mnist, B = 1: from a new process to its first pictures, package found"].met
     assert found["mnist, B = 1: pictures in bf16, median PSNR"].met
     assert bars.judge([measured("mnist", 1, fastddpm_eager=(1.0,), diffusers=(3.5,))]) == []
+    assert bars.judge([slow, fast], "cuda") == []
     assert all(isinstance(row["met"], bool) for row in bars.rows(found.values()))
 
 

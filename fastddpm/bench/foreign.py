@@ -105,7 +105,8 @@ class DiffusersPeer(Peer):
     def _evaluated(self, x: Tensor, t: Tensor) -> Tensor:
         if self.mode == "reduce-overhead" and not self.job.dry:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        out: Tensor = self.pipe.unet(x.to(self.dtype), t).sample
+        # A time on the host would keep a compiled network from being captured.
+        out: Tensor = self.pipe.unet(x.to(self.dtype), t.to(x.device)).sample
         return out.float()
 
     def _call(self) -> Tensor:

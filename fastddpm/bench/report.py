@@ -46,7 +46,7 @@ def write(
         "settings": dict(settings),
         "workloads": as_json(list(results)),
         "memory": None if memory is None else as_json(memory),
-        "bars": bars.rows(bars.judge(results)),
+        "bars": bars.rows(bars.judge(results, settings.get("device", "cpu"))),
     }
     write_json(folder / "results.json", values)
     write_text(folder / "results.md", markdown(results, machine, settings, memory))
@@ -80,7 +80,7 @@ def markdown(
         f"{'empty' if settings.get('cold') else 'as found'}. Images per second at 1000 DDPM and 50 DDIM steps are "
         "arithmetic from the time of a step.",
     ]
-    found = bars.judge(results)
+    found = bars.judge(results, settings.get("device", "cpu"))
     if found:
         lines += ["", "## Targets", "", *bar_table(found)]
     for result in results:

@@ -145,6 +145,6 @@ def take_apart(device: str, folder: Path, dry: bool = False) -> dict[str, Any]:
 
 def _settings(device: str, dry: bool, minutes: float = MINUTES) -> Settings:
     return Settings(
-        60 * minutes, 3 if dry else ROUNDS, torch.get_num_threads(), device, rounds_s=20.0, looks=True, local=True,
+        60 * minutes, 3 if dry else ROUNDS, torch.get_num_threads(), device, rounds_s=20.0, looks=False, local=True,
         steps_only=True, dry=dry,
     )  # fmt: skip

@@ -157,7 +157,7 @@ def _measure(chosen: list[Workload], settings: Settings, out: Path, pictures: in
             written += plots.draw_all(out, results, curve)
         except ImportError as error:
             view.say(f"skipped plots: {error}")
-        view.bars(bars.judge(results))
+        view.bars(bars.judge(results, settings.device))
         view.say(f"wrote {', '.join(path.name for path in written)} to {out}/")
     return runner.left_out(results)
 
