@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastddpm.bench import cases, kernels, peaks, sections, timing
+from fastddpm.bench.arithmetic import arithmetic
 from fastddpm.bench.cases import Case, Contender, Effort
 from fastddpm.bench.timing import Clock, in_turn, replayed
 
@@ -121,6 +122,14 @@ def test_calls_on_a_cpu_are_a_loop():
     seen = []
     replayed(seen.append, 3, "cpu")()
     assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_float32_on_a_gpu_means_what_the_precision_says(precision):
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    with arithmetic(precision, "cuda"):
+        assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is (precision == "tf32")
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
 
 
 # --- peaks ----------------------------------------------------------------------------------------

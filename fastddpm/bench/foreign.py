@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastddpm.bench.arithmetic import Precision
 from fastddpm.bench.job import Half, Job
 from fastddpm.bench.peers import MissingError, Peer, count_flops, outside_ms
 from fastddpm.bench.twins import import_diffusers
 from fastddpm.checkpoints import CheckpointError
 from fastddpm.kernels.philox import X_T_COUNTER
-from fastddpm.precision import Precision
 
 _DRAWS = ("diffusers.schedulers.scheduling_ddpm", "diffusers.pipelines.ddpm.pipeline_ddpm")
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
+from fastddpm.bench.arithmetic import Precision, arithmetic
 from fastddpm.bench.timing import Clock
-from fastddpm.precision import Precision, float32_kernels
 
 COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
 """Far more than the caches hold."""
@@ -86,7 +86,7 @@ class Peaks:
         return torch.device(self.device).type
 
     def _speed(self, product: Product, precision: Precision) -> float:
-        with torch.no_grad(), float32_kernels(precision, torch.device(self.device)):
+        with torch.no_grad(), arithmetic(precision, self.device):
             return product.flop / Clock.of(self.device).spent(product.call) / 1e6
 
 

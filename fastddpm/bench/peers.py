@@ -14,13 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastddpm.bench.arithmetic import Precision, arithmetic
 from fastddpm.bench.job import SEED, Half, Job, update_parts
 from fastddpm.bench.peaks import Peaks
 from fastddpm.denoiser import bind
-from fastddpm.engine import EngineName
 from fastddpm.kernels.philox import X_T_COUNTER
 from fastddpm.noise import id_bits
-from fastddpm.precision import Precision, float32_kernels
 from fastddpm.reference import p_sample_loop
 from fastddpm.sampler import Sampler
 from fastddpm.state import State
@@ -93,7 +92,7 @@ class Peer:
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[None]:
         """In the block, float32 on a GPU means what the precision says."""
-        return float32_kernels(self.precision, torch.device(self.job.device))
+        return arithmetic(self.precision, self.job.device)
 
 
 def outside_ms(peer: Peer, job: Job, batch: int, rounds: int = 5) -> float:
@@ -133,7 +132,8 @@ def steps_of(sampler: Sampler, batch: int, timesteps: Sequence[int], labels: Ten
     Returns:
         Makes the steps, from the same start each time, and returns the final state, which the next call overwrites.
     """
-    with torch.no_grad(), float32_kernels(sampler.precision, sampler.device):
+    precision = cast(Precision, sampler.precision)
+    with torch.no_grad(), arithmetic(precision, sampler.device):
         table = sampler.table(solver="ddpm", timesteps=timesteps)
         denoiser = bind(sampler.model, sampler.spec, table, labels, False)
         ids = id_bits(range(batch))
@@ -142,7 +142,7 @@ def steps_of(sampler: Sampler, batch: int, timesteps: Sequence[int], labels: Ten
     start, everyone = runner.state.copy(), torch.arange(batch, device=sampler.device)
 
     def run() -> Tensor:
-        with torch.no_grad(), float32_kernels(sampler.precision, sampler.device):
+        with torch.no_grad(), arithmetic(precision, sampler.device):
             runner.state.put(everyone, start)
             made = 0
             while made < table.S:
@@ -160,7 +160,7 @@ class EnginePeer(Peer):
         precision: the same.
     """
 
-    def __init__(self, engine: EngineName, precision: Precision = "fp32") -> None:
+    def __init__(self, engine: str, precision: Precision = "fp32") -> None:
         super().__init__(precision)
         self.engine = engine
 
