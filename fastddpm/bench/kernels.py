@@ -124,7 +124,8 @@ class _Update:
     def ours(self, i: int) -> Tensor:
         noise = self.zs[i][None] if self.given else None
         rows, timesteps = self.table.rows, self.table.timesteps
-        p_sample(self.states[i], self.outs[i], rows, timesteps, self.step, self.ids, self.seed, noise=noise)
+        samples = {"step": self.step, "sample_id": self.ids, "seed": self.seed}
+        p_sample(self.states[i], self.outs[i], rows, timesteps, **samples, noise=noise)
         return self.states[i]
 
     def noise(self, i: int) -> Tensor:
