@@ -58,7 +58,7 @@ lint: $(TEST) ## ruff: rules and formatting
 types: $(TEST) ## mypy, strict
 	@$(BIN)/mypy
 
-bench: $(TEST) ## measure beside the peers; tables, JSON and plots go to benchmarks/results
+bench: $(TEST) ## measure beside the peers, 20 minutes; tables, JSON and plots go to benchmarks/results
 	@$(BIN)/fastddpm bench --out $(RESULTS)
 
 train: $(BASE) ## train on MNIST: make train DATA=<folder with the idx files>

@@ -1,6 +1,8 @@
-"""The benchmark's machinery: what it calls equal, how it counts, and that it times nothing that differs."""
+"""The benchmark's machinery: peers in processes, made ready within an allowance, compared, timed in equal rounds."""
 
+import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -13,25 +15,17 @@ import pytest
 import torch
 
 from fastddpm import cli
-from fastddpm.bench import bars, machine, memory, plots, report, runner, workloads
-from fastddpm.bench.figures import (
-    ATOL,
-    PSNR_DB,
-    BatchResult,
-    Equality,
-    PeerResult,
-    Quantiles,
-    WorkloadResult,
-    as_json,
-    paired_ratio,
-    psnr,
-)
-from fastddpm.bench.live import View
-from fastddpm.bench.peers import Limits, count_flops
-from fastddpm.bench.process import WorkerError, WorkerProcess, side_by_side
-from fastddpm.bench.twins import NoTwinError, diffusers_config, twin_folder
-from fastddpm.bench.worker import LABELS, PEERS, Worker, forget_peak, peak_bytes, precision_of
+from fastddpm.bench import lineup, memory, peers, runner, workloads
+from fastddpm.bench.entrants import LABELS, precision_of
+from fastddpm.bench.figures import ATOL, BatchResult, Equality, PeerResult
+from fastddpm.bench.job import make_job
+from fastddpm.bench.lineup import Lineup
+from fastddpm.bench.process import LocalWorker, WorkerError, WorkerProcess
+from fastddpm.bench.settings import Deadline, Settings
+from fastddpm.bench.twins import NoTwinError, diffusers_config, random_checkpoint, twin_folder
+from fastddpm.bench.worker import Worker, forget_peak, peak_bytes
 from fastddpm.checkpoints import load_checkpoint
+from fastddpm.sampler import Sampler
 from fastddpm.unet import UNetConfig
 from tests import tiny
 
@@ -51,180 +45,18 @@ def one_thread(monkeypatch):
 
 
 def settings(**changes):
-    return dataclasses.replace(runner.Settings(60.0, 3, 1, jobs=1), **changes)
+    return dataclasses.replace(Settings(60.0, 3, 1), **changes)
 
 
-def workload(model, *peers, batches=(2,), steps=(4,)):
-    return workloads.Workload("tiny", "a tiny network", batches, steps, peers, str(model))
+def workload(model, *peers, batches=(2,), steps=(4,), more=()):
+    return workloads.Workload("tiny", "a tiny network", batches, steps, peers, more, str(model), cold_s=20.0)
 
 
-# --- equality -------------------------------------------------------------------------------------
+def job_of(model, folder, **changes):
+    return make_job(workload(model), folder, **{"threads": 1, **changes})
 
 
-def test_equal_pictures_pass_and_others_do_not():
-    assert Equality.judge(PICTURES, PICTURES, "fp32", True).holds
-    assert Equality.judge(PICTURES + 0.5 * ATOL, PICTURES, "fp32", True).holds
-    one = PICTURES.copy()
-    one[2, 0, 7, 7] += 2 * ATOL
-    assert not Equality.judge(one, PICTURES, "fp32", True).holds
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("compares", [True, False])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_pictures_that_are_not_finite_never_pass(bad, compares, precision):
-    one = PICTURES.copy()
-    one[0, 0, 0, 0] = bad
-    verdict = Equality.judge(one, PICTURES, precision, compares)
-    assert not verdict.holds and "not finite" in str(verdict)
-
-
-def test_pictures_of_another_shape_do_not_pass():
-    assert not Equality.judge(PICTURES[:2], PICTURES, "fp32", True).holds
-
-
-def test_bfloat16_is_judged_by_psnr():
-    def shifted(db):
-        return PICTURES + 10 ** (-db / 20)
-
-    assert psnr(shifted(40), PICTURES) == pytest.approx(40, abs=0.01)
-    assert Equality.judge(shifted(PSNR_DB + 1), PICTURES, "bf16", True).holds
-    assert not Equality.judge(shifted(PSNR_DB - 1), PICTURES, "bf16", True).holds
-    assert Equality.judge(PICTURES, PICTURES, "bf16", True).value is None  # infinite is no JSON
-
-
-# --- figures --------------------------------------------------------------------------------------
-
-
-def test_ratios_are_within_a_round():
-    """A machine that is ten times slower in one round does not move a ratio."""
-    assert paired_ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == Quantiles(2.0, 2.0, 2.0)
-
-
-def result_of(peer, *seconds, **more):
-    equality = Equality("none" if peer == "lucidrains" else "largest difference", None, None, True)
-    return PeerResult(peer, precision_of(peer), equality, seconds=list(seconds), first_s=9.0, again_s=1.0, **more)
-
-
-def measured(name, batch=1, flop=4e9, **seconds):
-    """A result with these peers (`_` for `-`), of runs of two steps."""
-    one = BatchResult(batch, 2, 3, [result_of(peer.replace("_", "-"), *times) for peer, times in seconds.items()])
-    for peer in one.peers:
-        peer.summarise(2, flop * batch, [10.0, 10.0, 10.0])
-        peer.run_bytes = 10**8
-    one.peak_gflops = {"fp32": Quantiles.of([10.0])}
-    one.copy_gb_s = Quantiles.of([20.0])
-    one.compare()
-    return WorkloadResult(name, name, flop, 0.0, [one])
-
-
-def test_speed_is_the_network_s_arithmetic_over_the_whole_step():
-    peer = measured("cifar10", diffusers=(1.0, 2.0, 4.0)).batches[0].peers[0]
-    assert peer.ms_per_step.p50 == pytest.approx(1000.0)  # two steps in two seconds
-    assert peer.gflops.p50 == pytest.approx(4.0)  # 8 GFLOP in two seconds
-    assert peer.of_peak.p50 == pytest.approx(0.4)
-    assert peer.compile_s == 8.0
-
-
-def test_the_best_peer_runs_the_same_network_in_the_same_precision():
-    one = measured("x", fastddpm_eager=(3.0,), lucidrains=(0.1,), openvino_bf16=(0.2,), diffusers=(2.0,)).batches[0]
-    assert one.fastest("fp32", ours=False).peer == "diffusers"
-    assert one.fastest("fp32", ours=True).peer == "fastddpm-eager"
-    assert one.fastest("bf16", ours=True) is None
-    assert set(one.ratios["fastddpm-eager"]) == {"lucidrains", "openvino-bf16", "diffusers"}
-
-
-def test_targets():
-    slow = measured("cifar10", 8, fastddpm_compiled=(1.0, 1.0), diffusers=(1.1, 1.1), onnxruntime=(1.3, 1.3))
-    fast = measured("mnist", 1, fastddpm_compiled=(1.0, 1.0), diffusers=(3.5, 3.5))
-    slow.batches[0].peers[0].outside_ms, slow.batches[0].peers[0].outside_share = 5.0, 0.01
-    found = {bar.what: bar for bar in bars.judge([slow, fast])}
-    assert not found["cifar10, B = 8, fp32: against diffusers DDPMPipeline"].met
-    best = found["cifar10, B = 8, fp32: against diffusers DDPMPipeline, the best"]
-    assert best.met and best.value == pytest.approx(1.1)
-    assert found["mnist, B = 1, fp32: against diffusers DDPMPipeline"].met
-    assert found["cifar10, B = 8: share outside the network"].met
-    assert found["cifar10, B = 8, fp32: of the matrix product's speed"].value == pytest.approx(6.4)
-    assert found["cifar10, B = 8: memory, fastddpm, compiled"].met
-    assert not any("bf16" in what for what in found)
-    ours = fast.batches[0].find("fastddpm-compiled")
-    ours.second_s = 6.0
-    low = result_of("fastddpm-compiled-bf16", 1.0, 1.0)
-    low.equality = Equality("psnr", 41.0, 30.0, True)
-    fast.batches[0].peers.append(low)
-    found |= {bar.what: bar for bar in bars.judge([fast])}
-    assert not found["mnist, B = 1: from a new process to its first pictures, package found"].met
-    assert found["mnist, B = 1: pictures in bf16, median PSNR"].met
-    assert bars.judge([measured("mnist", 1, fastddpm_eager=(1.0,), diffusers=(3.5,))]) == []
-    assert all(isinstance(row["met"], bool) for row in bars.rows(found.values()))
-
-
-def test_flops_are_counted_without_computing():
-    linear = torch.nn.Linear(10, 20)
-    assert count_flops(linear, torch.zeros(3, 10)) == 2 * 3 * 10 * 20
-    assert linear.weight.device.type == "cpu"
-
-
-def test_the_machine_s_limits_are_numbers():
-    limits = Limits()
-    assert limits.gemm("fp32", repeats=1) > 0.1
-    assert limits.copy(repeats=1) > 0.1
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def results():
-    one = measured("cifar10", 8, fastddpm_compiled=(1.0, 1.1), diffusers=(2.0, 2.0), reference=(2.1, 2.2))
-    one.batches[0].over_steps = {"diffusers": {"5": 1.0, "10": 2.0}}
-    left = PeerResult("openvino", "fp32", note="needs the package openvino")
-    one.batches[0].peers.append(left)
-    return [
-        one,
-        measured("update", flop=0.0, diffusers=(1.0,)),
-        WorkloadResult("celebahq256", "x", note="no diffusers"),
-    ]
-
-
-def test_files_hold_hardware_versions_and_figures(tmp_path, results):
-    curve = memory.MemoryCurve(100, 10, [0.0, 1.0, 2.0], [10, 50, 100], [10**8] * 3)
-    written = report.write(tmp_path, results, machine.describe(1), {"cold": False}, curve)
-    values = json.loads((tmp_path / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert values["machine"]["versions"]["torch"] == torch.__version__.split("+")[0] or values["machine"]["versions"]
-    peer = values["workloads"][0]["batches"][0]["peers"][0]
-    assert set(peer["ms_per_step"]) == {"p20", "p50", "p80"} and peer["compile_s"] == 8.0
-    assert values["workloads"][0]["batches"][0]["ratios"]["fastddpm-compiled"]["diffusers"]["p50"] > 1
-    text = (tmp_path / "results.md").read_text()
-    assert "needs the package openvino" in text and "no diffusers" in text and "100 pictures into a folder" in text
-    assert (tmp_path / "memory.csv").read_text().splitlines()[1] == "0.00,10,100000000"
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in rows if "fastddpm, compiled" in line and "GFLOP" not in line}) <= 2
-    assert {path.name for path in written} == {"results.json", "results.md", "memory.csv"}
-
-
-def test_plots(tmp_path, results):
-    pytest.importorskip("matplotlib")
-    curve = memory.MemoryCurve(100, 10, [0.0, 1.0], [10, 100], [10**8] * 2)
-    written = plots.draw_all(tmp_path, results, curve)
-    assert {path.name for path in written} == {"throughput.png", "ratios.png", "steps.png", "memory.png"}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
-    assert sorted(tmp_path.iterdir()) == sorted(written)
-
-
-def test_no_figures_no_plots(tmp_path):
-    pytest.importorskip("matplotlib")
-    assert plots.draw_all(tmp_path, [WorkloadResult("x", "x", note="skipped")]) == []
-
-
-def test_every_peer_has_a_label_and_a_class():
-    named = {peer for workload in (*workloads.FULL, *workloads.QUICK) for peer in workload.peers}
-    assert named <= set(LABELS) <= set(PEERS)
-    for standard in (*workloads.FULL, *workloads.QUICK):
-        assert len(standard.batches) == len(standard.steps) and all(1000 % steps == 0 for steps in standard.steps)
-
-
-# --- the same network for both --------------------------------------------------------------------
+# --- the same network for both ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", ["tiny", "scale-shift", "heads", "asymmetric"])
@@ -264,9 +96,23 @@ def test_what_diffusers_cannot_run_has_no_twin(changes):
         diffusers_config(dataclasses.replace(UNetConfig(), **changes))
 
 
+def test_a_random_network_needs_no_diffusers_and_has_outputs_about_one(tmp_path):
+    config = {
+        "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": [8, 16], "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 4, "attention_head_dim": None, "downsample_padding": 0,
+    }  # fmt: skip
+    first, again = (load_checkpoint(random_checkpoint(tmp_path / name, config, "fixed_large")) for name in "ab")
+    with torch.no_grad():
+        out = first.network(torch.randn(4, 3, 8, 8), torch.full((4,), 500))
+    assert 0.3 < float(out.std()) < 3 and first.spec.variance == "fixed_large"
+    assert torch.equal(first.network.conv_out.weight, again.network.conv_out.weight)
+    twin_folder(tmp_path / "twin", first)
+
+
 def test_peers_draw_the_same_pictures(model, tmp_path):
     """Textbook, engine and diffusers' own pipeline, from the common noise."""
-    job = runner.make_job(workload(model), tmp_path, settings())
+    job = job_of(model, tmp_path)
     drawn = {}
     for name in ("reference", "fastddpm-eager", "diffusers") if job.folder else ("reference", "fastddpm-eager"):
         worker = Worker(name)
@@ -282,7 +128,7 @@ def test_peers_draw_the_same_pictures(model, tmp_path):
 
 def test_the_update_alone(tmp_path):
     pytest.importorskip("diffusers")
-    job = runner.make_job(workloads.FULL[0], tmp_path, settings())
+    job = make_job(workloads.choose(["update"], False)[0], tmp_path, threads=1)
     drawn = []
     for name in ("reference", "fastddpm-eager", "diffusers"):
         worker = Worker(name)
@@ -294,7 +140,7 @@ def test_the_update_alone(tmp_path):
 
 
 def test_a_missing_package_is_a_line(model, tmp_path, monkeypatch):
-    job = runner.make_job(workload(model), tmp_path, settings())
+    job = job_of(model, tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     answer = Worker("onnxruntime").answer({"do": "load", "job": dataclasses.asdict(job)})
     assert (
@@ -309,7 +155,7 @@ def test_a_defect_of_a_peer_is_a_line():
     assert not answer["ok"] and not answer["missing"] and answer["error"].startswith("AttributeError")
 
 
-# --- processes ------------------------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------------------------
 
 
 def stops(pid):
@@ -326,30 +172,35 @@ def stops(pid):
 
 def test_worker_processes(model, tmp_path, one_thread):
     """Answers come back, an idle worker is stopped, a dead one is reported, a slow one is given up."""
-    job = runner.make_job(workload(model), tmp_path, settings())
-    load = {"do": "load", "job": dataclasses.asdict(job)}
+    load = {"do": "load", "job": dataclasses.asdict(job_of(model, tmp_path))}
     first, second = (WorkerProcess("reference", tmp_path, 1, {}) for _ in range(2))
     try:
         assert first.ask(load, 60)["compares"]
         assert stops(first.pid)
-        check = {"do": "check", "batch": 1, "steps": 2, "out": str(tmp_path / "{peer}.npy")}
-        answers = []
-        side_by_side([first], [check, {"do": "run"}], 1, time.monotonic() + 60, lambda _, a: answers.extend(a))
-        assert [sorted(answer) for answer in answers] == [["again_s", "first_s", "ok"], ["ok", "seconds"]]
-        assert (tmp_path / "reference.npy").exists()
+        out = str(tmp_path / "out.npy")
+        answer = first.ask({"do": "check", "batch": 1, "steps": 2, "out": out}, 60)
+        assert answer["first_s"] > 0 and np.load(out).shape == (1, 1, tiny.SIDE, tiny.SIDE)
+        assert first.ask({"do": "run"}, 60)["seconds"] > 0
         with pytest.raises(WorkerError, match="KeyError"):
             first.ask({"do": "dance"}, 30)
         os.kill(first.pid, signal.SIGKILL)
         with pytest.raises(WorkerError, match="signal 9"):
             first.ask({"do": "run"}, 30)
-        gone = []
-        side_by_side([second], [load], 1, time.monotonic() - 1, lambda _, error: gone.append(error))
-        assert gone[0].postponed
         with pytest.raises(WorkerError, match="no answer"):
             second.ask(load, 0.01)
     finally:
         first.close()
         second.close()
+
+
+def test_a_worker_in_this_process_answers_alike(model, tmp_path):
+    worker = LocalWorker("fastddpm-eager")
+    assert worker.ask({"do": "load", "job": dataclasses.asdict(job_of(model, tmp_path))}, 60)["compares"]
+    with pytest.raises(WorkerError, match="KeyError"):
+        worker.ask({"do": "dance"}, 60)
+    worker.close()
+    with pytest.raises(WorkerError, match="AttributeError"):
+        worker.ask({"do": "run"}, 60)
 
 
 def test_what_a_worker_started_ends_with_it(tmp_path, monkeypatch):
@@ -370,37 +221,157 @@ def test_what_a_worker_started_ends_with_it(tmp_path, monkeypatch):
         time.sleep(0.01)
 
 
-def test_a_peer_that_draws_something_else_is_not_timed(model, tmp_path):
-    run = runner.WorkloadRun(
-        workload(model, "reference", "fastddpm-eager", "diffusers"), settings(), tmp_path, tmp_path
-    )
-    one = BatchResult(3, 4, peers=[PeerResult(peer, "fp32", first_s=1.0) for peer in run.workload.peers])
-    run._loaded = {peer: {"compares": True} for peer in run.workload.peers}
-    for peer, pictures in zip(run.workload.peers, (PICTURES, PICTURES, PICTURES + 0.01), strict=True):
-        np.save(tmp_path / f"{peer}.npy", pictures)
-    run._judge(one)
-    assert [peer.equality.holds for peer in one.peers] == [True, True, False]
-    assert "not timed" in one.peers[2].note
-    timed = []
-    run._workers = {
-        peer: type("Fake", (), {"ask": lambda self, request, _, peer=peer: timed.append(peer) or {"seconds": 1.0}})()
-        for peer in run.workload.peers
-    }
-    run._time(one, time.monotonic() + 60)
-    assert timed == ["reference", "fastddpm-eager", "fastddpm-eager", "reference", "reference", "fastddpm-eager"]
-    assert one.rounds == 3
+# --- ready, compared, timed -----------------------------------------------------------------------
 
 
-def test_time_runs_out_after_two_rounds(model, tmp_path):
-    run = runner.WorkloadRun(workload(model, "reference"), settings(rounds=50), tmp_path, tmp_path)
-    one = BatchResult(1, 1, peers=[dataclasses.replace(result_of("reference"), seconds=[])])
-    fake = type("Fake", (), {"ask": lambda *_: time.sleep(0.01) or {"seconds": 1.0}})()
-    run._workers = {"reference": fake}
-    run._time(one, time.monotonic())
-    assert one.rounds == 2
+class FakeWorker:
+    """Answers at once, from a list of what is put to it; `slow` peers take longer than they are allowed."""
+
+    asked: list[tuple[str, str]]
+    slow: tuple[str, ...] = ()
+
+    def __init__(self, name, *_):
+        self.name = name
+
+    def ask(self, request, seconds):
+        self.asked.append((self.name, request["do"]))
+        if self.name in self.slow:
+            time.sleep(seconds)
+            raise WorkerError("no answer")
+        if request["do"] == "check":
+            np.save(request["out"], PICTURES[: request["batch"]])
+        return {
+            "load": {"load_s": 0.1, "export_s": 0.0, "compares": True}, "run": {"seconds": 0.5},
+            "flops": {"flops": 1.0},
+            "check": {"first_s": 9.0, "again_s": 1.0, "how": "so"}, "measure": {"measured": {"fp32": 1.0, "copy": 1.0}},
+            "memory": {"run_bytes": 1, "whole_bytes": 2}, "outside": {"ms": 0.1},
+        }[request["do"]]  # fmt: skip
+
+    def close(self):
+        self.asked.append((self.name, "close"))
 
 
-# --- memory ---------------------------------------------------------------------------------------
+@pytest.fixture
+def asked(monkeypatch):
+    """What was put to whom, where all workers are fakes."""
+    monkeypatch.setattr(FakeWorker, "asked", [], raising=False)
+    monkeypatch.setattr(lineup, "WorkerProcess", FakeWorker)
+    return FakeWorker.asked
+
+
+def result_of(*peers):
+    return BatchResult(2, 4, peers=[PeerResult(peer, precision_of(peer)) for peer in peers])
+
+
+def test_all_are_ready_before_anybody_is_timed_and_rounds_are_shared_equally(model, asked):
+    names = ("reference", "fastddpm-eager", "diffusers")
+    (result,) = runner.run([workload(model, *names)], settings(looks=False))
+    ready = [entry for entry in asked if entry[1] in ("load", "check") and entry[0] != "limits"]
+    assert ready == [(name, request) for name in names for request in ("load", "check")]
+    runs = [name for name, request in asked if request == "run"]
+    assert runs == [*names, *reversed(names), *names]
+    assert asked.index(("diffusers", "check")) < asked.index(("reference", "run"))
+    assert [peer.seconds for peer in result.batches[0].peers] == [[0.5] * 3] * 3
+    assert all(peer.compile_s == 8.0 and peer.ready_s < 5 for peer in result.batches[0].peers)
+    assert sorted(name for name, request in asked if request == "close") == sorted([*names, "limits"])
+
+
+def test_a_peer_that_is_not_ready_in_time_costs_nobody_else_their_turn(model, asked, monkeypatch):
+    monkeypatch.setattr(FakeWorker, "slow", ("diffusers",))
+    names = ("fastddpm-eager", "diffusers", "reference")
+    some = workload(model, *names, batches=(1, 2), steps=(4, 4))
+    (result,) = runner.run([some], settings(looks=False, allowance_s=0.2))
+    for one in result.batches:
+        assert one.find("reference").seconds and one.find("fastddpm-eager").seconds and one.rounds == 3
+        assert one.find("diffusers") is None and one.peers[1].note == "left out: not ready within the 0 s allowed"
+    assert asked.count(("diffusers", "load")) == 1 and ("diffusers", "close") in asked
+    assert len(runner.left_out([result])) == 2
+
+
+@pytest.mark.parametrize(("seconds", "timed"), [(1000.0, True), (25.0, False)], ids=["time", "no time"])
+def test_who_is_not_needed_takes_part_where_time_is_left(model, asked, seconds, timed):
+    """Twenty seconds are kept free for the second workload."""
+    some = workload(model, "reference", more=("openvino",))
+    for result in runner.run([some, dataclasses.replace(some, name="other")], settings(seconds=seconds, looks=False)):
+        peers = {peer.peer: peer for peer in result.batches[0].peers}
+        assert peers["reference"].seconds
+        assert bool(peers["openvino"].seconds) is timed and (peers["openvino"].note == runner.NO_TIME) is not timed
+
+
+def test_a_peer_may_take_what_later_ones_do_not_need(model):
+    run = runner.WorkloadRun(workload(model, "reference", more=("openvino",)), settings(), Deadline(100.0))
+    assert run._allowed("reference", ahead_s=30.0) == pytest.approx(70.0, abs=1.0)
+    assert run._allowed("reference", ahead_s=95.0) == 15.0  # at least what it usually takes
+    assert run._allowed("openvino", ahead_s=95.0) == 0.0
+    hurried = runner.WorkloadRun(workload(model, "reference"), settings(allowance_s=2.0), Deadline(100.0))
+    assert hurried._allowed("reference", ahead_s=30.0) == 2.0
+
+
+def test_workloads_after_the_time_is_up_are_a_line(model, asked):
+    (result,) = runner.run([workload(model, "reference")], settings(seconds=0.0))
+    assert result.note == runner.NO_TIME and asked == []
+    assert runner.left_out([result]) == [f"tiny: {runner.NO_TIME}"]
+
+
+def test_ready_peers_do_not_fill_the_memory(model, asked, monkeypatch):
+    free = iter([10**10, 10**9])
+    monkeypatch.setattr(lineup, "memory_available", lambda: next(free))
+    (result,) = runner.run([workload(model, "reference", "diffusers")], settings(looks=False))
+    assert result.batches[0].find("reference") is not None
+    assert "only 1.0 GB of memory would be free" in result.batches[0].peers[1].note
+    assert ("diffusers", "close") in asked[: asked.index(("reference", "run"))]
+
+
+def test_what_was_compiled_is_timed_in_a_second_process(model, asked):
+    """The first one holds the compiler's memory too; a third is for the next batch size."""
+    some = workload(model, "fastddpm-compiled", "reference", batches=(1, 2), steps=(4, 4))
+    (result,) = runner.run([some], settings(looks=False))
+    assert asked.count(("fastddpm-compiled", "load")) == 4 and asked.count(("reference", "load")) == 1
+    for one in result.batches:
+        peer = one.find("fastddpm-compiled")
+        assert peer.compile_s == 8.0 and peer.second_s is not None
+
+
+def test_a_peer_that_draws_something_else_is_not_timed(model, tmp_path, asked):
+    one = result_of("reference", "fastddpm-eager", "diffusers")
+    with Lineup(job_of(model, tmp_path), tmp_path, settings()) as there:
+        for peer in one.peers:
+            there.make_ready(peer, 2, 4, 60.0)
+        np.save(tmp_path / "diffusers.npy", PICTURES[:2] + 0.01)
+        there.judge(one)
+        assert [peer.equality.holds for peer in one.peers] == [True, True, False]
+        assert "not timed" in one.peers[2].note
+        runner.WorkloadRun(workload(model), settings(), Deadline(60))._time(there, one)
+    assert [name for name, request in asked if request == "run"].count("diffusers") == 0
+    assert one.rounds == 3 and not one.peers[2].seconds
+
+
+def test_the_steps_alone_are_those_of_a_sample(model):
+    """The same final state as `sample`'s, from the same start each time."""
+    sampler = Sampler.from_pretrained(model, device="cpu", engine="eager")
+    timesteps, labels = [15, 10, 5, 0], torch.tensor([0, 1, 2])
+    run = peers.steps_of(sampler, 3, timesteps, labels)
+    expected = sampler.sample(3, solver="ddpm", timesteps=timesteps, class_labels=labels, output="raw", progress=False)
+    for _ in range(2):
+        torch.testing.assert_close(run().clone(), expected, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the package openvino")
+def test_other_runtimes_draw_the_same_pictures(model, tmp_path):
+    pytest.importorskip("diffusers")
+    job = job_of(model, tmp_path)
+    drawn = {}
+    for name in ("reference", "openvino", "openvino-bf16", "onnxruntime"):
+        worker = Worker(name)
+        answer = worker.answer({"do": "load", "job": dataclasses.asdict(job)})
+        assert answer["ok"], answer
+        assert worker.answer({"do": "check", "batch": 3, "steps": 5, "out": str(tmp_path / "out.npy")})["ok"]
+        drawn[name] = np.load(tmp_path / "out.npy")
+    for name, pictures in drawn.items():
+        assert Equality.judge(pictures, drawn["reference"], precision_of(name), True).holds, name
+
+
+# --- memory -----------------------------------------------------------------------------------------
 
 
 def test_peak_memory_can_be_forgotten():
@@ -428,7 +399,7 @@ def test_growing_memory_is_noticed():
     assert not memory.MemoryCurve(10, 1).is_bounded  # nothing seen is no proof
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------
 
 
 def command(monkeypatch, capsys, *arguments):
@@ -449,6 +420,7 @@ def command(monkeypatch, capsys, *arguments):
         (["mnist", "--batches", "0"], "--batches must be whole numbers"),
         (["--minutes", "0"], "--minutes must be in"),
         (["mnist", "--threads", "0"], "--threads must be at least 1"),
+        (["mnist", "--allowance", "0"], "--allowance must be in"),
         (["no-such-model-here"], "no-such-model-here"),
         (["--out", "/proc/nowhere/bench"], "/proc/nowhere/bench"),
     ],
@@ -461,17 +433,26 @@ def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, arguments, message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bench_of_a_checkpoint(monkeypatch, capsys, tmp_path, model, one_thread):
-    """The whole command: files, figures, and a line for what cannot take part."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch, capsys, tmp_path):
+    code, out, err = command(monkeypatch, capsys, "--device", "cuda", "--out", tmp_path)
+    assert code == 2 and "device must be there, got 'cuda'" in err and err.count("\n") == 1 and not out
+
+
+@pytest.fixture
+def short(monkeypatch, model):
+    """The command's run as a short one of a tiny network."""
     peers = ("fastddpm-eager", "reference", "lucidrains")
-    monkeypatch.setattr(workloads, "ALL_PEERS", peers)
     monkeypatch.setattr(workloads, "for_model", lambda *_: workload(model, *peers, batches=(1, 3), steps=(4, 2)))
-    monkeypatch.setattr(
-        runner.Settings, "of", classmethod(lambda cls, *_, **__: settings(seconds=300.0, over_steps=(2, 4), jobs=2))
-    )
-    code, out, err = command(monkeypatch, capsys, model, "--quick", "--out", tmp_path / "bench", "--threads", "1")
-    assert code == 0, err
-    assert "skipped lucidrains" in out and "tiny, B = 3" in out
+    of = classmethod(lambda cls, *_, **__: settings(seconds=300.0, over_steps=(2, 4)))
+    monkeypatch.setattr(Settings, "of", of)
+
+
+def test_bench_of_a_checkpoint(monkeypatch, capsys, tmp_path, model, one_thread, short):
+    """The whole command: files, figures, and a line for what cannot take part, which --strict makes a failure."""
+    code, out, err = command(monkeypatch, capsys, model, "--quick", "--out", tmp_path / "bench", "--strict")
+    assert code == 1 and "2 left out, the first: tiny, B = 1, lucidrains: no network of similar size" in err
+    assert f"not timed: {LABELS['lucidrains']}" in out and "tiny, B = 3" in out and "gets up to 300 s" in out
     names = {path.name for path in (tmp_path / "bench").iterdir()}
     assert names == {"results.json", "results.md", "throughput.png", "ratios.png", "steps.png"}
     values = json.loads((tmp_path / "bench" / "results.json").read_text())
@@ -482,47 +463,60 @@ def test_bench_of_a_checkpoint(monkeypatch, capsys, tmp_path, model, one_thread)
         for peer in timed.values():
             assert peer["equality"]["holds"] and peer["equality"]["value"] <= ATOL
             assert len(peer["seconds"]) == 3 and peer["gflops"]["p50"] > 0 and peer["outside_ms"] > 0
-            assert peer["run_bytes"] > 10**7
+            assert peer["run_bytes"] > 10**7 and peer["ready_s"] > 0
+        assert timed["fastddpm-eager"]["how"] == "eager: asked for"
         assert one["ratios"]["fastddpm-eager"]["reference"]["p50"] > 0
     assert set(values["workloads"][0]["batches"][0]["over_steps"]["reference"]) == {"2", "4"}
 
 
-@pytest.mark.slow
-def test_what_was_compiled_is_looked_at_in_a_second_process(model, one_thread, monkeypatch):
-    """The first one holds the compiler's memory too."""
-    monkeypatch.setattr(runner, "OURS", ("fastddpm-compiled",))
-    started = []
-    start = runner.WorkerProcess
-    monkeypatch.setattr(runner, "WorkerProcess", lambda *options: started.append(options[0]) or start(*options))
-    (result,) = runner.run([workload(model, "fastddpm-compiled")], settings(seconds=300.0, rounds=1))
-    peer = result.batches[0].find("fastddpm-compiled")
-    assert started.count("fastddpm-compiled") == 2
-    assert 0 < peer.second_s < 60 and peer.run_bytes > 10**7
+def descendants(pid):
+    """Processes that this one started, and theirs."""
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            yield int(child)
+            yield from descendants(int(child))
 
 
-def test_workers_are_used_again_where_asked(model, one_thread):
-    """A quick run keeps a peer's process for the next workload, and ends all of them."""
-    two = [dataclasses.replace(workload(model, "reference"), name=name) for name in ("first", "second")]
-    pids, results = [], []
-    for result in runner.run(two, settings(seconds=200.0, reuse=True, rounds=1)):
-        results.append(result)
-        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
-        pids.append(set(children.read_text().split()) if children.exists() else set())
-    assert [bool(result.batches[0].find("reference")) for result in results] == [True, True]
-    assert pids[0] == pids[1]
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids[1])
+def is_worker(pid):
+    with contextlib.suppress(OSError):
+        return b"fastddpm.bench.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+def is_alive(pid):
+    """Whether a process could still compute: it is there, and nobody has yet to take note of its end."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_ctrl_c_ends_everything(model, tmp_path, one_thread):
+    """While a peer gets ready: exit code 130, one line, and no process is left."""
+    options = (model, "--batches", "1", "--out", tmp_path / "bench", "--quiet", "--device", "cpu")
+    with subprocess.Popen(tiny.command("bench", *options), stderr=subprocess.PIPE, text=True) as process:
+        end, found = time.monotonic() + 120, []
+        while not any(map(is_worker, found)) and time.monotonic() < end:
+            time.sleep(0.05)
+            found = list(descendants(process.pid))
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert found and process.returncode == 130 and err.count("\n") == 1 and err.startswith("fastddpm: stopped"), err
+    assert not any(map(is_alive, found))
 
 
 @pytest.mark.slow
 def test_a_quick_run_keeps_its_time(tmp_path):
-    """The whole of it, as a user starts it; what does not fit into two minutes is left out with a line."""
+    """From empty caches: ours, diffusers and ONNX Runtime are compared at each batch size, within three minutes."""
     began = time.monotonic()
-    done = subprocess.run(
-        tiny.command("bench", "--quick", "--out", tmp_path / "bench"), capture_output=True, text=True, check=False
-    )
+    command = tiny.command("bench", "--quick", "--cold", "--device", "cpu", "--out", tmp_path / "bench")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 150
-    assert {"results.json", "results.md"} <= {path.name for path in (tmp_path / "bench").iterdir()}
+    assert time.monotonic() - began < 200
+    values = json.loads((tmp_path / "bench" / "results.json").read_text())
+    for one in values["workloads"][0]["batches"]:
+        timed = {peer["peer"] for peer in one["peers"] if peer["seconds"]}
+        assert {"fastddpm-compiled", "diffusers", "onnxruntime"} <= timed, one["batch"]
 
 
 def test_profile(monkeypatch, capsys, tmp_path, model):
@@ -533,17 +527,3 @@ def test_profile(monkeypatch, capsys, tmp_path, model):
     events = json.loads((tmp_path / "bench" / "trace.json").read_text())["traceEvents"]
     assert any("conv" in str(event.get("name")) for event in events)
     assert out.count("%") == 10
-
-
-def test_quiet_shows_nothing(capsys):
-    from rich.console import Console
-
-    with View(Console(), quiet=True) as view:
-        view.on_event("x", 1, "reference", "first run")
-        view.say("something")
-        view.bars([bars.Bar("x", "1", "2", 1.0, 2.0)])
-    assert capsys.readouterr().out == ""
-
-
-def test_results_are_plain_data():
-    json.dumps(as_json(measured("x", diffusers=(1.0,))), allow_nan=False)

@@ -1,6 +1,7 @@
 """`fastddpm.accelerate` on diffusers' pipelines: the same call, the same pictures, no waiting in the loop."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 import inspect
 import json
 
@@ -260,7 +261,7 @@ def test_half_precision_keeps_its_dtype():
 
 @pytest.mark.parametrize("name", ["ddpm", "ddpm_with_dpm_solver", "ddim_eta", "ddpm_threshold"])
 def test_the_loop_never_waits(name, monkeypatch):
-    """From the first `advance` to the last: what stands before and after may."""
+    """From the first step to the last: what stands before and after may."""
     kind, scheduler, options = RUNS[name]
     pipe = pipeline(kind, copy.deepcopy(scheduler))
     watches = []
@@ -274,6 +275,24 @@ def test_the_loop_never_waits(name, monkeypatch):
     pipe.progress_bar = watched
     draw(accelerate(pipe), **options)
     assert len(watches) == 1 and len(watches[0].calls) > 100
+
+
+def test_threads_with_other_settings_do_not_mix():
+    """All share the pipeline and its scheduler; each gets the pictures of its own steps."""
+    fast = accelerate(pipeline(DDPMPipeline))
+    asked = [(steps, seed) for seed in range(3) for steps in (3, 5, 8, 13)]
+
+    def one(steps, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.as_tensor(
+            fast(batch_size=1, num_inference_steps=steps, generator=generator, output_type="np").images
+        )
+
+    expected = [one(*settings) for settings in asked]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            got = list(pool.map(lambda settings: one(*settings), asked))
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_the_progress_bar_is_the_pipeline_s(capsys):

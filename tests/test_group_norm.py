@@ -264,7 +264,7 @@ def test_fused_body_in_bfloat16_is_no_less_exact_than_body():
     x, t, y = inputs(network, batch=8)
     projections = network.embed(t, y)
     want = network.body(x, projections)
-    network.cast(torch.bfloat16)
+    network = network.cast(torch.bfloat16)
     errors = [(f(x, projections).float() - want).square().mean().sqrt() for f in (network.body, network_fused(network))]
     assert 0 < errors[1] <= 1.2 * errors[0]
 

@@ -291,19 +291,6 @@ def test_self_conditioning_does_not_depend_on_the_batch_or_on_previews(tmp_path)
     torch.testing.assert_close(seen[1].x_start, expected, rtol=0.0, atol=1e-5)
 
 
-def test_a_state_without_history_is_refused_for_self_conditioning(tmp_path):
-    from fastddpm import State, advance
-    from fastddpm.denoiser import bind
-
-    unet, diffusion = CONFIGS["noise, linear, self-conditioned"]
-    trainer_file(tmp_path / "m.pt", make(unet, diffusion))
-    sampler = Sampler.from_pretrained(tmp_path / "m.pt", device="cpu", image_size=8)
-    table = sampler.table(steps=3)
-    state = State.create(sampler.spec.shape, torch.arange(1), 0, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="must have a history"):
-        advance(bind(sampler.model, sampler.spec, table), table, state)
-
-
 def test_other_networks_take_no_self_conditioning(tmp_path):
     trainer_file(tmp_path / "m.pt", make())
     sampler = Sampler.from_pretrained(tmp_path / "m.pt", device="cpu", image_size=8)
@@ -445,7 +432,7 @@ def test_accelerated_learned_variance():
 def test_no_host_synchronisation_in_the_loop(monkeypatch):
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from fastddpm.engine import Runner
+    from fastddpm.engines.runner import StepRunner
 
     theirs = make(*CONFIGS["noise, linear, self-conditioned"])
     forbidden = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.is_nonzero.default"}
@@ -457,7 +444,7 @@ def test_no_host_synchronisation_in_the_loop(monkeypatch):
                 found.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    run = Runner.run
+    run = StepRunner.run
 
     def watched(self, *arguments):
         inside.append(arguments)
@@ -466,7 +453,7 @@ def test_no_host_synchronisation_in_the_loop(monkeypatch):
         finally:
             inside.pop()
 
-    monkeypatch.setattr(Runner, "run", watched)
+    monkeypatch.setattr(StepRunner, "run", watched)
     with Watch():
         accelerate(theirs).sample(2)
         assert found == []

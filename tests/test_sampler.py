@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from fastddpm import DynamicThreshold, ModelSpec, NoiseSchedule, Sampler, reference
-from fastddpm.denoiser import bind
 from fastddpm.kernels.philox import X_T_COUNTER
 from fastddpm.noise import normals
 from tests.networks import tiny_sampler
@@ -424,13 +423,6 @@ class TestCallersObjects:
         whole = sampler.sample(70, noise=torch.Generator().manual_seed(1), batch_size=70, **run)
         default = sampler.sample(70, noise=torch.Generator().manual_seed(1), **run)
         torch.testing.assert_close(default, whole, rtol=0, atol=1e-5)
-
-    def test_a_label_that_was_not_announced_fails(self):
-        sampler = tiny_sampler()
-        table = sampler.table(steps=3)
-        denoiser = bind(sampler.model, sampler.spec, table, torch.tensor([1]))
-        with pytest.raises(IndexError):
-            denoiser(torch.zeros(1, 1, 8, 8), torch.tensor([0]), torch.tensor([2]))
 
     def test_a_learned_variance_needs_its_channels(self):
         spec = ModelSpec(shape=(1, 4, 4), variance="learned_range")

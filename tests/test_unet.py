@@ -83,15 +83,19 @@ class TestOptions:
     def test_tabulated_time_gives_the_same_output(self, options):
         network = make(**options)
         x, t, y = inputs(network)
-        times = torch.tensor([999, 500, 3, 0])
-        step = torch.tensor([2, 0, 3])
-        labels = None if y is None else torch.tensor([4, 1])
-        table = network.tabulate(times, labels)
-        if labels is None:
-            rows, y = step, None
-        else:
-            rows, y = step * 2 + torch.tensor([0, 1, 1]), torch.tensor([4, 1, 1])
-        torch.testing.assert_close(network.body(x, table[rows]), network(x, times[step], y), rtol=1e-5, atol=1e-5)
+        times, step = torch.tensor([999, 500, 3, 0]), torch.tensor([2, 0, 3])
+        if y is None:
+            conditions, index = network.tabulate(times), step
+        else:  # a table for each class
+            conditions = torch.cat([network.tabulate(times, label) for label in (4, 1)])
+            y = torch.tensor([4, 1, 1])
+            index = step + torch.tensor([0, 4, 4])
+        assert conditions.shape[1] == network.row_numbers()
+        expected = network(x, times[step], y)
+        torch.testing.assert_close(network.body(x, conditions, index), expected, rtol=1e-5, atol=1e-5)
+        if y is not None:  # or one for all, and the class in each step
+            told = network.body(x, network.tabulate(times), step, y)
+            torch.testing.assert_close(told, expected, rtol=1e-5, atol=1e-5)
 
     def test_body_has_no_linear_layer_for_time(self, options):
         network = make(**options)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastddpm.fast_layers import WinogradConv2d
+from fastddpm.engines.fast_layers import WinogradConv2d
 from fastddpm.kernels._native import NativeError
 from fastddpm.kernels.winograd import fits, pack, winograd_conv
 

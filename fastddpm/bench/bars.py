@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
+from fastddpm.bench.entrants import LABELS
 from fastddpm.bench.figures import BatchResult, PeerResult, WorkloadResult, paired_ratio
-from fastddpm.bench.worker import LABELS
 
 RATIOS = (
     ("cifar10", "fp32", "diffusers", 1.2),
@@ -49,8 +49,10 @@ class Bar:
         return self.value <= self.limit if self.at_most else self.value >= self.limit
 
 
-def judge(results: Iterable[WorkloadResult]) -> list[Bar]:
-    """All targets whose figures are there."""
+def judge(results: Iterable[WorkloadResult], device: str = "cpu") -> list[Bar]:
+    """All targets whose figures are there; none of another device than a CPU."""
+    if device != "cpu":
+        return []
     found = {result.name: result for result in results}
     bars: list[Bar] = []
     if "cifar10" in found:

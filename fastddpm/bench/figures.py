@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from fastddpm.bench.entrants import is_ours
+
 ATOL = 1e-3
 """Largest difference of a pixel, in [0, 1], between a float32 peer and the textbook after a whole run."""
 PSNR_DB = 30.0
-"""Least PSNR of a bfloat16 peer's pictures, in the median over the pictures."""
+"""Least PSNR of a bfloat16 or TF32 peer's pictures, in the median over the pictures."""
+RUNS = {"ddpm_1000": 1000, "ddim_50": 50}
+"""Runs of the usual lengths, by their numbers of steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +86,12 @@ class PeerResult:
         peer: its name.
         precision: of its network.
         equality: of its pictures.
+        ready_s: seconds from the start of its process to its second run, all of what follows included.
+        export_s: of these, what went into a file that others read too.
         load_s: seconds to load the network.
         first_s: seconds of its first run, which has compilation in it.
         again_s: seconds of the run after that.
+        how: what turned out to run, where the peer chooses.
         seconds: of each timed run, in order of the rounds.
         ms_per_step: from these.
         gflops: GFLOP/s of the network's arithmetic over the whole step, where its FLOPs are known.
@@ -92,17 +99,21 @@ class PeerResult:
         outside_ms: milliseconds of a step around a network that costs nothing.
         outside_share: those over `ms_per_step`.
         second_s: seconds from starting a second process, which finds what was compiled, to its first pictures.
-        run_bytes: peak resident memory during one run; of what we compile, in that second process.
-        whole_bytes: peak resident memory of the process, loading and compiling included.
+        images_per_s: at 1000 DDPM and 50 DDIM steps; arithmetic from `ms_per_step`, not runs of that many steps.
+        run_bytes: peak memory during one run, resident or a GPU's; of what we compile, in that second process.
+        whole_bytes: peak memory of the process, loading included.
         note: why it was not timed, if it was not.
     """
 
     peer: str
     precision: str
     equality: Equality | None = None
+    ready_s: float | None = None
+    export_s: float | None = None
     load_s: float | None = None
     first_s: float | None = None
     again_s: float | None = None
+    how: str = ""
     seconds: list[float] = dataclasses.field(default_factory=list)
     ms_per_step: Quantiles | None = None
     gflops: Quantiles | None = None
@@ -110,6 +121,7 @@ class PeerResult:
     outside_ms: float | None = None
     outside_share: float | None = None
     second_s: float | None = None
+    images_per_s: dict[str, float] = dataclasses.field(default_factory=dict)
     run_bytes: int | None = None
     whole_bytes: int | None = None
     note: str = ""
@@ -119,24 +131,36 @@ class PeerResult:
         """What the first run took more than the second."""
         return None if self.first_s is None or self.again_s is None else max(0.0, self.first_s - self.again_s)
 
-    def summarise(self, steps: int, flops: float, peaks: Sequence[float]) -> None:
+    def summarise(self, steps: int, batch: int, flop: float, peaks: Sequence[float]) -> None:
         """Fill in what follows from the timed runs.
 
         Args:
             steps: of one run.
-            flops: of one step of the batch; 0 where unknown.
+            batch: pictures at a time.
+            flop: of one step of one picture; 0 where unknown.
             peaks: GFLOP/s of the matrix product in each round.
         """
         if not self.seconds:
             return
         self.ms_per_step = Quantiles.of([s / steps * 1e3 for s in self.seconds])
-        if flops:
-            speeds = [flops * steps / s / 1e9 for s in self.seconds]
+        self.images_per_s = images_per_s(batch, self.ms_per_step.p50)
+        if flop:
+            speeds = [flop * batch * steps / s / 1e9 for s in self.seconds]
             self.gflops = Quantiles.of(speeds)
             shares = [speed / peak for speed, peak in zip(speeds, peaks, strict=False) if peak]
             self.of_peak = Quantiles.of(shares) if shares else None
         if self.outside_ms is not None:
             self.outside_share = self.outside_ms / self.ms_per_step.p50
+
+
+def short(value: float) -> str:
+    """A number with three digits, or with all those before the point."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def images_per_s(batch: int, ms_per_step: float) -> dict[str, float]:
+    """Pictures per second of runs of the usual lengths, if every step takes as long."""
+    return {name: batch / (count * ms_per_step / 1e3) for name, count in RUNS.items()}
 
 
 @dataclasses.dataclass
@@ -171,7 +195,7 @@ class BatchResult:
         """Fill in `ratios`."""
         timed = [result for result in self.peers if result.seconds]
         for ours in timed:
-            if ours.peer.startswith("fastddpm"):
+            if is_ours(ours.peer):
                 others = [result for result in timed if result is not ours]
                 self.ratios[ours.peer] = {other.peer: paired_ratio(other.seconds, ours.seconds) for other in others}
 
@@ -182,7 +206,7 @@ class BatchResult:
             for result in self.peers
             if result.ms_per_step is not None
             and result.precision == precision
-            and result.peer.startswith("fastddpm") == ours
+            and is_ours(result.peer) == ours
             and (ours or (result.equality is not None and result.equality.measure != "none"))
         ]
         return min(timed, key=lambda result: result.ms_per_step.p50 if result.ms_per_step else math.inf, default=None)

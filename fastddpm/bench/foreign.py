@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastddpm.bench.arithmetic import Precision
+from fastddpm.bench.job import Half, Job
 from fastddpm.bench.peers import MissingError, Peer, count_flops, outside_ms
 from fastddpm.bench.twins import import_diffusers
-from fastddpm.bench.workloads import Half, Job, Precision
 from fastddpm.checkpoints import CheckpointError
 from fastddpm.kernels.philox import X_T_COUNTER
 
@@ -49,7 +50,7 @@ def common_noise(job: Job, batch: int, steps: int) -> Iterator[None]:
 
 
 class DiffusersPeer(Peer):
-    """DDPMPipeline, its U-Net under `torch.compile` if asked."""
+    """DDPMPipeline, its U-Net under `torch.compile` if asked for."""
 
     def load(self, job: Job) -> None:
         """Load the pipeline; labels, which it does not know, are handed to its network directly."""
@@ -65,11 +66,14 @@ class DiffusersPeer(Peer):
             warnings.simplefilter("ignore")
             self.pipe = diffusers.DDPMPipeline.from_pretrained(job.folder).to(job.device, self.dtype)
         self.pipe.set_progress_bar_config(disable=True)
+        self.scheduler = self.pipe.scheduler
         if job.classes is not None:
             self._labelled(diffusers.UNet2DModel)
         self.plain = self.pipe.unet
-        if self.compiled:
-            self.pipe.unet = torch.compile(self.pipe.unet)
+        if self.mode is not None:
+            options: dict[str, Any] = {"backend": "eager"} if job.dry else {"mode": self.mode}
+            torch._dynamo.config.recompile_limit = 64  # each batch size is compiled for itself, as for who has one
+            self.pipe.unet = torch.compile(self.pipe.unet, dynamic=False, **options)
 
     def _labelled(self, unet: type[nn.Module]) -> None:
         class Labelled(unet):  # type: ignore[valid-type, misc]
@@ -93,26 +97,34 @@ class DiffusersPeer(Peer):
             labels = self._labels()
             self.plain.labels = None if labels is None else labels.to(self.job.device)
 
+    def _steps(self) -> Tensor:
+        """The loop around its network, which alone is timed where `steps_only` says so."""
+        network = self._evaluated if self.job.model else self.network
+        return scheduler_loop(self.scheduler, network, self.job, self.batch, self.steps)
+
+    def _evaluated(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.mode == "reduce-overhead" and not self.job.dry:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        # A time on the host would keep a compiled network from being captured.
+        out: Tensor = self.pipe.unet(x.to(self.dtype), t.to(x.device)).sample
+        return out.float()
+
     def _call(self) -> Tensor:
-        if not self.job.model:
-            return scheduler_loop(self.scheduler, self.network, self.job, self.batch, self.steps)
-        if self.precision == "bf16":  # the pipeline cannot hand out pictures in bfloat16
-            return scheduler_loop(self.pipe.scheduler, self._bf16, self.job, self.batch, self.steps)
+        plain = self.precision != "bf16" and not self.job.steps_only  # the pipeline hands out no bfloat16 pictures
+        if not self.job.model or not plain:
+            return to_pictures(self._steps())
         drawn = self.pipe(batch_size=self.batch, num_inference_steps=self.steps, output_type="np").images
         return torch.from_numpy(np.ascontiguousarray(drawn.transpose(0, 3, 1, 2))).float()
 
-    def _bf16(self, x: Tensor, t: Tensor) -> Tensor:
-        out: Tensor = self.pipe.unet(x.to(self.dtype), t).sample
-        return out.float()
-
     def pictures(self) -> Tensor:
         """The pipeline's call, with the common noise."""
-        with common_noise(self.job, self.batch, self.steps):
+        with common_noise(self.job, self.batch, self.steps), self._arithmetic():
             return self._call()
 
     def run(self) -> None:
-        """The pipeline's call."""
-        self._call()
+        """The pipeline's call, or its steps alone."""
+        with self._arithmetic():
+            self._steps() if self.job.steps_only else self._call()
 
     def flops(self) -> float:
         """Counted on its network."""
@@ -123,7 +135,7 @@ class DiffusersPeer(Peer):
 
     def outside(self) -> float | None:
         """Of a loop with its scheduler."""
-        return None if self.compiled else outside_ms(DiffusersPeer(self.precision), self.job, self.batch)
+        return None if self.mode else outside_ms(DiffusersPeer(self.precision), self.job, self.batch)
 
 
 @torch.no_grad()
@@ -134,13 +146,18 @@ def scheduler_loop(
     batch: int,
     steps: int,
 ) -> Tensor:
-    """The loop of DDPMPipeline around any network, as its documentation shows it; pictures in [0, 1]."""
+    """The loop of DDPMPipeline around any network, as its documentation shows it; x_0."""
     from diffusers.schedulers import scheduling_ddpm
 
     scheduler.set_timesteps(steps)
     x: Tensor = scheduling_ddpm.randn_tensor((batch, *job.shape), device=torch.device(job.device), dtype=torch.float32)
     for t in scheduler.timesteps:
         x = scheduler.step(network(x, t), t, x).prev_sample
+    return x
+
+
+def to_pictures(x: Tensor) -> Tensor:
+    """x_0 as pictures in [0, 1]."""
     return (x / 2 + 0.5).clamp(0, 1).cpu()
 
 
@@ -149,8 +166,8 @@ class LucidrainsPeer(Peer):
 
     equality = False
 
-    def __init__(self, precision: Precision = "fp32", compiled: bool = False) -> None:
-        super().__init__(precision, compiled)
+    def __init__(self, precision: Precision = "fp32") -> None:
+        super().__init__(precision)
         self.diffusion: Any = None
 
     def load(self, job: Job) -> None:

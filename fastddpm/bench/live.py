@@ -10,12 +10,12 @@ from rich.live import Live
 from rich.table import Table
 
 from fastddpm.bench import bars
+from fastddpm.bench.entrants import LABELS
 from fastddpm.bench.figures import BatchResult, WorkloadResult
 from fastddpm.bench.report import COLUMNS, cells, in_order
-from fastddpm.bench.worker import LABELS
 from fastddpm.terminal import clean
 
-WIDE = 150
+WIDE = 170
 """Columns of a terminal from which on the whole table is shown."""
 NARROW = (0, 1, 2, 5)
 """The columns that a narrower one gets; the rest stands in results.md."""
@@ -75,7 +75,7 @@ class View:
             self.console.print(table)
         for peer in one.peers:
             if peer.note:
-                self.say(f"skipped {LABELS.get(peer.peer, peer.peer)}: {peer.note}")
+                self.say(f"not timed: {LABELS.get(peer.peer, peer.peer)}: {peer.note}")
 
     def bars(self, found: Sequence[bars.Bar]) -> None:
         """The project's targets."""

@@ -1,29 +1,29 @@
-"""What is compared: a base class, the textbook, the engine, and the machine's own limits.
+"""What is compared: a base class, the engine, the textbook, and the machine's own limits.
 
 A peer loads a job's network, is prepared for a batch and a number of steps, then draws pictures: `pictures` from the
-common noise, to be compared, and `run` as its users would call it, to be timed.
+common noise, to be compared, and `run` as its users would call it, or the steps of it alone, to be timed.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastddpm.bench.workloads import SEED, Half, Job, Precision, update_parts
+from fastddpm.bench.arithmetic import Precision, arithmetic
+from fastddpm.bench.job import SEED, Half, Job, update_parts
+from fastddpm.bench.peaks import Peaks
 from fastddpm.kernels.philox import X_T_COUNTER
+from fastddpm.noise import id_bits
 from fastddpm.reference import p_sample_loop
 from fastddpm.sampler import Sampler
+from fastddpm.step.request import make_request
 
 OUTSIDE_STEPS = 200
-COPY_BYTES = 1 << 27
 
 
 class MissingError(RuntimeError):
@@ -35,14 +35,16 @@ class Peer:
 
     Args:
         precision: of the network.
-        compiled: whether the network is compiled.
+        mode: the network's under `torch.compile`; None leaves it as it is.
     """
 
     equality = True
     """Whether its pictures must equal the reference's: it runs the same network."""
+    export_s = 0.0
+    """Seconds of loading that went into a file that other workers read too."""
 
-    def __init__(self, precision: Precision = "fp32", compiled: bool = False) -> None:
-        self.precision, self.compiled = precision, compiled
+    def __init__(self, precision: Precision = "fp32", mode: str | None = None) -> None:
+        self.precision, self.mode = precision, mode
         self.batch, self.steps = 0, 0
 
     @property
@@ -56,6 +58,8 @@ class Peer:
         Raises:
             MissingError: the peer cannot take part.
         """
+        if self.precision == "tf32" and job.device == "cpu":
+            raise MissingError("tf32 is for GPUs")
         self.job = job
 
     def prepare(self, batch: int, steps: int) -> None:
@@ -70,6 +74,10 @@ class Peer:
         """The timed call."""
         raise NotImplementedError
 
+    def how(self) -> str:
+        """What turned out to run, where the peer chooses; "" elsewhere."""
+        return ""
+
     def flops(self) -> float:
         """Arithmetic of one evaluation of the network for one picture; 0 where it is not known."""
         return 0.0
@@ -80,6 +88,10 @@ class Peer:
 
     def _labels(self) -> Tensor | None:
         return self.job.labels(self.batch)
+
+    def _arithmetic(self) -> contextlib.AbstractContextManager[None]:
+        """In the block, float32 on a GPU means what the precision says."""
+        return arithmetic(self.precision, self.job.device)
 
 
 def outside_ms(peer: Peer, job: Job, batch: int, rounds: int = 5) -> float:
@@ -107,6 +119,37 @@ def count_flops(network: nn.Module, *example: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
+def steps_of(sampler: Sampler, batch: int, timesteps: Sequence[int], labels: Tensor | None) -> Callable[[], Tensor]:
+    """All steps of a batch as a function, and nothing besides: the one place that reaches into the engine.
+
+    Args:
+        sampler: whose engine makes them.
+        batch: samples.
+        timesteps: to visit, descending.
+        labels: int64 [B], or None.
+
+    Returns:
+        Makes the steps, from the same start each time, and returns the final state, which the next call overwrites.
+    """
+    stepper, table = sampler.stepper, sampler.table(solver="ddpm", timesteps=timesteps)
+    request = make_request(sampler.spec, sampler.device, batch, None, labels, 1.0, None, None, batch)
+    under_way = contextlib.ExitStack()  # the batch is never given back
+    with stepper.undisturbed():
+        runner = under_way.enter_context(stepper.begin(table, request, SEED, to_come=1 << 20))
+        start = runner.state.copy()
+
+    def run() -> Tensor:
+        with stepper.undisturbed():
+            runner.state.put(slice(None), start)
+            made = 0
+            while made < table.S:
+                made += runner.run(table.S - made)
+        return runner.state.x
+
+    run.under_way = under_way  # type: ignore[attr-defined]
+    return run
+
+
 class EnginePeer(Peer):
     """fastddpm, as `Sampler.sample` with seeds.
 
@@ -116,25 +159,26 @@ class EnginePeer(Peer):
     """
 
     def __init__(self, engine: str, precision: Precision = "fp32") -> None:
-        super().__init__(precision, compiled=engine != "eager")
+        super().__init__(precision)
         self.engine = engine
 
     def load(self, job: Job) -> None:
         """Load through `Sampler.from_pretrained`."""
         super().load(job)
-        options = self._options()
+        if self.engine == "cuda_graph" and job.device == "cpu":
+            raise MissingError("CUDA graphs are for GPUs")
+        options: dict[str, Any] = {"device": job.device, "engine": self.engine, "precision": self.precision}
         if job.model:
-            self.sampler = Sampler.from_pretrained(job.model, device=job.device, **options, **job.flags)
+            self.sampler = Sampler.from_pretrained(job.model, **options, **job.flags)
         else:
-            self.sampler = Sampler(Half(), *update_parts(job.shape, job.T), device=job.device, **options)
+            self.sampler = Sampler(Half(), *update_parts(job.shape, job.T), **options)
 
-    def _options(self) -> dict[str, Any]:
-        wanted = {"engine": self.engine, "precision": self.precision}
-        known = inspect.signature(Sampler.__init__).parameters
-        missing = {name: value for name, value in wanted.items() if name not in known}
-        if any(value not in ("eager", "fp32") for value in missing.values()):
-            raise MissingError(f"this version of fastddpm has no {' and no '.join(missing)}")
-        return {name: value for name, value in wanted.items() if name in known}
+    def prepare(self, batch: int, steps: int) -> None:
+        """Choose the timed call."""
+        super().prepare(batch, steps)
+        self._timed: Callable[[], object] = self.pictures
+        if self.job.steps_only:
+            self._timed = steps_of(self.sampler, batch, self.job.timesteps(steps), self._labels())
 
     def pictures(self) -> Tensor:
         """With the engine's own noise, which the others are given."""
@@ -149,8 +193,12 @@ class EnginePeer(Peer):
         ).cpu()
 
     def run(self) -> None:
-        """The same call."""
-        self.pictures()
+        """The same call, or its steps alone."""
+        self._timed()
+
+    def how(self) -> str:
+        """The engine that ran, and why."""
+        return f"{self.sampler.engine.used}: {self.sampler.engine.why}"
 
     def flops(self) -> float:
         """Counted on the network in PyTorch."""
@@ -172,7 +220,7 @@ class ReferencePeer(Peer):
     def load(self, job: Job) -> None:
         """Load the network through `Sampler.from_pretrained`."""
         super().load(job)
-        self.plain = EnginePeer("eager")
+        self.plain = EnginePeer("eager", self.precision)
         self.plain.load(job)
         self.sampler = self.plain.sampler
         spec = self.sampler.spec
@@ -182,26 +230,36 @@ class ReferencePeer(Peer):
     def _network(self, x: Tensor, t: Tensor, y: Tensor | None = None, /) -> Tensor:
         return self.sampler.network(x, self.sampler.spec.times_fed(t), y)
 
+    def _loop(self, x_T: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
+        spec = self.sampler.spec
+        with self._arithmetic():
+            return p_sample_loop(
+                self._network,
+                self.sampler.schedule,
+                x_T,
+                noise,
+                timesteps=torch.tensor(self.job.timesteps(self.steps)),
+                y=self._labels(),
+                prediction=spec.prediction,
+                variance=spec.variance,
+                clip=spec.clip,
+                threshold=spec.threshold,
+            )
+
     def pictures(self) -> Tensor:
         """With the engine's noise, made in the loop as the engine makes it."""
-        spec, timesteps = self.sampler.spec, self.job.timesteps(self.steps)
-        x = p_sample_loop(
-            self._network,
-            self.sampler.schedule,
-            self.job.noise(self.batch, X_T_COUNTER).to(self.job.device),
-            lambda i: self.job.noise(self.batch, timesteps[i]),
-            timesteps=torch.tensor(timesteps),
-            y=self._labels(),
-            prediction=spec.prediction,
-            variance=spec.variance,
-            clip=spec.clip,
-            threshold=spec.threshold,
-        )
+        timesteps = self.job.timesteps(self.steps)
+        start = self.job.noise(self.batch, X_T_COUNTER).to(self.job.device)
+        x = self._loop(start, lambda i: self.job.noise(self.batch, timesteps[i]))
         return (x / 2 + 0.5).clamp(0, 1).cpu()
 
     def run(self) -> None:
-        """The same call."""
-        self.pictures()
+        """The same call, or the loop alone with noise of PyTorch's, as textbooks have it."""
+        if not self.job.steps_only:
+            self.pictures()
+            return
+        x = torch.randn(self.batch, *self.job.shape, device=self.job.device)
+        self._loop(x, lambda _: torch.randn_like(x))
 
     def flops(self) -> float:
         """Counted on the same network."""
@@ -212,74 +270,16 @@ class ReferencePeer(Peer):
         return outside_ms(ReferencePeer(), self.job, self.batch)
 
 
-# ------------------------------------------------------------------ what the machine gives
-
-
-@dataclasses.dataclass
-class Limits:
-    """The fastest matrix product and copy that this process can do, found once, measured again on demand."""
-
-    device: str = "cpu"
-
-    def gemm(self, precision: Precision, repeats: int = 3) -> float:
-        """GFLOP/s of the fastest of several matrix products."""
-        kind = _gemm_of(precision, self.device)
-        return max(kind.speed(self.device) for _ in range(repeats))
-
-    def copy(self, repeats: int = 3) -> float:
-        """GB/s, read and written, of a copy far larger than caches."""
-        source = torch.ones(COPY_BYTES // 4, device=self.device)
-        target = torch.empty_like(source)
-        seconds = min(_seconds(lambda: target.copy_(source), self.device) for _ in range(repeats + 1))
-        return 2 * COPY_BYTES / seconds / 1e9
-
-
-@dataclasses.dataclass(frozen=True)
-class _Gemm:
-    call: Callable[[], object]
-    flops: float
-    name: str
-
-    def speed(self, device: str) -> float:
-        return self.flops / _seconds(self.call, device) / 1e9
-
-
-@functools.cache
-def _gemm_of(precision: Precision, device: str) -> _Gemm:
-    """The fastest kind: PyTorch's matrix product, or a 1×1 convolution, which oneDNN runs as one."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    kinds: list[_Gemm] = []
-    for size in (1024, 2048):
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        kinds.append(_Gemm(functools.partial(torch.mm, a, b), 2.0 * size**3, f"mm {size}"))
-    for channels, side in ((512, 64), (1024, 32), (1024, 64)):
-        x = torch.randn(1, channels, side, side, device=device, dtype=dtype)
-        w = torch.randn(channels, channels, 1, 1, device=device, dtype=dtype)
-        x, w = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, w))
-        call = functools.partial(F.conv2d, x, w)
-        kinds.append(_Gemm(call, 2.0 * channels**2 * side**2, f"1×1 convolution {channels}"))
-    return max(kinds, key=lambda kind: max(kind.speed(device) for _ in range(4)))
-
-
-def _seconds(call: Callable[[], object], device: str) -> float:
-    with torch.no_grad():
-        began = time.perf_counter()
-        call()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-
 class LimitsPeer(Peer):
     """Not a sampler: answers how fast the machine is right now."""
 
     equality = False
 
     def load(self, job: Job) -> None:
-        """Find the fastest kinds of product."""
+        """Say where."""
         super().load(job)
-        self.limits = Limits(job.device)
+        self.peaks = Peaks(job.device, job.dry)
 
     def measure(self, precisions: Sequence[str]) -> dict[str, float]:
         """GFLOP/s of each precision, and GB/s of a copy as "copy"."""
-        return {name: self.limits.gemm(cast(Precision, name)) for name in precisions} | {"copy": self.limits.copy()}
+        return self.peaks.measure([cast(Precision, name) for name in precisions])

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastddpm.bench.entrants import LABELS, PEERS, is_ours
 from fastddpm.bench.figures import BatchResult, WorkloadResult
 from fastddpm.bench.memory import MemoryCurve
-from fastddpm.bench.worker import LABELS, PEERS
 from fastddpm.files import atomic_path
 
 
@@ -63,7 +63,7 @@ def _plot(path: Path, subjects: Sequence[Any], draw: Callable[[Any, Any], None],
 
 def _style(peer: str) -> dict[str, Any]:
     """The same colour for a peer in all panels; ours are drawn thicker."""
-    ours = peer.startswith("fastddpm")
+    ours = is_ours(peer)
     colour = f"C{list(PEERS).index(peer) % 10}" if peer in PEERS else "0.5"
     return {"color": colour, "linewidth": 2.4 if ours else 1.2, "linestyle": "--" if peer.endswith("bf16") else "-"}
 

@@ -1,10 +1,8 @@
-"""Workers from the parent's side: started, asked, stopped while others compute, and ended."""
+"""Workers from the parent's side: in processes of their own, or, where pools of threads do not matter, in this one."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import functools
 import json
 import os
 import select
@@ -12,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from fastddpm.bench.worker import Worker
 
 PAUSE_S = 0.005
 """Between waking a worker and asking it, for its threads to settle."""
@@ -22,11 +22,6 @@ PAUSE_S = 0.005
 
 class WorkerError(RuntimeError):
     """A worker could not answer; the message is a line that says why."""
-
-    def __init__(self, message: str, *, missing: bool = False, postponed: bool = False) -> None:
-        """Keep the line, whether the peer can never take part here, and whether its turn only did not come."""
-        super().__init__(message)
-        self.missing, self.postponed = missing, postponed
 
 
 class WorkerProcess:
@@ -94,7 +89,7 @@ class WorkerProcess:
         self._stop()
         answer: dict[str, Any] = json.loads(line)
         if not answer["ok"]:
-            raise WorkerError(answer["error"], missing=answer.get("missing", False))
+            raise WorkerError(answer["error"])
         return answer
 
     def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -145,76 +140,31 @@ class WorkerProcess:
         return f"the process ended ({f'signal {-code}' if code < 0 else f'exit code {code}'}): {line}"
 
 
-def side_by_side(
-    workers: Sequence[WorkerProcess],
-    requests: Sequence[Mapping[str, Any]],
-    jobs: int,
-    until: float,
-    on_answer: Callable[[WorkerProcess, list[dict[str, Any]] | WorkerError], None],
-    on_start: Callable[[WorkerProcess], None] = lambda _: None,
-) -> None:
-    """Put the same requests to all workers, several workers at a time, each its requests in order.
+class LocalWorker:
+    """A worker in this very process: for GPUs, where starting a process for each peer takes longer than measuring it.
 
     Args:
-        workers: the workers, the most important first.
-        requests: asked of each; an "out" that holds "{peer}" gets its name.
-        jobs: how many work at a time.
-        until: `time.monotonic()` at which those that have not answered are given up.
-        on_answer: is called with all answers of a worker, or with its error; the worker is closed then.
-        on_start: is called when a worker's turn comes.
+        peer: the peer's name.
     """
-    waiting = collections.deque(workers)
-    active: dict[WorkerProcess, list[dict[str, Any]]] = {}
-    while waiting or active:
-        while waiting and len(active) < jobs and time.monotonic() < until:
-            worker = waiting.popleft()
-            on_start(worker)
-            active[worker] = []
-            _attempt(worker, active, on_answer, functools.partial(worker.send, _named(requests[0], worker.peer)))
-        if time.monotonic() >= until:
-            for worker in active:
-                worker.close()
-                on_answer(worker, WorkerError("left out: not ready within the time allowed"))
-            for worker in waiting:
-                on_answer(worker, WorkerError("left out: no time was left for it", postponed=True))
-            return
-        if active:
-            select.select([worker.answers for worker in active], [], [], 0.5)
-        for worker in list(active):
-            _attempt(worker, active, on_answer, functools.partial(_go_on, worker, active, requests, on_answer))
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self._worker = Worker(peer)
+
+    def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        """Answer a request; nothing ends it when the time is up.
+
+        Raises:
+            WorkerError: a failure.
+        """
+        answer = self._worker.answer(request)
+        if not answer["ok"]:
+            raise WorkerError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """Let go of the peer."""
+        self._worker.release()
 
 
-def _go_on(
-    worker: WorkerProcess,
-    active: dict[WorkerProcess, list[dict[str, Any]]],
-    requests: Sequence[Mapping[str, Any]],
-    on_answer: Callable[[WorkerProcess, list[dict[str, Any]] | WorkerError], None],
-) -> None:
-    answer = worker.poll()
-    if answer is None:
-        return
-    answers = active[worker]
-    answers.append(answer)
-    if len(answers) < len(requests):
-        worker.send(_named(requests[len(answers)], worker.peer))
-        return
-    del active[worker]
-    on_answer(worker, answers)
-
-
-def _attempt(
-    worker: WorkerProcess,
-    active: dict[WorkerProcess, list[dict[str, Any]]],
-    on_answer: Callable[[WorkerProcess, list[dict[str, Any]] | WorkerError], None],
-    action: Callable[[], None],
-) -> None:
-    try:
-        action()
-    except WorkerError as error:
-        active.pop(worker, None)
-        worker.close()
-        on_answer(worker, error)
-
-
-def _named(request: Mapping[str, Any], peer: str) -> dict[str, Any]:
-    return {key: value.format(peer=peer) if key == "out" else value for key, value in request.items()}
+AnyWorker = WorkerProcess | LocalWorker

@@ -1,17 +1,24 @@
-"""Where a step's time goes: a Chrome trace, and the dearest kernels."""
+"""Where a step's time goes: a Chrome trace, the dearest kernels, launches, and what lies between them."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
+from fastddpm.bench.peers import steps_of
+from fastddpm.bench.timing import Clock
 from fastddpm.files import atomic_path
 from fastddpm.sampler import Sampler
 
 TOP = 10
+CONVOLUTIONS = re.compile("conv|fprop|implicit|winograd", re.IGNORECASE)
+"""In the names of operators and kernels that convolve."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +29,7 @@ class Kernel:
         name: the operator's or the kernel's.
         calls: in a step.
         ms: in a step, without what it called in turn.
-        share: of the whole run.
+        share: of all kernels' time.
     """
 
     name: str
@@ -31,7 +38,26 @@ class Kernel:
     share: float
 
 
-def trace(sampler: Sampler, path: Path, *, batch: int, steps: int) -> list[Kernel]:
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """A step, taken apart: a GPU's kernels, or a CPU's operators.
+
+    Attributes:
+        kernels: the dearest, the dearest first.
+        launches: kernels or operators in a step.
+        busy_ms: all kernels of a step.
+        wall_ms: a step without the profiler; on a GPU, what it has more than `busy_ms` are gaps.
+        convolutions: the share of those that convolve.
+    """
+
+    kernels: list[Kernel]
+    launches: float
+    busy_ms: float
+    wall_ms: float
+    convolutions: float
+
+
+def trace(sampler: Sampler, path: Path, *, batch: int, steps: int, steps_only: bool = False) -> Profile:
     """Profile a run after a first one that warms up.
 
     Args:
@@ -39,32 +65,44 @@ def trace(sampler: Sampler, path: Path, *, batch: int, steps: int) -> list[Kerne
         path: where the Chrome trace goes (open it in chrome://tracing or ui.perfetto.dev).
         batch: pictures at a time.
         steps: of the run.
-
-    Returns:
-        The dearest kernels, the dearest first.
+        steps_only: whether the steps alone are run, and not the call as users make it.
 
     Raises:
         OSError: the trace cannot be written.
     """
-    classes = sampler.spec.num_classes
-    labels = None if classes is None else [i % classes for i in range(batch)]
+    run, on_gpu = _run(sampler, batch, steps, steps_only), sampler.device.type == "cuda"
 
     def once() -> None:
-        sampler.sample(batch, solver="ddpm", steps=steps, class_labels=labels, batch_size=batch, progress=False)
-        if sampler.device.type == "cuda":
+        run()
+        if on_gpu:
             torch.cuda.synchronize()
 
     once()
-    on_gpu = sampler.device.type == "cuda"
+    wall_ms = Clock.of(sampler.device).spent(run) / steps
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
         once()
     with atomic_path(path) as temporary:
         profiler.export_chrome_trace(str(temporary))
-    times = {
-        event.key: (event.count, float(event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3)
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    found = [
+        (event.key, event.count, float(event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3)
         for event in profiler.key_averages()
-    }
-    total = sum(ms for _, ms in times.values()) or 1.0
-    dearest = sorted(times.items(), key=lambda entry: -entry[1][1])[:TOP]
-    return [Kernel(name, count / steps, ms / steps, ms / total) for name, (count, ms) in dearest]
+        if event.device_type == kind
+    ]
+    total = sum(ms for _, _, ms in found) or 1.0
+    convolving = sum(ms for name, _, ms in found if CONVOLUTIONS.search(name)) / total
+    dearest = sorted(found, key=lambda entry: -entry[2])[:TOP]
+    kernels = [Kernel(name, count / steps, ms / steps, ms / total) for name, count, ms in dearest]
+    return Profile(kernels, sum(count for _, count, _ in found) / steps, total / steps, wall_ms, convolving)
+
+
+def _run(sampler: Sampler, batch: int, steps: int, steps_only: bool) -> Callable[[], object]:
+    classes = sampler.spec.num_classes
+    labels = None if classes is None else torch.arange(batch) % classes
+    if steps_only:
+        timesteps = sampler.table(solver="ddpm", steps=steps).timesteps[:-1].tolist()
+        return steps_of(sampler, batch, timesteps, labels)
+    return lambda: sampler.sample(
+        batch, solver="ddpm", steps=steps, class_labels=labels, batch_size=batch, progress=False
+    )

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from fastddpm.bench import bars
-from fastddpm.bench.figures import BatchResult, PeerResult, Quantiles, WorkloadResult, as_json
+from fastddpm.bench.entrants import COMPILES, LABELS
+from fastddpm.bench.figures import BatchResult, PeerResult, Quantiles, WorkloadResult, as_json, short
 from fastddpm.bench.memory import MemoryCurve
-from fastddpm.bench.worker import COMPILES, LABELS
 from fastddpm.files import write_json, write_text
 
-FORMAT_VERSION = 1
-COLUMNS = ("peer", "ms per step (p20 … p80)", "× fp32", "× bf16", "GFLOP/s", "of peak", "outside", "compile", "memory",
-           "pictures")  # fmt: skip
+FORMAT_VERSION = 2
+COLUMNS = ("peer", "ms per step (p20 … p80)", "× ours", "× ours in bf16", "GFLOP/s", "of peak", "images/s at 1000, 50",
+           "outside", "ready", "compile", "memory", "pictures")  # fmt: skip
 
 
 def write(
@@ -46,7 +46,7 @@ def write(
         "settings": dict(settings),
         "workloads": as_json(list(results)),
         "memory": None if memory is None else as_json(memory),
-        "bars": bars.rows(bars.judge(results)),
+        "bars": bars.rows(bars.judge(results, settings.get("device", "cpu"))),
     }
     write_json(folder / "results.json", values)
     write_text(folder / "results.md", markdown(results, machine, settings, memory))
@@ -75,10 +75,12 @@ def markdown(
         "",
         "Each peer in a process of its own, in turn, the others stopped; same weights, steps and noise, pictures "
         "compared before anything is timed. Times are medians over the rounds; × is the median of (its time / our "
-        "fastest time of that precision) within a round, so above 1 means that ours is faster. Compile: how much "
-        f"longer the first run took than the next, caches {'empty' if settings.get('cold') else 'as found'}.",
+        "fastest time in its precision, or in bf16) within a round, so above 1 means that ours is faster. Ready: from "
+        "the start of its process to its second run. Compile: how much longer the first run took than the next, caches "
+        f"{'empty' if settings.get('cold') else 'as found'}. Images per second at 1000 DDPM and 50 DDIM steps are "
+        "arithmetic from the time of a step.",
     ]
-    found = bars.judge(results)
+    found = bars.judge(results, settings.get("device", "cpu"))
     if found:
         lines += ["", "## Targets", "", *bar_table(found)]
     for result in results:
@@ -108,17 +110,9 @@ def batch_table(one: BatchResult) -> list[str]:
     """One batch size as a Markdown table, the fastest first."""
     gemm = ", ".join(f"{name} {value.p50:.0f} GFLOP/s" for name, value in sorted(one.peak_gflops.items()))
     copy = f", copy {one.copy_gb_s.p50:.0f} GB/s" if one.copy_gb_s else ""
-    heading = f"### B = {one.batch}"
-    lines = [
-        heading,
-        "",
-        f"{one.rounds} rounds of {one.steps} steps; matrix product: {gemm or 'not measured'}{copy}.",
-        "",
-    ]
-    lines += [
-        f"| {' | '.join(COLUMNS)} |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    peaks = f"matrix product: {gemm or 'not measured'}{copy}"
+    lines = [f"### B = {one.batch}", "", f"{one.rounds} rounds of {one.steps} steps; {peaks}.", ""]
+    lines += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(cells(one, peer))} |" for peer in in_order(one)]
     return [*lines, ""]
 
@@ -132,15 +126,17 @@ def cells(one: BatchResult, peer: PeerResult) -> list[str]:
     """A peer's row."""
     label = LABELS.get(peer.peer, peer.peer)
     if peer.ms_per_step is None:
-        return [label, peer.note or "not measured", *[""] * 8]
+        return [label, peer.note or "not measured", *[""] * (len(COLUMNS) - 2)]
     return [
         label,
         _range(peer.ms_per_step),
-        _against(one, peer, "fp32"),
-        _against(one, peer, "bf16"),
+        _against(one, peer, peer.precision),
+        "" if peer.precision == "bf16" else _against(one, peer, "bf16"),
         f"{peer.gflops.p50:.0f}" if peer.gflops else "",
         f"{peer.of_peak.p50:.0%}" if peer.of_peak else "",
+        ", ".join(f"{speed:.3g}" for speed in peer.images_per_s.values()),
         "" if peer.outside_ms is None else f"{peer.outside_ms:.3g} ms ({peer.outside_share or 0:.1%})",
+        "" if peer.ready_s is None else f"{peer.ready_s:.0f} s",
         f"{peer.compile_s:.0f} s" if peer.compile_s is not None and peer.peer in COMPILES else "",
         f"{peer.run_bytes / 1e6:.0f} MB" if peer.run_bytes else "",
         str(peer.equality or ""),
@@ -155,4 +151,4 @@ def _against(one: BatchResult, peer: PeerResult, precision: str) -> str:
 
 
 def _range(value: Quantiles) -> str:
-    return f"{value.p50:.3g} ({value.p20:.3g} … {value.p80:.3g})"
+    return f"{short(value.p50)} ({short(value.p20)} … {short(value.p80)})"

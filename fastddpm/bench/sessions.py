@@ -5,8 +5,13 @@ Their packages are imported here and nowhere else.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
-import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastddpm.bench.foreign import common_noise, diffusers_module, scheduler_loop
+from fastddpm.bench.foreign import common_noise, diffusers_module, scheduler_loop, to_pictures
+from fastddpm.bench.job import Job
 from fastddpm.bench.peers import MissingError, Peer
-from fastddpm.bench.workloads import Job
 
 
 class _Bare(nn.Module):
@@ -35,18 +40,29 @@ class _Bare(nn.Module):
 def exported(job: Job) -> Path:
     """The pipeline's network as an ONNX file with an open batch, made once for all workers.
 
+    A process of its own makes it: an exporter's memory must not count as that of whoever comes first.
+
     Raises:
-        MissingError: it cannot be made.
+        MissingError: the exporter's packages are not installed.
+        RuntimeError: it cannot be made.
     """
     path = Path(job.scratch) / "network.onnx"
     with open(Path(job.scratch) / "onnx.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            _export(job, path)
+            for package in ("onnx", "onnxscript"):
+                if importlib.util.find_spec(package) is None:
+                    raise MissingError(f"needs the package {package}, which is not installed; install fastddpm[onnx]")
+            command = [sys.executable, "-m", "fastddpm.bench.sessions", str(path)]
+            done = subprocess.run(command, input=json.dumps(dataclasses.asdict(job)), text=True, capture_output=True)
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+                raise RuntimeError(f"the network's export to ONNX failed: {last}")
     return path
 
 
-def _export(job: Job, path: Path) -> None:
+def export(job: Job, path: Path) -> None:
+    """Write the pipeline's network as an ONNX file; it is whole or absent."""
     diffusers = diffusers_module()
     network = _Bare(diffusers.UNet2DModel.from_pretrained(job.folder, subfolder="unet").eval(), job.classes)
     example: tuple[Tensor, ...] = (torch.randn(2, *job.shape), torch.tensor([5, 7]))
@@ -55,15 +71,12 @@ def _export(job: Job, path: Path) -> None:
         example, names = (*example, torch.tensor([0, 1])), ["x", "t", "y"]
     batch = torch.export.Dim("batch", min=1, max=4096)
     partial = path.with_name("partial.onnx")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                network, example, str(partial), input_names=names, output_names=["out"], dynamo=True, verbose=False,
-                external_data=False, dynamic_shapes={name: {0: batch} for name in names},
-            )  # fmt: skip
-    except ImportError as error:
-        raise MissingError("needs the packages onnx and onnxscript; install fastddpm[onnx]") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network, example, str(partial), input_names=names, output_names=["out"], dynamo=True, verbose=False,
+            external_data=False, dynamic_shapes={name: {0: batch} for name in names},
+        )  # fmt: skip
     partial.replace(path)
 
 
@@ -80,7 +93,9 @@ class SessionPeer(Peer):
         if not job.folder:
             raise MissingError(job.why_no_folder)
         self.scheduler = diffusers.DDPMScheduler.from_pretrained(job.folder, subfolder="scheduler")
+        began = time.perf_counter()
         self.path = exported(job)
+        self.export_s = time.perf_counter() - began
 
     def _import(self) -> None:
         raise NotImplementedError
@@ -98,11 +113,14 @@ class SessionPeer(Peer):
     def pictures(self) -> Tensor:
         """The loop with the common noise."""
         with common_noise(self.job, self.batch, self.steps):
-            return scheduler_loop(self.scheduler, self._network, self.job, self.batch, self.steps)
+            return to_pictures(self._steps())
 
     def run(self) -> None:
         """The same loop."""
-        scheduler_loop(self.scheduler, self._network, self.job, self.batch, self.steps)
+        to_pictures(self._steps())
+
+    def _steps(self) -> Tensor:
+        return scheduler_loop(self.scheduler, self._network, self.job, self.batch, self.steps)
 
 
 class OnnxRuntimePeer(SessionPeer):
@@ -134,7 +152,7 @@ class OpenVinoPeer(SessionPeer):
         try:
             self.runtime: Any = importlib.import_module("openvino")
         except ImportError as error:
-            raise MissingError("needs the package openvino, which is not installed; pip install openvino") from error
+            raise MissingError("needs the package openvino, which is not installed; install fastddpm[bench]") from error
 
     def prepare(self, batch: int, steps: int) -> None:
         """Compile for this batch."""
@@ -154,3 +172,7 @@ class OpenVinoPeer(SessionPeer):
 
     def _run_model(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
         return np.array(self.model(feeds)[0])
+
+
+if __name__ == "__main__":
+    export(Job.from_dict(json.load(sys.stdin)), Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""The same network for two libraries: random networks in diffusers' format, and our U-Net as one of diffusers'."""
+"""The same network for two libraries: random networks, and our U-Net as one of diffusers'."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastddpm.checkpoints import Checkpoint
-from fastddpm.checkpoints.diffusers import network_from
+from fastddpm.checkpoints import Checkpoint, native
+from fastddpm.checkpoints.diffusers_unet import network_from, unet_config
+from fastddpm.schedule import NoiseSchedule
+from fastddpm.spec import ModelSpec, Variance
 from fastddpm.unet import UNet, UNetConfig
 
 _KNOWN_SPEC = ("fixed_small", "fixed_large", "learned_range")
@@ -22,31 +24,30 @@ class NoTwinError(ValueError):
     """A network that diffusers cannot run; the message says why."""
 
 
-def random_folder(folder: Path, config: Mapping[str, Any], variance: str, T: int = 1000) -> Path:
-    """Write a diffusers pipeline with a seeded random network whose outputs are about 1.
+def random_checkpoint(folder: Path, config: Mapping[str, Any], variance: Variance, T: int = 1000) -> Path:
+    """Write a checkpoint with a seeded random network whose outputs are about 1.
 
     Args:
         folder: where.
-        config: arguments of UNet2DModel.
-        variance: the scheduler's variance_type.
+        config: arguments of diffusers' UNet2DModel, which need not be installed.
+        variance: of the steps.
         T: training steps.
 
     Returns:
         The folder.
-
-    Raises:
-        ImportError: diffusers is not installed.
     """
-    diffusers = import_diffusers()
     torch.manual_seed(0)
-    network = diffusers.UNet2DModel(**config).eval()
-    size = config["sample_size"]
+    structure = unet_config(config, "random_checkpoint")
+    network = UNet(structure).eval()
+    shape = (structure.in_channels, *structure.sample_size)
     with torch.no_grad():
-        out = network(torch.randn(1, config["in_channels"], size, size), torch.tensor([T // 2])).sample
+        for module in network.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.reset_parameters()  # training starts some at zero
+        out = network(torch.randn(1, *shape), torch.tensor([T // 2]))
         network.conv_out.weight /= out.std()
-        network.conv_out.bias.zero_()
-    scheduler = diffusers.DDPMScheduler(num_train_timesteps=T, variance_type=variance)
-    diffusers.DDPMPipeline(network, scheduler).save_pretrained(folder)
+        nn.init.zeros_(network.conv_out.bias)  # type: ignore[arg-type]
+    native.save(folder, network, NoiseSchedule.linear(T), ModelSpec(shape, variance=variance))
     return folder
 
 
@@ -63,6 +64,7 @@ def import_diffusers() -> Any:  # noqa: ANN401 - a module
     except ImportError as error:
         raise ImportError("needs the package diffusers, which is not installed; install fastddpm[diffusers]") from error
     diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
     return diffusers
 
 

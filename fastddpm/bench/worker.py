@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import re
@@ -13,49 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-PEERS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
-    "reference": ("peers", "ReferencePeer", ()),
-    "fastddpm-eager": ("peers", "EnginePeer", ("eager", "fp32")),
-    "fastddpm-compiled": ("peers", "EnginePeer", ("compiled", "fp32")),
-    "fastddpm-compiled-bf16": ("peers", "EnginePeer", ("compiled", "bf16")),
-    "fastddpm-auto": ("peers", "EnginePeer", ("auto", "fp32")),
-    "diffusers": ("foreign", "DiffusersPeer", ("fp32", False)),
-    "diffusers-bf16": ("foreign", "DiffusersPeer", ("bf16", False)),
-    "diffusers-compiled": ("foreign", "DiffusersPeer", ("fp32", True)),
-    "diffusers-compiled-bf16": ("foreign", "DiffusersPeer", ("bf16", True)),
-    "lucidrains": ("foreign", "LucidrainsPeer", ()),
-    "onnxruntime": ("sessions", "OnnxRuntimePeer", ()),
-    "openvino": ("sessions", "OpenVinoPeer", ("fp32",)),
-    "openvino-bf16": ("sessions", "OpenVinoPeer", ("bf16",)),
-    "limits": ("peers", "LimitsPeer", ()),
-}
-"""Name → module, class and its arguments."""
-
-LABELS = {
-    "reference": "textbook loop",
-    "fastddpm-eager": "fastddpm, eager",
-    "fastddpm-compiled": "fastddpm, compiled",
-    "fastddpm-compiled-bf16": "fastddpm, compiled, bf16",
-    "fastddpm-auto": "fastddpm, auto",
-    "diffusers": "diffusers DDPMPipeline",
-    "diffusers-bf16": "diffusers DDPMPipeline, bf16",
-    "diffusers-compiled": "diffusers, torch.compile",
-    "diffusers-compiled-bf16": "diffusers, torch.compile, bf16",
-    "lucidrains": "lucidrains GaussianDiffusion (own U-Net)",
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
-    "openvino-bf16": "OpenVINO, bf16",
-}
-"""Name → what people read."""
-
-
-COMPILES = frozenset(name for name in PEERS if "compiled" in name or "openvino" in name)
-"""Those whose first run has a compiler in it."""
-
-
-def precision_of(name: str) -> str:
-    """The precision of a peer's network."""
-    return "bf16" if name.endswith("-bf16") else "fp32"
+from fastddpm.bench.entrants import PEERS
 
 
 class Worker:
@@ -87,23 +46,34 @@ class Worker:
                 "error": line if is_missing else f"{type(error).__name__}: {line}",
             }
 
+    def release(self) -> None:
+        """Let go of the peer, for the next one in the same process."""
+        import torch
+
+        self.peer = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
         import importlib
 
         import torch
 
-        from fastddpm.bench.workloads import Job
+        from fastddpm.bench.job import Job
 
         module, kind, arguments = PEERS[self.name]
         job = Job.from_dict(request["job"])
         torch.set_num_threads(job.threads)
-        self.peer = getattr(importlib.import_module(f"fastddpm.bench.{module}"), kind)(*arguments)
+        peer = getattr(importlib.import_module(f"fastddpm.bench.{module}"), kind)(*arguments)
         began = time.perf_counter()
-        self.peer.load(job)
-        return {"load_s": time.perf_counter() - began, "compares": self.peer.equality}
+        peer.load(job)
+        self.peer = peer
+        seconds = time.perf_counter() - began
+        return {"load_s": seconds - peer.export_s, "export_s": peer.export_s, "compares": peer.equality}
 
     def _check(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Draw the common pictures twice: the first time has everything that happens only once."""
+        """Draw the common pictures, then make the timed call: the first runs have everything that happens only once."""
         import numpy as np
         import torch
 
@@ -111,20 +81,23 @@ class Worker:
         with torch.no_grad():
             self.peer.prepare(request["batch"], request["steps"])
             pictures = self.peer.pictures()
+            if self.peer.job.steps_only:
+                self._timed()
             first = time.perf_counter() - began
-            began = time.perf_counter()
-            self.peer.run()
-            again = time.perf_counter() - began
-        np.save(request["out"], pictures.float().numpy())
-        return {"first_s": first, "again_s": again}
+            again = self._timed()
+        np.save(request["out"], pictures.float().cpu().numpy())
+        return {"first_s": first, "again_s": again, "how": self.peer.how()}
 
-    def _run(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def _timed(self) -> float:
         import torch
 
+        from fastddpm.bench.timing import Clock
+
         with torch.no_grad():
-            began = time.perf_counter()
-            self.peer.run()
-            return {"seconds": time.perf_counter() - began}
+            return Clock.of(self.peer.job.device).spent(self.peer.run) / 1e3
+
+    def _run(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return {"seconds": self._timed()}
 
     def _outside(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return {"ms": self.peer.outside()}
@@ -133,10 +106,17 @@ class Worker:
         return {"flops": self.peer.flops()}
 
     def _memory(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The peak of the resident memory during one run, and of the whole process so far."""
+        """The peak of the memory during one run (a GPU's own, or resident), and of the whole process so far."""
+        import torch
+
+        if self.peer.job.device != "cpu":
+            whole = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self._timed()
+            return {"whole_bytes": whole, "run_bytes": torch.cuda.max_memory_allocated()}
         whole = peak_bytes()
         alone = forget_peak()
-        self._run(request)
+        self._timed()
         return {"whole_bytes": whole, "run_bytes": peak_bytes() if alone else None}
 
     def _measure(self, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,17 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from fastddpm.noise import normals
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
-
-SEED = 0
-"""Seed of the noise that all peers start from."""
+from fastddpm.spec import Variance
 
 _CIFAR10: dict[str, Any] = {
     "sample_size": 32,
@@ -44,13 +36,15 @@ class Workload:
         title: for people.
         batches: batch sizes, ascending.
         steps: sampling steps of one timed run, one for each batch size; divisors of T.
-        peers: names of the peers that take part, the most important first.
+        peers: names of the peers that always take part, in the order in which they get ready: a compiler that takes
+            longer than it may must not cost the others their turn.
+        more: names of those that take part where time is left, in this order.
         model: what `Sampler.from_pretrained` takes; "" for a network made here, or for none at all (the update alone).
         flags: the flags of that checkpoint.
         unet: configuration (diffusers' names) of a network with random weights, or None.
-        variance: diffusers' variance_type of the random network.
+        variance: variance of the random network.
         lucidrains: arguments of a U-Net of similar size in denoising-diffusion-pytorch, or None.
-        share: weight of the workload when the time is shared out.
+        cold_s: seconds that `peers` take at a batch size when nothing is compiled yet, on two cores: kept free.
     """
 
     name: str
@@ -58,137 +52,90 @@ class Workload:
     batches: tuple[int, ...]
     steps: tuple[int, ...]
     peers: tuple[str, ...]
+    more: tuple[str, ...] = ()
     model: str = ""
     flags: Mapping[str, object] = dataclasses.field(default_factory=dict)
     unet: Mapping[str, Any] | None = None
-    variance: str = "fixed_large"
+    variance: Variance = "fixed_large"
     lucidrains: Mapping[str, Any] | None = None
-    share: float = 1.0
+    cold_s: float = 60.0
 
     @property
     def is_update(self) -> bool:
         """Whether only the update is measured, around a network that costs nothing."""
         return not self.model and self.unet is None
 
+    @property
+    def everyone(self) -> tuple[str, ...]:
+        """All peers that may take part."""
+        return (*self.peers, *self.more)
 
-OURS = ("fastddpm-compiled", "fastddpm-eager", "fastddpm-compiled-bf16")
-_THEIRS = ("diffusers", "onnxruntime", "diffusers-compiled", "lucidrains", "openvino")
-_BF16 = ("openvino-bf16", "diffusers-bf16", "diffusers-compiled-bf16")
-ALL_PEERS = (*OURS, *_THEIRS, "reference", *_BF16)
+
+_CORE = ("reference", "fastddpm-eager", "diffusers", "onnxruntime", "openvino", "fastddpm-compiled")
+_MORE = ("fastddpm-compiled-bf16", "openvino-bf16", "lucidrains", "diffusers-compiled", "diffusers-bf16",
+         "diffusers-compiled-bf16")  # fmt: skip
+_ON_GPU = ("fastddpm-eager", "fastddpm-compiled", "fastddpm-graph", "diffusers", "diffusers-reduced")
+GPU_PEERS = ("reference", *(f"{name}-{precision}" for precision in ("tf32", "bf16") for name in _ON_GPU),
+             "reference-tf32")  # fmt: skip
+ALL_PEERS = (*_CORE, *_MORE)
 
 _MNIST_UNET = {"dim": 32, "dim_mults": [1, 2, 3], "channels": 1}
 _CIFAR10_UNET = {"dim": 128, "dim_mults": [1, 2, 2, 2], "channels": 3}
 
-FULL = (
-    Workload("update", "the update alone, [B, 3, 32, 32]", (1,), (1000,),
-             ("fastddpm-compiled", "fastddpm-eager", "diffusers", "reference")),
-    Workload("mnist", "the shipped 28×28 model", (1, 16, 64), (20, 10, 4),
-             (*OURS, *_THEIRS, "reference", "openvino-bf16"), "mnist", lucidrains=_MNIST_UNET, share=5),
-    Workload("cifar10", "the U-Net of google/ddpm-cifar10-32, random weights", (1, 8), (5, 2), ALL_PEERS,
-             unet={**_GOOGLE, **_CIFAR10}, lucidrains=_CIFAR10_UNET, share=7),
-    Workload("celebahq256", "the U-Net of google/ddpm-celebahq-256, random weights", (1,), (2,),
-             (*OURS, "diffusers", "onnxruntime", "openvino", "openvino-bf16"),
-             unet={**_GOOGLE, **_CELEBAHQ}, variance="fixed_small", share=4),
-)  # fmt: skip
+_UPDATE = Workload("update", "the update alone, [B, 3, 32, 32]", (1,), (1000,),
+                   ("reference", "fastddpm-eager", "diffusers", "fastddpm-compiled"))  # fmt: skip
+_MNIST = Workload("mnist", "the shipped 28×28 model", (1, 16, 64), (20, 10, 4), _CORE,
+                  (*_MORE[:2], "lucidrains", "diffusers-compiled"), "mnist",
+                  lucidrains=_MNIST_UNET, cold_s=90)  # fmt: skip
+_CIFAR10_NET = Workload("cifar10", "the U-Net of google/ddpm-cifar10-32, random weights", (1, 8), (5, 2), _CORE, _MORE,
+                        unet={**_GOOGLE, **_CIFAR10}, lucidrains=_CIFAR10_UNET, cold_s=150)  # fmt: skip
+_CELEBAHQ_NET = Workload("celebahq256", "the U-Net of google/ddpm-celebahq-256, random weights", (1,), (2,), _CORE[1:],
+                         ("openvino-bf16", "fastddpm-compiled-bf16"),
+                         unet={**_GOOGLE, **_CELEBAHQ}, variance="fixed_small", cold_s=330)  # fmt: skip
+
+FULL = (_CIFAR10_NET, _MNIST, _UPDATE, _CELEBAHQ_NET)
 QUICK = (
-    Workload("mnist", FULL[1].title, (1, 16), (10, 4),
-             ("fastddpm-compiled", "fastddpm-eager", "diffusers", "onnxruntime", "reference"), "mnist", share=3),
-    Workload("update", FULL[0].title, (1,), (1000,), ("fastddpm-compiled", "fastddpm-eager", "diffusers")),
-    Workload("cifar10", FULL[2].title, (1,), (2,), ("fastddpm-eager", "diffusers"), unet=FULL[2].unet),
+    dataclasses.replace(_MNIST, batches=(1,), steps=(10,), more=("openvino",),
+                        peers=("reference", "fastddpm-eager", "diffusers", "onnxruntime", "fastddpm-compiled")),
 )  # fmt: skip
+ON_GPU = (
+    dataclasses.replace(_CIFAR10_NET, batches=(1, 16, 128, 512), steps=(50, 50, 20, 10), peers=GPU_PEERS, more=()),
+    dataclasses.replace(_CELEBAHQ_NET, batches=(1, 8, 32), steps=(50, 20, 10), peers=GPU_PEERS, more=()),
+)
+QUICK_ON_GPU = (dataclasses.replace(ON_GPU[0], batches=(1, 128), steps=(50, 20)),)
 NAMES = tuple(workload.name for workload in FULL)
 
 
-def choose(names: Sequence[str], quick: bool) -> list[Workload]:
+def standard(quick: bool, device: str) -> tuple[Workload, ...]:
+    """The project's own workloads on a kind of device: larger ones on GPUs."""
+    if device == "cuda":
+        return QUICK_ON_GPU if quick else ON_GPU
+    return QUICK if quick else FULL
+
+
+def choose(names: Sequence[str], quick: bool, device: str = "cpu") -> list[Workload]:
     """The standard workloads of these names; all of them for no names.
 
     Raises:
         ValueError: a name is unknown.
     """
-    there = {workload.name: workload for workload in (QUICK if quick else FULL)}
+    there = {workload.name: workload for workload in standard(quick, device)}
     wrong = [name for name in names if name not in NAMES]
     if wrong:
         raise ValueError(f"--workloads must be among {', '.join(NAMES)}, got {wrong[0]!r}; correct it")
-    whole = {workload.name: workload for workload in FULL}
+    whole = {workload.name: workload for workload in (*FULL, *standard(False, device))}
     return [there.get(name, whole[name]) for name in names] if names else list(there.values())
 
 
-def for_model(model: str, flags: Mapping[str, object], batches: Sequence[int], quick: bool) -> Workload:
+def for_model(
+    model: str, flags: Mapping[str, object], batches: Sequence[int], quick: bool, device: str = "cpu"
+) -> Workload:
     """The workload of somebody's own checkpoint."""
-    if model == "mnist" and not batches:
+    if model == "mnist" and not batches and device == "cpu":
         return choose(["mnist"], quick)[0]
     sizes = tuple(sorted(set(batches))) or ((1,) if quick else (1, 8))
-    peers = QUICK[0].peers if quick else tuple(name for name in ALL_PEERS if name != "lucidrains")
-    return Workload(
-        Path(model).stem or "model", model, sizes, tuple(4 if size < 16 else 2 for size in sizes), peers, model, flags
-    )
-
-
-class Half(nn.Module):
-    """A network that costs next to nothing: ε̂ = x/2. What remains of a step is everything outside the network."""
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Half of x."""
-        return 0.5 * x
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What a worker is told about a workload, as plain JSON data.
-
-    Attributes:
-        model: a checkpoint, or "" for `Half`.
-        flags: its flags.
-        shape: (C, H, W).
-        T: training steps.
-        classes: number of classes, or None.
-        folder: the same network as a folder of diffusers, or "".
-        why_no_folder: why there is none.
-        lucidrains: arguments of a U-Net of similar size, or None.
-        scratch: a folder for files that workers share.
-        threads: CPU threads.
-        device: "cpu" or "cuda".
-    """
-
-    model: str
-    flags: Mapping[str, Any]
-    shape: tuple[int, int, int]
-    T: int
-    classes: int | None
-    folder: str
-    why_no_folder: str
-    lucidrains: Mapping[str, Any] | None
-    scratch: str
-    threads: int
-    device: str = "cpu"
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Job:
-        """From JSON."""
-        return cls(**{**values, "shape": tuple(values["shape"])})
-
-    def without_network(self) -> Job:
-        """The same shapes around a network that costs nothing."""
-        return dataclasses.replace(self, model="", flags={}, classes=None, folder="", why_no_folder="")
-
-    def timesteps(self, steps: int) -> list[int]:
-        """The timesteps of a run: diffusers' "leading" spacing, which ends at 0."""
-        stride = self.T // steps
-        return [i * stride for i in reversed(range(steps))]
-
-    def labels(self, batch: int) -> Tensor | None:
-        """The classes of a batch, in turn."""
-        return None if self.classes is None else torch.arange(batch) % self.classes
-
-    def noise(self, batch: int, t: int) -> Tensor:
-        """Philox noise at timestep t, float32 [B, C, H, W]: what the engine makes by itself, for the others."""
-        ids = torch.arange(batch)
-        return normals(torch.full_like(ids, SEED), ids, torch.full_like(ids, t), self.shape)
-
-
-def update_parts(shape: tuple[int, int, int], T: int) -> tuple[NoiseSchedule, ModelSpec]:
-    """Schedule and conventions around `Half`: Ho et al.'s."""
-    return NoiseSchedule.linear(T, dtype=torch.float32), ModelSpec(shape)
-
-
-Precision = Literal["fp32", "bf16"]
+    steps = tuple(4 if size < 16 else 2 for size in sizes)
+    peers, more = (QUICK[0].peers, QUICK[0].more) if quick else (_CORE, tuple(n for n in _MORE if n != "lucidrains"))
+    if device == "cuda":
+        peers, more, steps = GPU_PEERS, (), tuple(50 if size < 64 else 10 for size in sizes)
+    return Workload(Path(model).stem or "model", model, sizes, steps, peers, more, model, flags, cold_s=120)

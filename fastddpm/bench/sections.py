@@ -1,0 +1,150 @@
+"""The measurements of a GPU in sections, each a function that returns JSON-ready values and a text for people.
+
+`dry` runs a section in miniature on any machine: the same code on tiny sizes, compilers only tracing. Its figures say
+nothing; that it runs is what it is for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastddpm.bench import cases, kernels, profiling, report, runner, summary
+from fastddpm.bench.entrants import COMPILES, precision_of
+from fastddpm.bench.figures import PeerResult, WorkloadResult, as_json
+from fastddpm.bench.job import make_job
+from fastddpm.bench.lineup import Lineup
+from fastddpm.bench.machine import describe
+from fastddpm.bench.peaks import Peaks
+from fastddpm.bench.settings import Settings
+from fastddpm.bench.workloads import ON_GPU, Workload
+from fastddpm.sampler import Sampler
+
+MINUTES = 5.0
+ROUNDS = 9
+TRACED = {"batch": 16, "steps": 50}
+_DRY_UNET = {
+    "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": [8], "layers_per_block": 1,
+    "down_block_types": ["AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D"], "norm_num_groups": 4,
+    "attention_head_dim": None,
+}  # fmt: skip
+_DRY_PEERS = ("reference", "fastddpm-eager", "fastddpm-eager-bf16", "diffusers", "diffusers-bf16",
+              "diffusers-reduced-bf16", "fastddpm-graph-bf16")  # fmt: skip
+DRY = (Workload("tiny", "a tiny network", (1, 2), (4, 2), _DRY_PEERS, unet=_DRY_UNET),)
+Say = Callable[[str], None]
+
+
+def networks(dry: bool = False) -> tuple[Workload, ...]:
+    """The networks whose steps are measured."""
+    return DRY if dry else ON_GPU
+
+
+def measure_peaks(device: str, dry: bool = False) -> dict[str, Any]:
+    """The fastest matrix products and a large copy: {"copy_gb_s", "product_gflop_s", "text"}."""
+    precisions = ("fp32", "bf16") if torch.device(device).type == "cpu" else ("fp32", "tf32", "bf16")
+    found = Peaks(device, dry).measure(precisions)
+    copy = found.pop("copy")
+    products = ", ".join(f"{name} {speed / 1e3:.3g} TFLOP/s" for name, speed in found.items())
+    text = f"copy {copy:.0f} GB/s; matrix products: {products}\n"
+    return {"device": device, "copy_gb_s": copy, "product_gflop_s": found, "text": text}
+
+
+def measure_kernels(device: str, dry: bool = False, say: Say = lambda _: None) -> dict[str, Any]:
+    """The kernels beside what they replace: {"copy_gb_s", "cases", "failed", "text"}; one that fails stops no other."""
+    copy = Peaks(device, dry).copy()
+    found, failed = [], []
+    for name, make in kernels.makers(device, dry).items():
+        say(name)
+        try:
+            found.append(cases.measure(make(), device, cases.Effort.of(device, dry), copy))
+        except Exception as error:  # whatever a compiler or a driver raises is a line in the report
+            failed.append(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    text = f"copy {copy:.0f} GB/s\n\n{cases.table(found)}" + "".join(f"\nfailed: {line}" for line in failed)
+    return {"device": device, "copy_gb_s": copy, "cases": found, "failed": failed, "text": text}
+
+
+def measure_steps(
+    device: str, dry: bool = False, minutes: float = MINUTES, names: Sequence[str] = (), say: Say = lambda _: None
+) -> dict[str, Any]:
+    """A step of each network in all engines and precisions, beside the others: {"networks", "left_out", "text"}.
+
+    All peers share this process: what is compiled anew is compiled here, unless `compile_ahead` has filled the caches.
+
+    Args:
+        device: "cpu" or "cuda".
+        dry: a tiny network.
+        minutes: what has not begun by then is left out, with a line.
+        names: of the networks; all of them for none.
+        say: is told what goes on.
+    """
+    chosen = [workload for workload in networks(dry) if not names or workload.name in names]
+    settings = _settings(device, dry, minutes)
+
+    def on_event(workload: str, batch: int, peer: str, what: str) -> None:
+        say(f"{workload}, B = {batch}: {peer or 'all'}: {what}")
+
+    results: list[WorkloadResult] = list(runner.run(chosen, settings, on_event))
+    machine = describe(settings.threads)
+    text = report.markdown(results, machine, dataclasses.asdict(settings))
+    rows = summary.text(results, machine, "cuda")
+    return {
+        "device": device, "networks": as_json(results), "left_out": runner.left_out(results), "table": rows,
+        "text": f"{rows}\n{text}",
+    }  # fmt: skip
+
+
+def compilations(dry: bool = False) -> list[tuple[str, str, int]]:
+    """(network, peer, batch) of all that `measure_steps` compiles, for processes that compile side by side."""
+    return [
+        (workload.name, peer, batch)
+        for workload in networks(dry)
+        for peer in workload.peers
+        for batch in workload.batches
+        if peer in COMPILES
+    ]
+
+
+def compile_ahead(device: str, network: str, peer: str, batch: int, dry: bool = False) -> dict[str, Any]:
+    """Fill the compilers' caches with one of `compilations`: {"network", "peer", "batch", "seconds", "error"}."""
+    (workload,) = (workload for workload in networks(dry) if workload.name == network)
+    steps, settings = workload.steps[workload.batches.index(batch)], _settings(device, dry)
+    result = PeerResult(peer, precision_of(peer))
+    with tempfile.TemporaryDirectory(prefix="fastddpm-bench-") as scratch:
+        job = make_job(workload, Path(scratch), threads=settings.threads, device=device, steps_only=True, dry=dry)
+        with Lineup(job, Path(scratch), settings) as lineup:
+            lineup.make_ready(result, batch, steps, settings.allowance_s)
+    return {"network": network, "peer": peer, "batch": batch, "seconds": result.ready_s, "error": result.note}
+
+
+def take_apart(device: str, folder: Path, dry: bool = False) -> dict[str, Any]:
+    """Profile steps of the first network in bf16, on a GPU replays of a graph; the trace goes to folder/trace.json.
+
+    Returns:
+        The fields of `Profile`, "engine" and "text".
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    batch, steps = (2, 4) if dry else (TRACED["batch"], TRACED["steps"])
+    with tempfile.TemporaryDirectory(prefix="fastddpm-bench-") as scratch:
+        job = make_job(networks(dry)[0], Path(scratch), threads=torch.get_num_threads(), device=device)
+        engine: Any = "cuda_graph" if on_gpu else "eager"
+        sampler = Sampler.from_pretrained(job.model, device=device, engine=engine, precision="bf16")
+        found = profiling.trace(sampler, folder / "trace.json", batch=batch, steps=steps, steps_only=True)
+    lines = [f"| {kernel.name} | {kernel.calls:g} | {kernel.ms:.3g} | {kernel.share:.1%} |" for kernel in found.kernels]
+    text = "\n".join((
+        f"{sampler.engine.used}, B = {batch}: {found.launches:g} launches and {found.busy_ms:.3g} ms of kernels in a "
+        f"step of {found.wall_ms:.3g} ms; convolutions are {found.convolutions:.0%} of them.", "",
+        "| kernel | calls per step | ms per step | share |", "|---|---|---|---|", *lines, "",
+    ))  # fmt: skip
+    return {**dataclasses.asdict(found), "engine": sampler.engine.used, "batch": batch, "text": text}
+
+
+def _settings(device: str, dry: bool, minutes: float = MINUTES) -> Settings:
+    return Settings(
+        60 * minutes, 3 if dry else ROUNDS, torch.get_num_threads(), device, rounds_s=20.0, looks=False, local=True,
+        steps_only=True, dry=dry,
+    )  # fmt: skip
