@@ -49,13 +49,13 @@ class EngineNetwork(Foreign):
             self._session = None
         return times
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, x_self_cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, *labels: Tensor, **more: Tensor) -> Tensor:
         """The network's output, on x's device; arguments as the network's own."""
         session = self._session = self._session or self._open()
-        given = {"x": x, "t": t, "y": y, "x_self_cond": x_self_cond}
+        given = {"x": x, "t": t, **dict(zip(("y",), labels, strict=False)), **more}
         feeds = {}
         for name, (dtype, _) in session.inputs.items():
-            value = given[name]
+            value = given.get(name)
             if value is None:
                 raise ValueError(f"engine: {name} must be given for this network, got None")
             feeds[name] = np.ascontiguousarray(value.detach().cpu().numpy().astype(dtype, copy=False))
@@ -68,7 +68,7 @@ class EngineNetwork(Foreign):
 
         provider: Provider = "cuda" if self._device.type == "cuda" else "cpu"
         sampler = Sampler(self.model, self._schedule, self._spec, device=self._device, engine="eager")
-        # Another network's code is not known to us, so its file is for this process alone; and beyond 2 GB there are two.
+        # Another network's code is not known to us, so its file is for this process alone; above 2 GB there are two.
         size = sum(p.numel() * p.element_size() for p in self.parameters())
         keep = self._network.identity() is not None and size < _ONE_FILE_BYTES
         path = cache.find_or_make(

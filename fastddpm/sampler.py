@@ -229,7 +229,7 @@ class Sampler:
         """
         options = {"solver": solver, "steps": steps, "timesteps": timesteps, "prev_timesteps": prev_timesteps}
         return self._plan(
-            **options, eta=eta, clip=clip, clipped_eps=clipped_eps, variance=variance  # type: ignore[arg-type]
+            **options, eta=eta, clip=clip, clipped_eps=clipped_eps, variance=variance
         ).to(self.device)  # fmt: skip
 
     def compile(self, batch_size: int, *, guided: bool = False) -> float | None:

@@ -1,9 +1,9 @@
 """`fastddpm.accelerate` on diffusers' pipelines: the same call, the same pictures, no waiting in the loop."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 import inspect
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest

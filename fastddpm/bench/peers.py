@@ -18,7 +18,6 @@ from fastddpm.bench.arithmetic import Precision, arithmetic
 from fastddpm.bench.job import SEED, Half, Job, update_parts
 from fastddpm.bench.peaks import Peaks
 from fastddpm.kernels.philox import X_T_COUNTER
-from fastddpm.noise import id_bits
 from fastddpm.reference import p_sample_loop
 from fastddpm.sampler import Sampler
 from fastddpm.step.request import make_request

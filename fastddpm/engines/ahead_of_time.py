@@ -30,6 +30,7 @@ from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError, check_step, not_one_graph
 from fastddpm.engines.fast_layers import with_fast_layers
 from fastddpm.engines.runner import Runner, StepFunction, StepRunner
+from fastddpm.kernels._cache import private_folder
 from fastddpm.kernels._native import processor
 from fastddpm.step.network import Network
 from fastddpm.step.step import Call, Step
@@ -170,9 +171,9 @@ def compile_step(call: Call, path: Path) -> None:
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[None]:
-    """Let the compiler work where nobody else can write: by itself it takes a folder that another user could make first."""
+    """Let the compiler work where nobody else can write: by itself it takes a folder that anybody could make first."""
     with mock.patch.dict(os.environ):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.private_folder() / "inductor"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folder() / "inductor"))
         yield
 
 

@@ -189,7 +189,11 @@ class AcceleratedGaussianDiffusion:
         if self._sampler is None or key != self._key:
             network = _Network(copy.deepcopy(diffusion.model), _is_learned(diffusion))
             self._sampler = Sampler(
-                network, _schedule(diffusion), _spec(diffusion, shape), device=diffusion.betas.device, engine=self._engine
+                network,
+                _schedule(diffusion),
+                _spec(diffusion, shape),
+                device=diffusion.betas.device,
+                engine=self._engine,
             )
             self._key = key
         return self._sampler

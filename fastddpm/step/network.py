@@ -82,7 +82,8 @@ class Foreign(nn.Module):
         if self.dtype is None:
             return torch.as_tensor(self.model(x, t, *labels, **more))
         with torch.autocast(x.device.type, self.dtype):
-            return torch.as_tensor(self.model(x, t, *labels, **more)).float()
+            out: Tensor = self.model(x, t, *labels, **more)
+        return out.float()
 
     def tabulate(self, times: Tensor, label: int | None = None) -> Tensor:
         """The times themselves."""

@@ -76,7 +76,9 @@ def test_a_later_process_finds_the_package_and_what_was_measured(compiled):
     again = like(compiled, "auto")
     again.sample(3, class_labels=1, steps=2)
     # Which of the two is quicker depends on the machine; that the choice follows the measurement does not.
-    [choice] = [text for label, text in describe_choices(compiled.stepper.weights).items() if label.startswith("batch 3 ")]
+    [choice] = [
+        text for label, text in describe_choices(compiled.stepper.weights).items() if label.startswith("batch 3 ")
+    ]
     assert again.engine.used == choice.split(":")[0]
 
 
@@ -91,7 +93,9 @@ def test_a_damaged_package_is_made_anew(compiled, monkeypatch, damage):
     path = cache.find(key_of(compiled))
     whole = path.read_bytes()
     middle = len(whole) // 2
-    path.write_bytes(whole[:middle] if damage == "cut" else whole[:middle] + bytes([whole[middle] ^ 8]) + whole[middle + 1 :])
+    path.write_bytes(
+        whole[:middle] if damage == "cut" else whole[:middle] + bytes([whole[middle] ^ 8]) + whole[middle + 1 :]
+    )
     built = []
     monkeypatch.setattr(ahead_of_time, "compile_step", lambda call, path: built.append(path.write_bytes(whole)))
     sampler = like(compiled, "compiled")
