@@ -100,7 +100,7 @@ class Foreign(nn.Module):
         """See `Network.body`."""
         t = conditions if index is None else conditions.index_select(0, index)
         more = {} if x_self_cond is None else {"x_self_cond": x_self_cond}
-        return self(x, t, *(() if labels is None else (labels,)), **more)
+        return torch.as_tensor(self(x, t, *(() if labels is None else (labels,)), **more))
 
     def cast(self, dtype: torch.dtype) -> Foreign:
         """See `Network.cast`."""
