@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastddpm.arguments import number, whole
 from fastddpm.betas import cosine_betas, laplace_betas, linear_betas, logistic_betas, scaled_linear_betas, sigmoid_betas
 from fastddpm.forward import ForwardProcess
 
@@ -173,7 +174,7 @@ class NoiseSchedule(ForwardProcess):
             tau: sigmoid: temperature (default 1).
 
         Raises:
-            TypeError: dtype is neither float32 nor float64, or T is not an int.
+            TypeError: dtype is neither float32 nor float64, T is not an int, or an option is not a number.
             ValueError: unknown name, an option that the schedule does not have, or a value out of range.
         """
         function, defaults = _lookup(name)
@@ -183,7 +184,12 @@ class NoiseSchedule(ForwardProcess):
             "beta_start": beta_start, "beta_end": beta_end, "s": s, "max_beta": max_beta,
             "start": start, "end": end, "tau": tau,
         }  # fmt: skip
-        given = {option: value for option, value in given.items() if value is not None}
+        given = {
+            option: number("NoiseSchedule.by_name", option, value)
+            for option, value in given.items()
+            if value is not None
+        }
+        T = whole("NoiseSchedule.by_name", "T", T)
         if foreign := sorted(given.keys() - defaults.keys()):
             raise ValueError(
                 f"NoiseSchedule.by_name: options of {name!r} must be among {sorted(defaults)}, got {foreign}; leave "

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastddpm.arguments import integers
+from fastddpm.arguments import integers, whole
 
 Spacing = Literal["leading", "trailing", "linspace", "linspace_x0"]
 
@@ -73,9 +73,8 @@ def spaced_timesteps(T: int, S: int, spacing: Spacing = "trailing", *, steps_off
         TypeError: T, S or steps_offset is not an int.
         ValueError: S is not in 1 … T, the rule is unknown, or steps_offset leads out of 0 … T−1.
     """
-    for name, value in (("T", T), ("S", S), ("steps_offset", steps_offset)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"spaced_timesteps: {name} must be an int, got {type(value).__name__}; convert it")
+    T, S = whole("spaced_timesteps", "T", T), whole("spaced_timesteps", "S", S)
+    steps_offset = whole("spaced_timesteps", "steps_offset", steps_offset)
     if not 1 <= S <= T:
         raise ValueError(
             f"spaced_timesteps: S must be in 1 … T = {T}, got {S}; ask for at most as many steps as were trained"

@@ -5,6 +5,7 @@ means for time is a bound (see `report`), because nothing here has run.
 """
 
 import re
+import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +22,7 @@ MAX_SASS_WITH_NOISE = 48.0
 MAX_SASS_WITHOUT_NOISE = 20.0
 """Bar on sm_90: likewise, where the noise is supplied and where there is none."""
 
+_COMPILING = threading.Lock()  # the compiler is not known to stand several threads
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
 _POINTERS = {
     "x": "*fp32",
@@ -246,4 +248,5 @@ def compile_variant(variant: Variant, target: str, *, ones: Iterable[str] = (), 
     source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
     # Without contraction the count cannot lean on a default that differs between Triton's versions.
     options = {"num_warps": GROUPS // gpu.warp_size, "enable_fp_fusion": False}
-    return triton.compile(source, target=gpu, options=options)
+    with _COMPILING:
+        return triton.compile(source, target=gpu, options=options)

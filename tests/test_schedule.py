@@ -371,3 +371,21 @@ def test_no_config_raises_anything_undocumented(config):
         assert NoiseSchedule.from_config(config).T >= 1
     except (TypeError, ValueError) as error:
         assert "must be" in str(error) or "must hold" in str(error)
+
+
+def test_numbers_of_numpy_make_the_same_schedule_and_the_same_configuration():
+    ours = NoiseSchedule.linear(np.int64(50), np.float64(1e-3), torch.tensor(0.5))
+    assert torch.equal(ours.betas, NoiseSchedule.linear(50, 1e-3, 0.5).betas)
+    assert json.loads(json.dumps(ours.to_config())) == NoiseSchedule.linear(50, 1e-3, 0.5).to_config()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(lambda: NoiseSchedule.linear("50"), "T must be an int, got str"),
+     (lambda: NoiseSchedule.linear(50, beta_end="0.02"), "beta_end must be a number, got '0.02'"),
+     (lambda: NoiseSchedule.cosine(50, [1]), r"s must be a number, got \[1\]")],
+    ids=["T", "end", "list"],
+)  # fmt: skip
+def test_texts_are_no_numbers(make, message):
+    with pytest.raises(TypeError, match=f"NoiseSchedule.by_name: {message}"):
+        make()

@@ -41,6 +41,22 @@ def test_table_says_that_its_times_are_bounds(few, capsys):
     assert "All static bars are met." in printed
 
 
+@pytest.mark.parametrize(("option", "rows"), [([], 1), (["--all"], 3)], ids=["README's variants", "all"])
+def test_the_table_is_short_and_narrow(few, capsys, option, rows):
+    assert report.main(["--target", "sm_90", *option]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.lstrip().startswith("p_sample") for line in lines) == rows
+    assert max(map(len, lines)) <= 100
+    assert ("--all shows the other variants." in lines[-1]) == (rows == 1)
+
+
+def test_the_rows_are_in_order(few):
+    pairs = report.measure_all(VARIANTS[:2], ["sm_90", "sm_80"])
+    assert [(variant.dtype, row.variant, row.target) for variant, row in pairs] == [
+        (variant.dtype, variant.name, target) for target in ("sm_90", "sm_80") for variant in VARIANTS[:2]
+    ]
+
+
 def test_bounds():
     row = replace(measure(VARIANTS[0], "sm_90"), bytes_per_element=10.0, sass_per_element=40.0)
     assert report.bound_microseconds(row, 3_000_000, 3.0, 30.0) == pytest.approx((10.0, 4.0))
