@@ -224,7 +224,7 @@ def _spec(flags: Flags, arguments: Mapping[str, Any], schedule: RoundedSchedule,
             "the package has no diffusion for it"
         )
     prediction = "eps" if learned else PREDICTIONS[_objective(flags, schedule)]
-    size = _image_size(flags, len(arguments["dim_mults"]))
+    size = flags.size(("image_size",), len(arguments["dim_mults"]))
     steps = flags.integer("sampling_timesteps", schedule.T)
     if steps > schedule.T:
         raise flags.wrong("sampling_timesteps", f"at most {schedule.T}, the steps of training")
@@ -260,18 +260,3 @@ def _objective(flags: Flags, schedule: RoundedSchedule) -> str:
     flags.choice("objective", OBJECTIVES, found)
     flags.agree(objective=found)
     return found
-
-
-def _image_size(flags: Flags, levels: int) -> tuple[int, int]:
-    """(H, W), which the U-Net must be able to halve."""
-    pair = flags.given(("image_size",)).get("image_size")
-    if isinstance(pair, (list, tuple)):
-        if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in pair):
-            raise flags.wrong("image_size", "one integer or two, (height, width)")
-        size = (pair[0], pair[1])
-    else:
-        size = (flags.integer("image_size"),) * 2
-    factor = 2 ** (levels - 1)
-    if min(size) < 1 or any(side % factor for side in size):
-        raise flags.wrong("image_size", f"divisible by {factor}, the U-Net's downsampling")
-    return size
