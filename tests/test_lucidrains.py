@@ -1,10 +1,12 @@
 """denoising-diffusion-pytorch: its files, its networks and its loops, against the package's own code."""
 
+import concurrent.futures
 import copy
 import importlib
 import json
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -428,6 +430,39 @@ def test_accelerated_diffusion_is_the_diffusion_otherwise():
     assert theirs.training and theirs.model.training
     theirs.ddim_sampling_eta = 0.5
     both()
+
+
+def test_accelerated_diffusion_under_threads(monkeypatch):
+    """Calls for pictures of several sizes at once: each result is what the package draws from the same x_T."""
+    theirs = make(diffusion={"sampling_timesteps": 3})
+    fast = accelerate(theirs, engine="eager")
+    shapes = [(2, 3, 8, 8), (2, 3, 4, 6), (1, 3, 12, 4)]
+    change = integration.AcceleratedGaussianDiffusion.__setattr__
+
+    def slowly(self, name, value):
+        change(self, name, value)
+        time.sleep(0.02)  # so that others come in between
+
+    monkeypatch.setattr(integration.AcceleratedGaussianDiffusion, "__setattr__", slowly)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(fast.ddim_sample, shape, return_all_timesteps=True) for shape in 4 * shapes]
+        results = [call.result() for call in calls]
+    for shape, states in zip(4 * shapes, results, strict=True):
+        assert states.shape == (shape[0], 4, *shape[1:])
+        x_T = 2 * states[:, 0] - 1
+        monkeypatch.setattr(torch, "randn", lambda *_, x_T=x_T, **__: x_T)
+        torch.testing.assert_close(states[:, -1], theirs.ddim_sample(shape), rtol=0.0, atol=1e-4)
+        monkeypatch.undo()
+
+
+def test_a_copy_of_an_accelerated_diffusion():
+    fast = accelerate(make(diffusion={"sampling_timesteps": 3}))
+    torch.manual_seed(5)
+    expected = fast.sample(1)
+    for other in (copy.copy(fast), copy.deepcopy(fast)):
+        torch.manual_seed(5)
+        assert torch.equal(other.sample(1), expected)
+    assert other.model is not fast.model
 
 
 def test_accelerated_learned_variance():
