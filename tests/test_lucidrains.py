@@ -362,6 +362,24 @@ def test_class_conditional_network(tmp_path):
     assert same.network.arguments == sampler.checkpoint.network.arguments
 
 
+def test_info_says_which_guidance_is_meant(tmp_path, capsys):
+    from fastddpm.cli import app
+
+    ours_with_classes(tmp_path, with_classes())
+    flags = ["--flag", "image_size=8", "--flag", "attn_heads=2"]
+    app(["convert", str(tmp_path / "m.pt"), str(tmp_path / "own"), *flags], standalone_mode=False)
+    capsys.readouterr()
+    for path, extra in ((tmp_path / "m.pt", flags), (tmp_path / "own", [])):
+        app(["info", str(path), "--json", *extra], standalone_mode=False)
+        guidance = json.loads(capsys.readouterr().out)["checkpoint"]["guidance"]
+        assert guidance.startswith(
+            "possible: label 4 stands for no class; out_u + w (out_c - out_u) alone, without the"
+        )
+    for flag, what in (("rescaled_phi", "rescaled"), ("remove_parallel_component", "projected")):
+        with pytest.raises(CheckpointError, match=rf"{what} guidance \({flag}\) is not supported; leave it out"):
+            load_checkpoint(tmp_path / "m.pt", image_size=8, attn_heads=2, **{flag: 0.7})
+
+
 @pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
 @pytest.mark.parametrize("steps", [13, T], ids=["ddim", "ancestral"])
 def test_guided_samples(tmp_path, objective, steps):

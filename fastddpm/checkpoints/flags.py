@@ -16,6 +16,10 @@ _UNSUPPORTED = {
     "classifier_": "classifier guidance",
     "small_size": "super-resolution",
     "large_size": "super-resolution",
+    "remove_parallel_component": "projected guidance",
+    "keep_parallel_frac": "projected guidance",
+    "rescaled_phi": "rescaled guidance",
+    "use_cfg_plus_plus": "CFG++",
 }
 _NO_PRESETS: Mapping[str, Mapping[str, object]] = {}
 
