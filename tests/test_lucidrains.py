@@ -640,6 +640,8 @@ def test_relatives_are_named(tmp_path):
     refuse(tmp_path, weighted, "a network of WeightedObjectiveGaussianDiffusion, which is not supported")
     conditioned = {**state, "model.init_conv.weight": torch.zeros(8, 4, 7, 7)}
     refuse(tmp_path, conditioned, "takes 4 channels and returns 3: it is conditioned on pictures")
+    twice = {**state, "model.init_conv.weight": torch.zeros(8, 6, 7, 7)}
+    refuse(tmp_path, twice, "takes 6 channels and returns 3: it is conditioned on pictures", self_condition=False)
 
 
 CONTINUOUS = {
