@@ -225,7 +225,7 @@ WRONG_FLAGS = [
     ("openai", {"num_head_channels": 0}, "num_head_channels must be −1 or at least 1"),
     ("openai", {"timestep_respacing": "ddim33"}, "respace: spec must name a count"),
     ("openai", {"preset": "imagenet"}, "preset must be one of imagenet64_uncond_100M_1500K"),
-    ("openai", {"image_size": 9}, "sample_size must be divisible by 2"),
+    ("openai", {"image_size": 9}, "image_size must be divisible by 2 .the network has 2 resolutions., got 9"),
     ("pesser", {"model_var_type": "learned"}, "model_var_type must be one of fixedlarge, fixedsmall"),
     ("pesser", {"beta_start": float("nan")}, "beta_start must be a finite number"),
     ("pesser", {"beta_end": 2.0}, r"must be in \(0, 1\)"),
@@ -272,7 +272,7 @@ def test_wrong_flags(tmp_path, dialect, flags, message):
 
 
 def test_own_checkpoints_and_diffusers_refuse_foreign_flags(tmp_path):
-    with pytest.raises(CheckpointError, match="take no flags but null_class, got num_heads"):
+    with pytest.raises(CheckpointError, match="take no flags but null_class, image_size, got num_heads"):
         Sampler.from_pretrained(save_checkpoint(tmp_path / "own"), device="cpu", num_heads=4)
     folder = save_folder(tmp_path / "theirs", foreign_network("diffusers"))
     with pytest.raises(CheckpointError, match="no flag schedulers for it; did you mean scheduler"):

@@ -1,10 +1,12 @@
 """denoising-diffusion-pytorch: its files, its networks and its loops, against the package's own code."""
 
+import concurrent.futures
 import copy
 import importlib
 import json
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -347,6 +349,24 @@ def test_class_conditional_network(tmp_path):
     assert same.network.arguments == sampler.checkpoint.network.arguments
 
 
+def test_info_says_which_guidance_is_meant(tmp_path, capsys):
+    from fastddpm.cli import app
+
+    ours_with_classes(tmp_path, with_classes())
+    flags = ["--flag", "image_size=8", "--flag", "attn_heads=2"]
+    app(["convert", str(tmp_path / "m.pt"), str(tmp_path / "own"), *flags], standalone_mode=False)
+    capsys.readouterr()
+    for path, extra in ((tmp_path / "m.pt", flags), (tmp_path / "own", [])):
+        app(["info", str(path), "--json", *extra], standalone_mode=False)
+        guidance = json.loads(capsys.readouterr().out)["checkpoint"]["guidance"]
+        assert guidance.startswith(
+            "possible: label 4 stands for no class; out_u + w (out_c - out_u) alone, without the"
+        )
+    for flag, what in (("rescaled_phi", "rescaled"), ("remove_parallel_component", "projected")):
+        with pytest.raises(CheckpointError, match=rf"{what} guidance \({flag}\) is not supported; leave it out"):
+            load_checkpoint(tmp_path / "m.pt", image_size=8, attn_heads=2, **{flag: 0.7})
+
+
 @pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
 @pytest.mark.parametrize("steps", [13, T], ids=["ddim", "ancestral"])
 def test_guided_samples(tmp_path, objective, steps):
@@ -415,6 +435,39 @@ def test_accelerated_diffusion_is_the_diffusion_otherwise():
     assert theirs.training and theirs.model.training
     theirs.ddim_sampling_eta = 0.5
     both()
+
+
+def test_accelerated_diffusion_under_threads(monkeypatch):
+    """Calls for pictures of several sizes at once: each result is what the package draws from the same x_T."""
+    theirs = make(diffusion={"sampling_timesteps": 3})
+    fast = accelerate(theirs, engine="eager")
+    shapes = [(2, 3, 8, 8), (2, 3, 4, 6), (1, 3, 12, 4)]
+    change = integration.AcceleratedGaussianDiffusion.__setattr__
+
+    def slowly(self, name, value):
+        change(self, name, value)
+        time.sleep(0.02)  # so that others come in between
+
+    monkeypatch.setattr(integration.AcceleratedGaussianDiffusion, "__setattr__", slowly)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(fast.ddim_sample, shape, return_all_timesteps=True) for shape in 4 * shapes]
+        results = [call.result() for call in calls]
+    for shape, states in zip(4 * shapes, results, strict=True):
+        assert states.shape == (shape[0], 4, *shape[1:])
+        x_T = 2 * states[:, 0] - 1
+        monkeypatch.setattr(torch, "randn", lambda *_, x_T=x_T, **__: x_T)
+        torch.testing.assert_close(states[:, -1], theirs.ddim_sample(shape), rtol=0.0, atol=1e-4)
+        monkeypatch.undo()
+
+
+def test_a_copy_of_an_accelerated_diffusion():
+    fast = accelerate(make(diffusion={"sampling_timesteps": 3}))
+    torch.manual_seed(5)
+    expected = fast.sample(1)
+    for other in (copy.copy(fast), copy.deepcopy(fast)):
+        torch.manual_seed(5)
+        assert torch.equal(other.sample(1), expected)
+    assert other.model is not fast.model
 
 
 def test_accelerated_learned_variance():
@@ -574,6 +627,8 @@ def test_relatives_are_named(tmp_path):
     refuse(tmp_path, weighted, "a network of WeightedObjectiveGaussianDiffusion, which is not supported")
     conditioned = {**state, "model.init_conv.weight": torch.zeros(8, 4, 7, 7)}
     refuse(tmp_path, conditioned, "takes 4 channels and returns 3: it is conditioned on pictures")
+    twice = {**state, "model.init_conv.weight": torch.zeros(8, 6, 7, 7)}
+    refuse(tmp_path, twice, "takes 6 channels and returns 3: it is conditioned on pictures", self_condition=False)
 
 
 CONTINUOUS = {

@@ -127,8 +127,8 @@ def test_groups_do_not_show(tmp_path):
 @pytest.mark.parametrize(
     ("of", "said", "message"),
     [
-        ("1.7.0", "0.27.0", "version must be 1.0.0 or later, got 0.27.0"),
-        ("1.7.0", "latest", "version must be 1.0.0 or later, got latest"),
+        ("1.7.0", "0.27.0", "version must be 0.32.0 or later, got 0.27.0"),
+        ("1.7.0", "latest", "version must be 0.32.0 or later, got latest"),
         ("1.7.0", "1.9.0", "that of the module guided_diffusion"),
         ("1.11.1", "1.7.0", "version must be one that has such names and norms, got 1.7.0"),
         ("1.11.1", "2.0.0", "version must be one that has such names and norms, got 2.0.0"),
@@ -148,6 +148,12 @@ def test_an_old_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(lucidrains_package.package_module("denoising_diffusion_pytorch"), "Unet", old)
     with pytest.raises(CheckpointError, match="need denoising-diffusion-pytorch 2.0 or later, also those of 1.x"):
         load_checkpoint(tmp_path / "model-7.pt", **FLAGS)
+
+
+def test_ddim_of_before_1_0_draws_noise(tmp_path):
+    for version, eta in (("0.32.0", 1.0), ("1.0.0", 0.0)):
+        spec = load(tmp_path, "1.0.0", said=False, version=version).spec
+        assert (spec.ddim_eta, spec.clipped_eps) == (eta, "raw")
 
 
 def test_old_prefixes(tmp_path):

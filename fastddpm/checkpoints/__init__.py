@@ -43,8 +43,9 @@ def load_checkpoint(name_or_path: str | os.PathLike[str], **flags: object) -> Ch
             weights (OpenAI's improved- and guided-diffusion, pesser/pytorch_diffusion, w86763777/pytorch-ddpm,
             lucidrains' denoising-diffusion-pytorch).
         flags: What a file does not determine, under the names that the project itself gives its options; `preset`
-            names a published network, and `null_class` the label that stands for "no class", where guidance is wanted
-            of a network that has one. Names that begin with an underscore are taken for notes.
+            names a published network, `null_class` the label that stands for "no class", where guidance is wanted of a
+            network that has one, and `image_size` the size of the pictures to draw, an integer or (height, width): any
+            that the network can halve as often as it does. Names that begin with an underscore are taken for notes.
 
     Returns:
         The network with its schedule and conventions.

@@ -24,7 +24,7 @@ NAME = "diffusers"
 INDEX_NAME = "model_index.json"
 CONFIG_NAME = "config.json"
 SUBFOLDERS = ("unet", "unet_ema")
-FLAGS = ("scheduler", "sample_size", "variant", "subfolder", "null_class", *SCHEDULER_FLAGS)
+FLAGS = ("scheduler", "sample_size", "image_size", "variant", "subfolder", "null_class", *SCHEDULER_FLAGS)
 _OTHERS = {
     "ConsistencyModelPipeline": "consistency models",
     "KarrasVePipeline": "Karras et al.'s variance-exploding models",
@@ -56,8 +56,8 @@ def load(path: Path, given: Mapping[str, object]) -> Checkpoint:
 
     Flags: `variant`, as in the library ("fp16"); `subfolder`, "unet" or "unet_ema"; `scheduler`, another
     scheduler_config.json than the folder's (or its folder); `sample_size`, where the configuration has none;
-    `null_class`, the label that stands for "no class"; and for a network that stands alone the options of
-    DDPMScheduler.
+    `image_size`, to draw pictures of another size than that; `null_class`, the label that stands for "no class"; and
+    for a network that stands alone the options of DDPMScheduler.
 
     Raises:
         CheckpointError: If files are missing, damaged or of a kind that is not supported, or flags are wrong.
@@ -118,16 +118,27 @@ def _unet_config(path: Path, flags: Flags) -> UNetConfig:
     if values.get("_class_name") != "UNet2DModel":
         got = values.get("_class_name")
         raise CheckpointError(f"{path}: the network must be a UNet2DModel, got {got}, which is not supported")
-    size: int | None = None
-    if values.get("sample_size") is None:
-        flags.require("sample_size")
-        size = flags.integer("sample_size")
-    else:
-        flags.agree(sample_size=values["sample_size"])
+    _check_sample_size(values.get("sample_size"), flags)
     for name, default in DEFAULTS.items():
         if name != "sample_size":
             flags.note(name, values.get(name, default), "file" if name in values else "default")
-    return unet_config(values, str(path), size)
+    if "image_size" not in flags and "sample_size" not in flags:
+        return unet_config(values, str(path))
+    widths = values.get("block_out_channels", DEFAULTS["block_out_channels"])
+    size = flags.size(("image_size", "sample_size"), len(widths) if isinstance(widths, list) else 1)
+    return unet_config({**values, "sample_size": size}, str(path))
+
+
+def _check_sample_size(size: object, flags: Flags) -> None:
+    """Ask for the size of pictures where the configuration has none, and compare where both say it."""
+    if size is None:
+        if "image_size" not in flags:
+            flags.require("sample_size")
+        return
+    pair = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    if "sample_size" in flags and flags.size(("sample_size",), 1) != pair:
+        raise flags.wrong("sample_size", f"{size}, as {CONFIG_NAME} has it (image_size= draws pictures of another)")
+    flags.note("sample_size", size, "file")
 
 
 def _spec(config: UNetConfig, scheduler: Scheduler, flags: Flags) -> ModelSpec:

@@ -16,6 +16,10 @@ _UNSUPPORTED = {
     "classifier_": "classifier guidance",
     "small_size": "super-resolution",
     "large_size": "super-resolution",
+    "remove_parallel_component": "projected guidance",
+    "keep_parallel_frac": "projected guidance",
+    "rescaled_phi": "rescaled guidance",
+    "use_cfg_plus_plus": "CFG++",
 }
 _NO_PRESETS: Mapping[str, Mapping[str, object]] = {}
 
@@ -156,6 +160,25 @@ class Flags:
         except (TypeError, ValueError) as error:
             raise self.wrong(name, "a list of numbers") from error
 
+    def size(self, names: Sequence[str], levels: int) -> tuple[int, int]:
+        """Height and width of the pictures: one integer for both, two, or a string of two with a comma.
+
+        Args:
+            names: The flags that may say it; the first that is given does.
+            levels: The network's resolutions, each half of the one before.
+        """
+        name = next((name for name in names if name in self), names[-1])
+        value = self._values.get(name)
+        sides = value.split(",") if isinstance(value, str) else value
+        sides = tuple(sides) if isinstance(sides, (list, tuple)) else (sides,)
+        sides = tuple(int(side) if isinstance(side, str) and side.strip().isdecimal() else side for side in sides)
+        if len(sides) not in (1, 2) or not all(type(side) is int and side > 0 for side in sides):
+            raise self.wrong(name, "one integer or two, (height, width)")
+        factor = 2 ** (levels - 1)
+        if any(side % factor for side in sides):
+            raise self.wrong(name, f"divisible by {factor} (the network has {levels} resolutions)")
+        return sides[0], sides[-1]
+
     def agree(self, **derived: object) -> None:
         """Check that flags which the weights determine, where they are given at all, say the same.
 
@@ -176,21 +199,24 @@ class Flags:
                     "leave the flag out"
                 )
 
-    def agree_attention(self, name: str, sizes: Sequence[float], attention: Sequence[bool]) -> None:
+    def agree_attention(self, name: str, attention: Sequence[bool], *sizes: Sequence[float]) -> None:
         """Check that a list of the picture sizes with attention, where it is given, fits the weights.
 
         Args:
             name: The flag.
-            sizes: Each level's picture size, or whatever else the flag counts levels by.
-            attention: Whether the level has attention in the weights.
+            attention: Whether each level has attention in the weights.
+            sizes: Each level's picture size, or whatever else the flag counts levels by; heights and widths where they
+                differ, of which either may be meant.
 
         Raises:
             CheckpointError: If it does not.
         """
         numbers = self.numbers(name)
-        derived = [size for size, attends in zip(sizes, attention, strict=True) if attends]
+        choices = [[size for size, attends in zip(side, attention, strict=True) if attends] for side in sizes]
+        derived = choices[0]
         self.note(name, derived, "file")
-        if numbers is not None and set(numbers) & set(sizes) != set(derived):
+        fits = (set(numbers or ()) & set(side) == set(choice) for side, choice in zip(sizes, choices, strict=True))
+        if numbers is not None and not any(fits):
             raise CheckpointError(
                 f"{self.source}: {name} must be {derived}, as its weights have it, got {self._values[name]!r}; "
                 "leave the flag out, or correct the picture's size"
@@ -233,3 +259,8 @@ def classes_of(rows: int | None, flags: Flags) -> dict[str, Any]:
     if null >= rows:
         raise flags.wrong("null_class", f"one of the network's labels, 0 … {rows - 1}")
     return {"num_classes": rows - 1 if null == rows - 1 else rows, "null_class": null}
+
+
+def level_sizes(size: tuple[int, int], levels: int) -> list[list[float]]:
+    """The heights of a network's resolutions and the widths, finest first; once where they are the same."""
+    return [[side / 2**level for level in range(levels)] for side in dict.fromkeys(size)]

@@ -91,9 +91,9 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     and those of 1.8, `version` for those of versions before 1.8 whose file does not say it, and `timesteps` and
     `beta_schedule` for a U-Net's weights alone. Nothing in a file shows `auto_normalize`, `sinusoidal_pos_emb_theta`,
     `resnet_block_groups` and `ddim_sampling_eta`: unless given, they are the package's own defaults (True, 10000, 8,
-    and 0, or 1 for class-conditional networks). `sampling_timesteps` is the number of steps of DDIM runs that do not
-    say it. All other flags follow from the weights and are compared with them, or matter for training alone. `model`
-    picks the averaged weights ("ema_model", which the package samples from) or "online_model".
+    and 0, or 1 for class-conditional networks and before 1.0). `sampling_timesteps` is the number of steps of DDIM runs
+    that do not say it. All other flags follow from the weights and are compared with them, or matter for training
+    alone. `model` picks the averaged weights ("ema_model", which the package samples from) or "online_model".
 
     A network of learned variance is LearnedGaussianDiffusion's, which predicts the noise whatever its objective says.
     Guidance of class-conditional networks is that of the engine, out_u + w (out_c − out_u): the package's projection
@@ -224,11 +224,11 @@ def _spec(flags: Flags, arguments: Mapping[str, Any], schedule: RoundedSchedule,
             "the package has no diffusion for it"
         )
     prediction = "eps" if learned else PREDICTIONS[_objective(flags, schedule)]
-    size = _image_size(flags, len(arguments["dim_mults"]))
+    size = flags.size(("image_size",), len(arguments["dim_mults"]))
     steps = flags.integer("sampling_timesteps", schedule.T)
     if steps > schedule.T:
         raise flags.wrong("sampling_timesteps", f"at most {schedule.T}, the steps of training")
-    eta = flags.number("ddim_sampling_eta", 0.0 if classes is None else 1.0)
+    eta = flags.number("ddim_sampling_eta", 1.0 if classes is not None or _before(version, (1, 0, 0)) else 0.0)
     if not 0 <= eta <= 1:
         raise flags.wrong("ddim_sampling_eta", "in [0, 1]")
     normalizes = flags.boolean("auto_normalize", True)
@@ -260,18 +260,3 @@ def _objective(flags: Flags, schedule: RoundedSchedule) -> str:
     flags.choice("objective", OBJECTIVES, found)
     flags.agree(objective=found)
     return found
-
-
-def _image_size(flags: Flags, levels: int) -> tuple[int, int]:
-    """(H, W), which the U-Net must be able to halve."""
-    pair = flags.given(("image_size",)).get("image_size")
-    if isinstance(pair, (list, tuple)):
-        if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in pair):
-            raise flags.wrong("image_size", "one integer or two, (height, width)")
-        size = (pair[0], pair[1])
-    else:
-        size = (flags.integer("image_size"),) * 2
-    factor = 2 ** (levels - 1)
-    if min(size) < 1 or any(side % factor for side in size):
-        raise flags.wrong("image_size", f"divisible by {factor}, the U-Net's downsampling")
-    return size

@@ -40,7 +40,9 @@ def structure(weights: Mapping[str, Tensor], flags: Flags) -> tuple[Module, dict
     time = _shape(weights, "time_mlp.1.weight", 2, source)[0]
     dim, rest = divmod(time, 4)
     by_classes = "classes_emb.weight" in weights
-    is_self_conditioned = not by_classes and into == 2 * out
+    # What the package feeds back and what somebody else adds look alike, but its diffusion takes nothing else.
+    denied = flags.given(("self_condition",)).get("self_condition") is False
+    is_self_conditioned = not by_classes and into == 2 * out and not denied
     channels = out if is_self_conditioned else into
     if out == 2 * channels + 2:
         raise CheckpointError(f"{source}: a network of WeightedObjectiveGaussianDiffusion, which is not supported")

@@ -1,4 +1,4 @@
-"""What U-Nets of denoising-diffusion-pytorch 1.x compute otherwise than today's, and how today's is made one of them.
+"""What U-Nets of denoising-diffusion-pytorch 0.32 to 1.11 compute otherwise than today's, which is made one of them.
 
 Until 2.0 the blocks had group norms, and until 1.9 attention had no memory; that shows in the weights. Until 1.8
 attention was wrapped twice, which shows in the names, and there the arithmetic changed without a trace in the weights:
@@ -24,7 +24,7 @@ from fastddpm.checkpoints.base import CheckpointError
 from fastddpm.checkpoints.flags import Flags
 
 Version = tuple[int, int, int]
-_OLDEST: Version = (1, 0, 0)
+_OLDEST: Version = (0, 32, 0)
 _EPS = 1e-5
 _WRAPPED = re.compile(r"\.fn\.(?:fn\.)?")
 
@@ -77,7 +77,7 @@ def read_version(weights: Mapping[str, Tensor], flags: Flags, by_file: object) -
     version = cast(Version, tuple(map(int, found.groups()))) if found else None
     if version is None or version < _OLDEST:
         raise CheckpointError(
-            f"{flags.source}: version must be 1.0.0 or later, got {text}; older networks are not supported"
+            f"{flags.source}: version must be 0.32.0 or later, got {text}; older networks are not supported"
         )
     by_classes = "classes_emb.weight" in weights
     grouped, wrapped = is_grouped(weights), is_wrapped(weights) and not by_classes

@@ -30,7 +30,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "fastddpm"
 FORMAT_VERSION = 1
-FLAGS = ("null_class",)
+FLAGS = ("null_class", "image_size")
 _LUCIDRAINS = "lucidrains"
 _ARRAY = "schedule."
 
@@ -51,7 +51,8 @@ def load(path: Path, given: Mapping[str, object] | None = None) -> Checkpoint:
 
     Args:
         path: The folder.
-        given: Flags; there is one, `null_class`, the label that stands for "no class" where the folder names none.
+        given: Flags: `null_class`, the label that stands for "no class" where the folder names none, and `image_size`,
+            to draw pictures of another size than the network was trained on.
 
     Returns:
         The network in float32 on the CPU, in evaluation mode, with its schedule and conventions.
@@ -68,12 +69,16 @@ def load(path: Path, given: Mapping[str, object] | None = None) -> Checkpoint:
     try:
         schedule = NoiseSchedule.from_config(config["schedule"])
         spec = ModelSpec.from_dict(config["spec"])
+        flags = Flags(str(path), given or {}, FLAGS)
         network: UNet | PackageUNet
         if "foreign" in config:
             network, rows = _foreign_network(config["foreign"], spec, path)
+            spec = _resized(spec, flags, len(network.arguments.get("dim_mults", ())))
         else:
-            network, rows = _own_network(UNetConfig.from_dict(config["unet"]), spec)
-        flags = Flags(str(path), given or {}, FLAGS)
+            unet = UNetConfig.from_dict(config["unet"])
+            check_agreement(unet, spec)
+            spec = _resized(spec, flags, len(unet.channels))
+            network, rows = _own_network(dataclasses.replace(unet, sample_size=spec.shape[1:])), unet.num_classes
         if "null_class" in flags and spec.null_class is None:
             spec = dataclasses.replace(spec, class_names=None, **classes_of(rows, flags))
         flags.agree(null_class=spec.null_class)
@@ -95,11 +100,17 @@ def load(path: Path, given: Mapping[str, object] | None = None) -> Checkpoint:
     return Checkpoint(network.eval(), schedule, spec, FORMAT, path, history, reason)
 
 
-def _own_network(config: UNetConfig, spec: ModelSpec) -> tuple[UNet, int | None]:
-    """Our U-Net, without weights, and the rows of its class embedding."""
-    check_agreement(config, spec)
+def _resized(spec: ModelSpec, flags: Flags, levels: int) -> ModelSpec:
+    """The conventions with the size of pictures that is asked for."""
+    if "image_size" not in flags:
+        return spec
+    return dataclasses.replace(spec, shape=(spec.shape[0], *flags.size(("image_size",), levels)))
+
+
+def _own_network(config: UNetConfig) -> UNet:
+    """Our U-Net, without weights."""
     with torch.device("meta"):
-        return UNet(config), config.num_classes
+        return UNet(config)
 
 
 def _foreign_network(entry: object, spec: ModelSpec, path: Path) -> tuple[PackageUNet, int | None]:

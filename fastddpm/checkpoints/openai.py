@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_channels
-from fastddpm.checkpoints.flags import Flags, classes_of
+from fastddpm.checkpoints.flags import Flags, classes_of, level_sizes
 from fastddpm.checkpoints.networks import choose_network, find_networks, training_of
 from fastddpm.checkpoints.openai_presets import PRESETS, RELATIVES
 from fastddpm.checkpoints.reading import highest_index
@@ -166,7 +166,7 @@ def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
     layers = _layers(state, entries)
     levels = max(1, entries // (layers + 1))
     firsts = [1 + level * (layers + 1) for level in range(levels)]
-    size = flags.integer("image_size")
+    size = flags.size(("image_size",), levels)
     try:
         stem, base = state["input_blocks.0.0.weight"].shape, state["time_embed.0.weight"].shape[1]
         channels = tuple(state[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in firsts)
@@ -179,7 +179,7 @@ def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
         up_heads = flags.integer("num_heads_upsample", -1, least=-1)
         head_channels = flags.integer("num_head_channels", -1, least=-1)
         config = UNetConfig(
-            sample_size=(size, size),
+            sample_size=size,
             in_channels=stem[1],
             out_channels=state["out.2.weight"].shape[0],
             channels=channels,
@@ -216,7 +216,7 @@ def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
         use_scale_shift_norm=config.scale_shift,
         resblock_updown=config.resblock_updown,
     )
-    flags.agree_attention("attention_resolutions", [size / 2**level for level in range(levels)], attention)
+    flags.agree_attention("attention_resolutions", attention, *level_sizes(size, levels))
     return config
 
 

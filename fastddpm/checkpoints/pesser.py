@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_channels
-from fastddpm.checkpoints.flags import Flags
+from fastddpm.checkpoints.flags import Flags, level_sizes
 from fastddpm.checkpoints.networks import choose_network, find_networks, training_of
 from fastddpm.checkpoints.reading import highest_index
 from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
@@ -26,7 +26,7 @@ _ENTRIES = ("temb.dense.0.weight", "down.0.block.0.norm1.weight")
 _SCHEDULES = ("quad", "linear", "warmup10", "warmup50", "const", "jsd", "sigmoid")
 _DIFFUSION = ("beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps", "model_var_type")
 _MODEL = ("resolution", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout")
-FLAGS = (*_MODEL, "resamp_with_conv", *_DIFFUSION, "model")
+FLAGS = (*_MODEL, "resamp_with_conv", *_DIFFUSION, "image_size", "model")
 
 _LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_diffusion_timesteps": 1000}
 _LSUN = {**_LINEAR, "resolution": 256, "model_var_type": "fixedsmall"}
@@ -56,7 +56,7 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     flags = Flags(source, given, FLAGS, PRESETS)
     name, state = choose_network(find_networks(values, *_ENTRIES), flags)
     source = flags.source
-    flags.require("resolution", *_DIFFUSION)
+    flags.require(*(() if "image_size" in flags else ("resolution",)), *_DIFFUSION)
     config = _config(state, flags)
     try:
         schedule = _schedule(flags)
@@ -76,15 +76,15 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
 
 def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
     """The structure, from the weights' names and shapes."""
-    size = flags.integer("resolution")
     levels = highest_index(state, "down.") + 1
+    size = flags.size(("image_size", "resolution"), levels)
     layers = highest_index(state, "down.0.block.") + 1
     try:
         ch, stem = state["temb.dense.0.weight"].shape[1], state["conv_in.weight"].shape
         channels = tuple(state[f"down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
         out = state["conv_out.weight"].shape[0]
         config = UNetConfig(
-            sample_size=(size, size),
+            sample_size=size,
             in_channels=stem[1],
             out_channels=out,
             channels=channels,
@@ -111,7 +111,8 @@ def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
         num_res_blocks=layers,
         resamp_with_conv=config.conv_resample,
     )
-    flags.agree_attention("attn_resolutions", [size / 2**i for i in range(levels)], config.attention)
+    trained = flags.size(("resolution", "image_size"), levels)
+    flags.agree_attention("attn_resolutions", config.attention, *level_sizes(trained, levels))
     return config
 
 

@@ -22,8 +22,8 @@ NAME = "w86763777"
 REASON = "keys time_embedding.timembedding and downblocks"
 _TABLE = "time_embedding.timembedding.0.weight"
 _ENTRIES = (_TABLE, "downblocks.0.block1.0.weight")
-_REQUIRED = ("beta_1", "beta_T", "mean_type", "var_type", "img_size")
-FLAGS = (*_REQUIRED, "T", "ch", "ch_mult", "attn", "num_res_blocks", "dropout", "model")
+_REQUIRED = ("beta_1", "beta_T", "mean_type", "var_type")
+FLAGS = (*_REQUIRED, "img_size", "image_size", "T", "ch", "ch_mult", "attn", "num_res_blocks", "dropout", "model")
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "xstart": "x_start", "xprev": "x_prev"}
 
 
@@ -44,7 +44,7 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     flags = Flags(source, given, FLAGS)
     name, state = choose_network(find_networks(values, *_ENTRIES), flags)
     source = flags.source
-    flags.require(*_REQUIRED)
+    flags.require(*_REQUIRED, *(() if "image_size" in flags else ("img_size",)))
     T = _check_times(state, source)
     flags.agree(T=T)
     mean = flags.choice("mean_type", tuple(_PREDICTIONS))
@@ -81,17 +81,17 @@ def _check_times(state: Mapping[str, Tensor], source: str) -> int:
 
 def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
     """The structure, from the weights' names and shapes."""
-    size = flags.integer("img_size")
     count = highest_index(state, "downblocks.") + 1
     strided = [i for i in range(count) if f"downblocks.{i}.main.weight" in state]
     layers, levels = (strided[0] if strided else count), len(strided) + 1
     firsts = [level * (layers + 1) for level in range(levels)]
+    size = flags.size(("image_size", "img_size"), levels)
     try:
         head = state["head.weight"].shape
         ch = state[_TABLE].shape[1]
         channels = tuple(state[f"downblocks.{i}.block1.2.weight"].shape[0] for i in firsts)
         config = UNetConfig(
-            sample_size=(size, size),
+            sample_size=size,
             in_channels=head[1],
             out_channels=state["tail.2.weight"].shape[0],
             channels=channels,
@@ -109,7 +109,7 @@ def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
         raise CheckpointError(f"{flags.source}: {what}; give the whole checkpoint") from error
     check_channels(flags.source, config.in_channels, config.out_channels, config.in_channels)
     flags.agree(ch=ch, ch_mult=tuple(width / ch for width in channels), num_res_blocks=layers)
-    flags.agree_attention("attn", list(range(levels)), config.attention)
+    flags.agree_attention("attn", config.attention, list(range(levels)))
     return config
 
 

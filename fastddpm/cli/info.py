@@ -76,7 +76,7 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "schedule": config,
         "classes": "none" if spec.num_classes is None else f"{spec.num_classes}",
         "class names": list(spec.class_names) if spec.class_names else "none",
-        "guidance": _guidance(spec),
+        "guidance": _guidance(spec, checkpoint.network),
         "training": dict(checkpoint.training) or "not recorded",
     }
 
@@ -86,12 +86,17 @@ def settings_facts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     return {name: {"value": value, "from": origin} for name, (value, origin) in checkpoint.settings.items()}
 
 
-def _guidance(spec: ModelSpec) -> str:
+def _guidance(spec: ModelSpec, network: object) -> str:
+    from fastddpm.checkpoints.lucidrains_package import PackageUNet
+
     if spec.num_classes is None:
         return "not possible without classes"
     if spec.null_class is None:
         return "not possible: no label is known to stand for no class (--flag null_class=N says which does)"
-    return f"possible: label {spec.null_class} stands for no class"
+    form = ""
+    if isinstance(network, PackageUNet):
+        form = "; out_u + w (out_c - out_u) alone, without the package's projection and rescaling of it"
+    return f"possible: label {spec.null_class} stands for no class{form}"
 
 
 def _conventions(spec: ModelSpec) -> dict[str, Any]:

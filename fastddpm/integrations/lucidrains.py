@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -73,16 +74,17 @@ class AcceleratedGaussianDiffusion:
     they return the same pictures (to rounding) and leave the generator in the same state: x_T and each step's noise are
     drawn in the package's order, on the diffusion's device. All other attributes are the diffusion's own, to read and
     to set. The network is run in evaluation mode, as a copy that is made anew when its weights have changed, so it can
-    be trained on; what `sampling_timesteps`, `ddim_sampling_eta` and `objective` say counts at each call.
+    be trained on; what `sampling_timesteps`, `ddim_sampling_eta` and `objective` say counts at each call. Calls from
+    several threads run one after the other, so that each draws what it would draw alone.
     """
 
-    _own = ("_diffusion", "_sampler", "_key", "_engine")
+    _own = ("_diffusion", "_engine", "_made", "_lock")
 
     def __init__(self, diffusion: Any, engine: EngineName = "auto") -> None:  # noqa: ANN401 - a foreign class
         self._diffusion = diffusion
         self._engine = engine
-        self._sampler: Sampler | None = None
-        self._key: object = None
+        self._made: tuple[object, Sampler] | None = None
+        self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the diffusion has
         if name in AcceleratedGaussianDiffusion._own:  # while it is copied or unpickled
@@ -99,6 +101,10 @@ class AcceleratedGaussianDiffusion:
     def __call__(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - the diffusion's own
         """The diffusion's own call: its training loss."""
         return self._diffusion(*arguments, **options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are of the diffusion alone; what was made of it is made anew."""
+        return AcceleratedGaussianDiffusion, (self._diffusion, self._engine)
 
     def __repr__(self) -> str:
         return f"AcceleratedGaussianDiffusion({self._diffusion!r})"
@@ -125,7 +131,7 @@ class AcceleratedGaussianDiffusion:
     def p_sample_loop(self, shape: tuple[int, int, int, int], return_all_timesteps: bool = False) -> Tensor:
         """Ancestral sampling over all timesteps (Ho et al. 2020, Algorithm 2); arguments as in the package."""
         steps = range(self._diffusion.num_timesteps - 1, -1, -1)
-        return self._run(shape, return_all_timesteps, torch.tensor(steps), is_ddim=False)
+        return self._run(shape, return_all_timesteps, torch.tensor(steps), eta=None)
 
     def ddim_sample(self, shape: tuple[int, int, int, int], return_all_timesteps: bool = False) -> Tensor:
         """DDIM with the diffusion's `sampling_timesteps` and `ddim_sampling_eta` (Song et al. 2021, eq. 12)."""
@@ -136,47 +142,16 @@ class AcceleratedGaussianDiffusion:
                 f"{self._diffusion.sampling_timesteps}; its own DDIM does not run either: load the checkpoint with "
                 "fastddpm.Sampler.from_pretrained"
             )
-        return self._run(shape, return_all_timesteps, steps, is_ddim=True)
+        eta = float(self._diffusion.ddim_sampling_eta)
+        return self._run(shape, return_all_timesteps, steps, eta=eta)
 
-    @torch.no_grad()
-    def _run(self, shape: tuple[int, int, int, int], keeps_all: bool, timesteps: Tensor, *, is_ddim: bool) -> Tensor:
-        diffusion = self._diffusion
-        sampler = self._refreshed((shape[1], shape[2], shape[3]))
-        eta = float(diffusion.ddim_sampling_eta) if is_ddim else None
-        steps = len(timesteps)
-        device = diffusion.betas.device
-        x_T = torch.randn(shape, device=device)
-        states = [x_T]
-        # The network draws nothing, so neither does it matter when noise is drawn, only in which order.
-        z: Tensor | None = None
-        if eta != 0.0 and steps * x_T.nbytes <= NOISE_BYTES:
-            z = torch.zeros((steps, *shape), device=device)
-            for row in z[:-1]:  # the last step adds none
-                torch.randn(shape, out=row)
-
-        def keep(preview: Preview) -> None:
-            states.append(preview.x)
-
-        def draw(i: int, t: int, sample_ids: Tensor) -> Tensor:
-            return torch.randn(shape, device=device)
-
-        final = sampler.sample(
-            shape[0],
-            solver="ddim" if is_ddim else "ddpm",
-            timesteps=timesteps,
-            eta=eta,
-            x_T=x_T,
-            noise=draw if z is None else z,
-            batch_size=shape[0],
-            output="raw",
-            callback=keep if keeps_all else None,
-        )
-        if eta == 0.0:
-            for _ in range(steps - 1):  # the package draws here, for nothing; who draws next must not notice
-                torch.randn(shape, device=device)
-        pictures = torch.stack(states, dim=1) if keeps_all else final
-        # Before 1.1 nothing but [−1, 1] was known.
-        return diffusion.unnormalize(pictures) if hasattr(diffusion, "unnormalize") else (pictures + 1) * 0.5
+    def _run(
+        self, shape: tuple[int, int, int, int], keeps_all: bool, timesteps: Tensor, *, eta: float | None
+    ) -> Tensor:
+        """A run over these timesteps: DDIM with `eta`, ancestral without."""
+        with self._lock, torch.no_grad():
+            sampler = self._refreshed((shape[1], shape[2], shape[3]))
+            return _sample(self._diffusion, sampler, shape, keeps_all, timesteps, eta)
 
     def _refreshed(self, shape: tuple[int, int, int]) -> Sampler:
         """The sampler of the network as it is now."""
@@ -185,18 +160,13 @@ class AcceleratedGaussianDiffusion:
         # What is made in inference mode counts no versions, and cannot be changed outside it.
         counts = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         versions = tuple(zip(map(id, tensors), (tensor.data_ptr() for tensor in tensors), counts, strict=True))
-        key = (shape, diffusion.objective, diffusion.self_condition, diffusion.betas.device, versions)
-        if self._sampler is None or key != self._key:
+        device = diffusion.betas.device
+        key = (shape, diffusion.objective, diffusion.self_condition, device, versions)
+        if self._made is None or key != self._made[0]:
             network = _Network(copy.deepcopy(diffusion.model), _is_learned(diffusion))
-            self._sampler = Sampler(
-                network,
-                _schedule(diffusion),
-                _spec(diffusion, shape),
-                device=diffusion.betas.device,
-                engine=self._engine,
-            )
-            self._key = key
-        return self._sampler
+            schedule, spec = _schedule(diffusion), _spec(diffusion, shape)
+            self._made = key, Sampler(network, schedule, spec, device=device, engine=self._engine)
+        return self._made[1]
 
     def _chained(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method that returns its object returns this one."""
@@ -206,6 +176,51 @@ class AcceleratedGaussianDiffusion:
             return self if result is self._diffusion else result
 
         return call
+
+
+def _sample(
+    diffusion: Any,  # noqa: ANN401 - a foreign class
+    sampler: Sampler,
+    shape: tuple[int, int, int, int],
+    keeps_all: bool,
+    timesteps: Tensor,
+    eta: float | None,
+) -> Tensor:
+    """Draw pictures with the noise that the package draws; see `AcceleratedGaussianDiffusion._run`."""
+    steps = len(timesteps)
+    device = diffusion.betas.device
+    x_T = torch.randn(shape, device=device)
+    states = [x_T]
+    # The network draws nothing, so neither does it matter when noise is drawn, only in which order.
+    z: Tensor | None = None
+    if eta != 0.0 and steps * x_T.nbytes <= NOISE_BYTES:
+        z = torch.zeros((steps, *shape), device=device)
+        for row in z[:-1]:  # the last step adds none
+            torch.randn(shape, out=row)
+
+    def keep(preview: Preview) -> None:
+        states.append(preview.x)
+
+    def draw(i: int, t: int, sample_ids: Tensor) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    final = sampler.sample(
+        shape[0],
+        solver="ddpm" if eta is None else "ddim",
+        timesteps=timesteps,
+        eta=eta,
+        x_T=x_T,
+        noise=draw if z is None else z,
+        batch_size=shape[0],
+        output="raw",
+        callback=keep if keeps_all else None,
+    )
+    if eta == 0.0:
+        for _ in range(steps - 1):  # the package draws here, for nothing; who draws next must not notice
+            torch.randn(shape, device=device)
+    pictures = torch.stack(states, dim=1) if keeps_all else final
+    # Before 1.1 nothing but [−1, 1] was known.
+    return diffusion.unnormalize(pictures) if hasattr(diffusion, "unnormalize") else (pictures + 1) * 0.5
 
 
 class _Network(nn.Module):
