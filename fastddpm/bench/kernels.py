@@ -124,15 +124,8 @@ class _Update:
     def ours(self, i: int) -> Tensor:
         noise = self.zs[i][None] if self.given else None
         rows, timesteps = self.table.rows, self.table.timesteps
-<<<<<<< HEAD
         samples = (self.step, self.end, self.ids, self.seed)
         p_sample(self.states[i], self.outs[i], rows, timesteps, *samples, noise=noise)
-=======
-        p_sample(
-            self.states[i], self.outs[i], rows, timesteps, step=self.step, sample_id=self.ids, seed=self.seed,
-            noise=noise,
-        )  # fmt: skip
->>>>>>> bench
         return self.states[i]
 
     def noise(self, i: int) -> Tensor:
