@@ -34,6 +34,17 @@ def seeded(ids, seed, t, shape=(1, 8, 8)):
 
 class TestSameSample:
     @each_solver
+    @pytest.mark.parametrize("guidance", [1.0, 2.0], ids=["plain", "guided"])
+    def test_at_one_batch_size_bit_for_bit(self, run, guidance):
+        """Whatever its place and company, short batches included."""
+        sampler = tiny_sampler()
+        options = {"output": "raw", "batch_size": 5, "guidance_scale": guidance, **run}
+        expected = sampler.sample(10, class_labels=[i % 3 for i in range(10)], **options)
+        for ids in ([7], [9, 0, 4], [1, 8, 3, 6, 2, 5]):
+            got = sampler.sample(len(ids), sample_ids=ids, class_labels=[i % 3 for i in ids], **options)
+            assert torch.equal(got, expected[ids])
+
+    @each_solver
     @pytest.mark.parametrize("batch_size", [1, 3, 7, 64])
     def test_whatever_the_batch_size(self, run, batch_size):
         sampler = tiny_sampler()

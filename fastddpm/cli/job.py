@@ -156,7 +156,11 @@ class Job:
             raise Stopped("; the same command continues" if outputs.folder else "") from None
         if folder is not None:
             lines.append(_told(folder.path, drawn, len(ids) - drawn))
-        return lines + self._write_files(ids, outputs, kept, animation)
+        lines += self._write_files(ids, outputs, kept, animation)
+        if drawn:
+            engine = self.sampler.engine
+            lines.append(f"engine: {engine.used} ({engine.why})")
+        return lines
 
     def check(self, outputs: Outputs) -> int:
         """Refuse before the work, and before anything is written, what would fail after it.
@@ -210,12 +214,17 @@ class Job:
 
     def _batches(self, ids: range, folder: PictureFolder | None, with_gif: bool) -> Iterator[list[int]]:
         """The ids that must be drawn: those that are animated come first, and in batches of their own."""
-        size = self.batch_size or default_batch_size(self.sampler.device)
+        size = self._batch_size() or len(ids)
         there = set() if folder is None else folder.names()
         split = min(len(ids), GIF_LIMIT) if with_gif else 0
         for part, animated in ((ids[:split], True), (ids[split:], False)):
             missing = [i for i in part if animated or folder_file("", i).name not in there]
             yield from (missing[first : first + size] for first in range(0, len(missing), size))
+
+    def _batch_size(self) -> int | None:
+        """Pictures that run together, short batches filled up; None where a run that was not cut up is one batch."""
+        usual = default_batch_size(self.sampler.device)
+        return self.batch_size or (usual if self.n > usual else None)
 
     def _draw(self, ids: Sequence[int], animation: Animation | None) -> Tensor:
         """The pictures of one batch, uint8 [B, C, H, W] on the CPU."""
@@ -226,7 +235,7 @@ class Job:
             **self._method(),
             class_labels=self.labels(ids),
             guidance_scale=self.guidance,
-            batch_size=max(len(ids), self.batch_size or default_batch_size(self.sampler.device)),
+            batch_size=self._batch_size(),
             output="uint8",
             callback=animation,
         )

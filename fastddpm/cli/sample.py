@@ -89,7 +89,7 @@ def sample(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Pictures that run together; does not change them. [default: 64 on a CPU, 256 on a GPU]",
+            help="Pictures that run together; short batches are filled up. [default: all; parts of 64, on a GPU 256]",
             rich_help_panel=RUN,
         ),
     ] = None,

@@ -62,6 +62,16 @@ def test_short_batches_are_filled_up(compiled):
     assert compiled.engine.used == "compiled" and set(cache.packages()) == before
 
 
+@pytest.mark.parametrize("options", RUNS, ids=str)
+def test_at_one_batch_size_a_sample_is_the_same_bit_for_bit(compiled, options):
+    options = {"output": "raw", "batch_size": 3, **options}
+    expected = compiled.sample(6, class_labels=[0, 1, 2, 0, 1, 2], **options)
+    assert torch.equal(compiled.sample(1, sample_ids=[4], class_labels=[1], **options)[0], expected[4])
+    ids = [5, 0, 3, 2]
+    assert torch.equal(compiled.sample(4, sample_ids=ids, class_labels=[i % 3 for i in ids], **options), expected[ids])
+    assert compiled.engine.used == "compiled"
+
+
 def test_previews_are_those_of_the_samples(compiled):
     seen: dict[str, list] = {"eager": [], "compiled": []}
     for name in seen:
