@@ -44,7 +44,7 @@ def random_checkpoint(folder: Path, config: Mapping[str, Any], variance: Varianc
 
 
 def random_unet(structure: UNetConfig, T: int = 1000) -> UNet:
-    """A seeded random network without classes whose outputs are about 1; the caller's random numbers stay as they are."""
+    """A seeded random network without classes whose outputs are about 1; the caller's generator is left alone."""
     with torch.random.fork_rng(devices=()), torch.no_grad():
         torch.manual_seed(0)
         network = UNet(structure).eval()

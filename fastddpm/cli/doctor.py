@@ -59,10 +59,15 @@ def show(results: Sequence[Result]) -> None:
     """Print results as a table, on narrow terminals as lines, with a last line that sums up."""
     console = Console(highlight=False)
     if console.width < NARROW:
-        say("\n".join(f"- {r.check}: {'ok' if r.ok else 'FAILED'}, {r.seconds:.1f} s: {r.detail}" for r in results))
+        say(as_lines(results))
     else:
         console.print(table(results))
     say(summary(results))
+
+
+def as_lines(results: Sequence[Result]) -> str:
+    """Results, a line for each."""
+    return "\n".join(f"- {r.check}: {'ok' if r.ok else 'FAILED'}, {r.seconds:.1f} s: {r.detail}" for r in results)
 
 
 def table(results: Sequence[Result]) -> Table:
