@@ -35,7 +35,7 @@ ifneq ($(shell $(SOUND) && echo sound),sound)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help sample test test-all lint types bench train install clean
+.PHONY: help sample test test-all lint types bench gpu train install clean
 
 help: ## show this list
 	@echo "fastddpm: make TARGET, where TARGET is one of"
@@ -60,6 +60,9 @@ types: $(TEST) ## mypy, strict
 
 bench: $(TEST) ## measure beside the peers, 20 minutes; tables, JSON and plots go to benchmarks/results
 	@$(BIN)/fastddpm bench --out $(RESULTS)
+
+gpu: ## all that a GPU can tell, in 6 minutes, from .venv if it is there; results go to benchmarks/results/gpu
+	@benchmarks/gpu.sh $(RESULTS)/gpu
 
 train: $(BASE) ## train on MNIST: make train DATA=<folder with the idx files>
 	@if [ -z "$(DATA)" ]; then \

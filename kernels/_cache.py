@@ -235,6 +235,16 @@ def _is_sound(path: Path) -> bool:
     return False
 
 
+def is_damaged(path: Path) -> bool:
+    """Whether a kept file is not as it was written, or cannot be read; it stays where it is."""
+    name = _NAME.fullmatch(path.name)
+    try:
+        with open(path, "rb") as file:
+            return name is None or name["sum"] != _checksum(file)
+    except OSError:
+        return True
+
+
 def _checksum(file: io.BufferedReader) -> str:
     # Of those in the standard library, SHA-256 is the quickest on processors that have instructions for it.
     return hashlib.file_digest(file, "sha256").hexdigest()[:24]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class Profile:
         busy_ms: all kernels of a step.
         wall_ms: a step without the profiler; on a GPU, what it has more than `busy_ms` are gaps.
         convolutions: the share of those that convolve.
+        host_ms: in which the host launches a step. Where it is less than `wall_ms`, a GPU never waits for its host.
     """
 
     kernels: list[Kernel]
@@ -55,6 +57,7 @@ class Profile:
     busy_ms: float
     wall_ms: float
     convolutions: float
+    host_ms: float
 
 
 def trace(sampler: Sampler, path: Path, *, batch: int, steps: int, steps_only: bool = False) -> Profile:
@@ -79,6 +82,9 @@ def trace(sampler: Sampler, path: Path, *, batch: int, steps: int, steps_only: b
 
     once()
     wall_ms = Clock.of(sampler.device).spent(run) / steps
+    began = time.perf_counter()
+    run()
+    host_ms = 1e3 * (time.perf_counter() - began) / steps
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
         once()
@@ -94,7 +100,8 @@ def trace(sampler: Sampler, path: Path, *, batch: int, steps: int, steps_only: b
     convolving = sum(ms for name, _, ms in found if CONVOLUTIONS.search(name)) / total
     dearest = sorted(found, key=lambda entry: -entry[2])[:TOP]
     kernels = [Kernel(name, count / steps, ms / steps, ms / total) for name, count, ms in dearest]
-    return Profile(kernels, sum(count for _, count, _ in found) / steps, total / steps, wall_ms, convolving)
+    launches = sum(count for _, count, _ in found) / steps
+    return Profile(kernels, launches, total / steps, wall_ms, convolving, host_ms)
 
 
 def _run(sampler: Sampler, batch: int, steps: int, steps_only: bool) -> Callable[[], object]:

@@ -69,7 +69,12 @@ def measure_kernels(device: str, dry: bool = False, say: Say = lambda _: None) -
 
 
 def measure_steps(
-    device: str, dry: bool = False, minutes: float = MINUTES, names: Sequence[str] = (), say: Say = lambda _: None
+    device: str,
+    dry: bool = False,
+    minutes: float = MINUTES,
+    names: Sequence[str] = (),
+    say: Say = lambda _: None,
+    on_batch: Callable[[dict[str, Any]], object] = lambda _: None,
 ) -> dict[str, Any]:
     """A step of each network in all engines and precisions, beside the others: {"networks", "left_out", "text"}.
 
@@ -81,6 +86,7 @@ def measure_steps(
         minutes: what has not begun by then is left out, with a line.
         names: of the networks; all of them for none.
         say: is told what goes on.
+        on_batch: is given what is known after each batch size, in the form of the result.
     """
     chosen = [workload for workload in networks(dry) if not names or workload.name in names]
     settings = _settings(device, dry, minutes)
@@ -88,14 +94,19 @@ def measure_steps(
     def on_event(workload: str, batch: int, peer: str, what: str) -> None:
         say(f"{workload}, B = {batch}: {peer or 'all'}: {what}")
 
-    results: list[WorkloadResult] = list(runner.run(chosen, settings, on_event))
-    machine = describe(settings.threads)
-    text = report.markdown(results, machine, dataclasses.asdict(settings))
-    rows = summary.text(results, machine, "cuda")
-    return {
-        "device": device, "networks": as_json(results), "left_out": runner.left_out(results), "table": rows,
-        "text": f"{rows}\n{text}",
-    }  # fmt: skip
+    machine, results = describe(settings.threads), list[WorkloadResult]()
+
+    def known(found: list[WorkloadResult]) -> dict[str, Any]:
+        text = report.markdown(found, machine, dataclasses.asdict(settings))
+        rows = summary.text(found, machine, "cuda")
+        return {
+            "device": device, "networks": as_json(found), "left_out": runner.left_out(found), "table": rows,
+            "text": f"{rows}\n{text}",
+        }  # fmt: skip
+
+    for result in runner.run(chosen, settings, on_event, lambda so_far, _: on_batch(known([*results, so_far]))):
+        results.append(result)
+    return known(results)
 
 
 def compilations(dry: bool = False) -> list[tuple[str, str, int]]:
@@ -137,7 +148,8 @@ def take_apart(device: str, folder: Path, dry: bool = False) -> dict[str, Any]:
     lines = [f"| {kernel.name} | {kernel.calls:g} | {kernel.ms:.3g} | {kernel.share:.1%} |" for kernel in found.kernels]
     text = "\n".join((
         f"{sampler.engine.used}, B = {batch}: {found.launches:g} launches and {found.busy_ms:.3g} ms of kernels in a "
-        f"step of {found.wall_ms:.3g} ms; convolutions are {found.convolutions:.0%} of them.", "",
+        f"step of {found.wall_ms:.3g} ms; convolutions are {found.convolutions:.0%} of them; the host is done after "
+        f"{found.host_ms:.3g} ms a step.", "",
         "| kernel | calls per step | ms per step | share |", "|---|---|---|---|", *lines, "",
     ))  # fmt: skip
     return {**dataclasses.asdict(found), "engine": sampler.engine.used, "batch": batch, "text": text}

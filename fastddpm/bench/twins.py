@@ -36,19 +36,25 @@ def random_checkpoint(folder: Path, config: Mapping[str, Any], variance: Varianc
     Returns:
         The folder.
     """
-    torch.manual_seed(0)
     structure = unet_config(config, "random_checkpoint")
-    network = UNet(structure).eval()
+    network = random_unet(structure, T)
     shape = (structure.in_channels, *structure.sample_size)
-    with torch.no_grad():
+    native.save(folder, network, NoiseSchedule.linear(T), ModelSpec(shape, variance=variance))
+    return folder
+
+
+def random_unet(structure: UNetConfig, T: int = 1000) -> UNet:
+    """A seeded random network without classes whose outputs are about 1; the caller's generator is left alone."""
+    with torch.random.fork_rng(devices=()), torch.no_grad():
+        torch.manual_seed(0)
+        network = UNet(structure).eval()
         for module in network.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.reset_parameters()  # training starts some at zero
-        out = network(torch.randn(1, *shape), torch.tensor([T // 2]))
-        network.conv_out.weight /= out.std()
+        example = torch.randn(1, structure.in_channels, *structure.sample_size)
+        network.conv_out.weight /= network(example, torch.tensor([T // 2])).std()
         nn.init.zeros_(network.conv_out.bias)  # type: ignore[arg-type]
-    native.save(folder, network, NoiseSchedule.linear(T), ModelSpec(shape, variance=variance))
-    return folder
+    return network
 
 
 def import_diffusers() -> Any:  # noqa: ANN401 - a module

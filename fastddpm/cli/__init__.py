@@ -1,4 +1,4 @@
-"""The command line: `fastddpm sample | train | convert | export | compile | bench | info`."""
+"""The command line: `fastddpm sample | train | convert | export | compile | bench | info | doctor`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fastddpm import __version__
 from fastddpm.cli.bench import bench
 from fastddpm.cli.compile import compile_model
 from fastddpm.cli.convert import convert
+from fastddpm.cli.doctor import doctor
 from fastddpm.cli.errors import INTERRUPTED, report
 from fastddpm.cli.export import export
 from fastddpm.cli.info import info
@@ -56,6 +57,7 @@ app.command()(export)
 app.command("compile")(compile_model)
 app.command()(bench)
 app.command()(info)
+app.command()(doctor)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -31,7 +31,7 @@ SUFFIX = ".pt2"
 _SUFFIXES = (SUFFIX, ".onnx")
 _UNFINISHED_S = 86400.0
 _NO_PART_OF_A_STEP = frozenset(
-    {"bench", "cli", "checkpoints", "integrations", "train", "data", "pretrained", "__pycache__"}
+    {"bench", "cli", "checkpoints", "doctor", "integrations", "train", "data", "pretrained", "__pycache__"}
 )
 _IMPORTED = time.time()
 

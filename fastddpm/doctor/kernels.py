@@ -1,0 +1,215 @@
+"""Each kernel against its equation in float64, over dtypes, with the tolerance that stands beside the op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastddpm.bench.cases import LOW_TOLERANCE
+from fastddpm.doctor.surroundings import ProblemError
+from fastddpm.kernels import COLUMNS, normals_reference, p_sample, philox4x32_reference, q_sample
+from fastddpm.kernels._checks import OUT_DTYPES
+from fastddpm.kernels.group_norm import GROUP_NORM_RTOL, add_group_norm
+from fastddpm.kernels.p_sample import P_SAMPLE_RTOL
+from fastddpm.kernels.philox import NORMALS_ATOL
+from fastddpm.kernels.q_sample import Q_SAMPLE_RTOL
+from fastddpm.kernels.winograd import WINOGRAD_RTOL, pack, winograd_conv
+
+SHAPE = (5, 3, 9, 7)
+"""[B, C, H, W], odd, so that the last quads are not whole."""
+ROWS = 4
+KNOWN_ANSWERS = (
+    ((0,) * 6, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 6, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0),
+     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+)  # fmt: skip
+"""Counter and key, and what Philox4x32-10 makes of them, from Random123's kat_vectors."""
+
+
+def check_noise(device: torch.device) -> str:
+    """Philox's known answers on the device, and the moments of the normals."""
+    for words, expected in KNOWN_ANSWERS:
+        given = [torch.tensor([word], device=device) for word in words]
+        got = tuple(int(word) for word in torch.cat(philox4x32_reference(*given)).cpu())
+        if got != expected:
+            raise ProblemError(f"Philox must give {expected[0]:08x} …, got {got[0]:08x} …")
+    ids = torch.arange(64, device=device)
+    z = normals_reference(torch.zeros_like(ids), ids, torch.full_like(ids, 7), 4096).double()
+    mean, std = float(z.mean()), float(z.std())
+    if abs(mean) > 0.01 or abs(std - 1) > 0.01:
+        raise ProblemError(f"normals must have mean 0 and deviation 1, got {mean:.3g} and {std:.4g}")
+    return f"{len(KNOWN_ANSWERS)} known answers; {z.numel()} normals of mean {mean:.4f}, deviation {std:.4f}"
+
+
+def check_p_sample(device: torch.device) -> str:
+    """One row with all that a solver may ask for and one with the bare least, from outputs of each dtype."""
+    worst = 0.0
+    for dtype in OUT_DTYPES:
+        for full in (False, True):
+            case = _update_case(dtype, full)
+            want, size = _update_float64(**case)
+            given = {name: value.to(device) for name, value in case.items()}
+            p_sample(**given)
+            what = f"p_sample, {_name(dtype)}, {'all options' if full else 'no options'}"
+            worst = max(worst, _off(given["x"], want, P_SAMPLE_RTOL * size + NORMALS_ATOL, what))
+    return _passed(worst, OUT_DTYPES)
+
+
+def check_q_sample(device: torch.device) -> str:
+    """Floats and bytes, noise given and made."""
+    worst, generator = 0.0, torch.Generator().manual_seed(0)
+    angles = torch.linspace(0.1, 1.5, 10)
+    tables, t, ids = (angles.cos(), angles.sin()), torch.arange(SHAPE[0]) * 2, torch.arange(SHAPE[0])
+    made = normals_reference(ids, ids, t, _numel()).reshape(SHAPE)
+    signal, spread = (table[t].double()[:, None, None, None] for table in tables)
+    for dtype in (torch.float32, torch.uint8):
+        x = torch.randn(SHAPE, generator=generator)
+        x = (x * 40 + 128).clamp(0, 255).to(torch.uint8) if dtype == torch.uint8 else x
+        exact = x.double() / 127.5 - 1 if dtype == torch.uint8 else x.double()
+        for given in (True, False):
+            eps = torch.randn(SHAPE, generator=generator) if given else made
+            noise = {"eps": eps} if given else {"seed": ids, "sample_id": ids}
+            moved = {name: value.to(device) for name, value in noise.items()}
+            got, _ = q_sample(x.to(device), t.to(device), *(table.to(device) for table in tables), **moved)
+            # The map of bytes to [-1, 1] rounds too, by up to a unit of 1.
+            size = (signal * exact).abs() + (spread * eps).abs() + signal
+            what = f"q_sample, {_name(dtype)}, noise {'given' if given else 'made'}"
+            worst = max(worst, _off(got, signal * exact + spread * eps, Q_SAMPLE_RTOL * size + NORMALS_ATOL, what))
+    return _passed(worst, (torch.float32, torch.uint8))
+
+
+def check_add_group_norm(device: torch.device) -> str:
+    """With a bias, a projection, a residual branch and SiLU, on channels-last pictures of each dtype."""
+    worst, (B, C, H, W), groups, eps = 0.0, (3, 16, 6, 5), 4, 1e-5
+    for dtype in OUT_DTYPES:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int, dtype: torch.dtype = dtype, generator: torch.Generator = generator) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        x, residual = (draw(B, C, H, W).contiguous(memory_format=torch.channels_last) for _ in range(2))
+        weight, beta, bias, row = draw(C), draw(C), draw(C), draw(B, C).float()
+        total = x.double() + bias.double()[:, None, None] + row.double()[:, :, None, None] + residual.double()
+        want = F.silu(F.group_norm(total, groups, weight.double(), beta.double(), eps))
+        more = {"bias": bias.to(device), "row": row.to(device), "residual": residual.to(device)}
+        _, got = add_group_norm(
+            x.to(device), weight.to(device), beta.to(device), groups, eps, mode="add", **more
+        )  # fmt: skip
+        low = 0.0 if dtype == torch.float32 else LOW_TOLERANCE
+        allowed = (GROUP_NORM_RTOL + low) * want.abs().max() + 0 * want
+        worst = max(worst, _off(got, want, allowed, f"add_group_norm, {_name(dtype)}"))
+    return _passed(worst, OUT_DTYPES)
+
+
+def check_winograd(device: torch.device) -> str:
+    """The C kernel, compiled for this processor, against the direct convolution in float64."""
+    worst, generator = 0.0, torch.Generator().manual_seed(0)
+    channels, dtypes = 32, (torch.float32, torch.bfloat16)
+    weight = (torch.rand(64, channels, 3, 3, generator=generator) * 2 - 1) / (9 * channels) ** 0.5
+    bias = torch.randn(64, generator=generator)
+    for dtype in dtypes:
+        x = torch.randn(2, channels, 13, 6, generator=generator).to(dtype)
+        want = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+        low = 0.0 if dtype == torch.float32 else 2.0**-8 * want.abs()
+        got = winograd_conv(x, pack(weight), bias)
+        worst = max(worst, _off(got, want, WINOGRAD_RTOL * x.double().abs().max() + low + 0 * want,
+                                f"winograd, {_name(dtype)}"))  # fmt: skip
+    return _passed(worst, dtypes)
+
+
+def _update_case(dtype: torch.dtype, full: bool) -> dict[str, Tensor]:
+    """Arguments of `p_sample`: samples at all rows, the last of them finished."""
+    generator, (B, C, H, W) = torch.Generator().manual_seed(0), SHAPE
+    table = torch.rand(ROWS + 1, len(COLUMNS), generator=generator) * 2 - 1
+    column = {name: i for i, name in enumerate(COLUMNS)}
+    table[:, column["sigma"]] = table[:, column["sigma"]].abs()
+    table[:, column["bound"]] = torch.tensor([1.0, 0.5, torch.inf, 1.0, torch.inf])
+    table[ROWS] = torch.tensor([float(name == "c_x") or (torch.inf if name == "bound" else 0.0) for name in COLUMNS])
+    outputs = 2 * C if full else C
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    case = {
+        "x": draw(*SHAPE), "out": draw(B, outputs, H, W).to(dtype), "table": table,
+        "timesteps": torch.tensor([999, 500, 3, 1, 0]), "step": torch.arange(B) % (ROWS + 1),
+        "end": torch.full((B,), ROWS), "sample_id": torch.arange(B) + 2**33, "seed": torch.arange(B) - 2**63,
+    }  # fmt: skip
+    if full:
+        case |= {
+            "out_uncond": draw(B, outputs, H, W).to(dtype), "guidance": 1 + draw(B).abs(), "history": draw(*SHAPE),
+            "bound": 1 + draw(B).abs(),
+        }  # fmt: skip
+    return case
+
+
+def _update_float64(
+    x: Tensor,
+    out: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    step: Tensor,
+    end: Tensor,
+    sample_id: Tensor,
+    seed: Tensor,
+    *,
+    out_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
+    history: Tensor | None = None,
+    bound: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The equations of `p_sample`, and the sum of all terms' magnitudes, to which its tolerance is relative."""
+
+    def each(values: Tensor) -> Tensor:
+        return values.double()[:, None, None, None]
+
+    channels = x.shape[1]
+    c: dict[str, Any] = {name: each(table[step, i]) for i, name in enumerate(COLUMNS)}
+    z = normals_reference(seed, sample_id, timesteps[step], x[0].numel()).reshape(x.shape).double()
+    state, o, v = x.double(), out[:, :channels].double(), out[:, channels:].double()
+    if out_uncond is not None and guidance is not None:
+        base = out_uncond[:, :channels].double()
+        o = base + each(guidance) * (o - base)
+    inside = (c["a_x"] * state, c["a_o"] * o)
+    limit = c["bound"] if bound is None else each(bound)
+    x0 = (inside[0] + inside[1]).clamp(-limit, limit) / (1.0 if bound is None else limit)
+    sigma = c["sigma"]
+    if v.shape[1]:
+        part = (v + 1) / 2
+        sigma = sigma * torch.exp(0.5 * (part * c["log_beta"] + (1 - part) * c["log_beta_tilde"]))
+    terms = [c["c_0"] * x0, c["c_x"] * state, c["c_o"] * o, sigma * z]
+    if history is not None:
+        terms.append(c["c_h"] * history.double())
+    new = torch.stack(terms).sum(0)
+    size = torch.stack([*terms, *inside]).abs().sum(0)
+    finished = (step >= end)[:, None, None, None]
+    return torch.where(finished, state, new), torch.where(finished, 0.0, size)
+
+
+def _off(got: Tensor, want: Tensor, allowed: Tensor, what: str) -> float:
+    """The largest error as a part of what is allowed.
+
+    Raises:
+        ProblemError: it is more, or not a number.
+    """
+    error = (got.cpu().double() - want).abs()
+    worst = float((error / allowed).nan_to_num(nan=torch.inf).max())
+    if not worst <= 1:
+        raise ProblemError(f"{what}: off by up to {float(error.max()):.2e}, {worst:.3g} times what is allowed")
+    return worst
+
+
+def _passed(worst: float, dtypes: tuple[torch.dtype, ...]) -> str:
+    return f"{', '.join(map(_name, dtypes))}: the largest error is {worst:.2g} of what is allowed"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _numel() -> int:
+    return SHAPE[1] * SHAPE[2] * SHAPE[3]
