@@ -1,0 +1,114 @@
+"""Random valid runs, what the textbook makes of them, and how far float32 may be from it."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from fastddpm import reference
+from fastddpm.kernels.philox import X_T_COUNTER
+from fastddpm.noise import id_bits, normals, seed_bits
+from fastddpm.sampler import Sampler
+from fastddpm.step_table import DynamicThreshold
+
+SAFETY = 8.0
+ROUNDING = 2.0**-21
+"""Relative error of a network's float32 output that is taken for rounding: some units in the last place."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One call of `Sampler.sample`."""
+
+    options: dict[str, Any]
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    seed: int
+    guidance: float
+
+    def asked(self, order: list[int] | None = None) -> dict[str, Any]:
+        """The keyword arguments, for some of the samples."""
+        order = list(range(len(self.ids))) if order is None else order
+        return {
+            **self.options,
+            "seed": self.seed,
+            "sample_ids": [self.ids[i] for i in order],
+            "class_labels": [self.labels[i] for i in order],
+            "guidance_scale": self.guidance,
+            "output": "raw",
+        }
+
+
+@st.composite
+def runs(draw, T: int, n: int | None = None, guided: bool = True) -> Run:
+    """A valid run of a network with three classes and T training steps."""
+    solver = draw(st.sampled_from(["ddpm", "ddim", "dpmpp_2m"]))
+    options: dict[str, Any] = {"solver": solver}
+    if draw(st.booleans()):
+        options["steps"] = draw(st.integers(1, 12) | st.just(T))
+    else:
+        chosen = draw(st.sets(st.integers(0, T - 1), min_size=1, max_size=9))
+        options["timesteps"] = sorted(chosen, reverse=True)
+    clips: list[Any] = [None, 1.0, 0.5]
+    if solver == "ddpm":
+        options["variance"] = draw(st.sampled_from(["fixed_small", "fixed_large"]))
+        clips.append(DynamicThreshold(draw(st.sampled_from([0.9, 0.995])), 2.0))
+    if solver == "ddim":
+        options["eta"] = draw(st.sampled_from([0.0, 0.3, 1.0]))
+        options["clipped_eps"] = draw(st.sampled_from(["rederive", "raw"]))
+    options["clip"] = draw(st.sampled_from(clips))
+    n = n or draw(st.integers(1, 4))
+    ids = draw(st.lists(st.integers(0, 2**64 - 1), min_size=n, max_size=n, unique=True))
+    labels = draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
+    guidance = draw(st.sampled_from([1.0, 0.0, 2.5])) if guided else 1.0
+    return Run(options, tuple(ids), tuple(labels), draw(st.integers(0, 2**64 - 1)), guidance)
+
+
+def textbook(sampler: Sampler, run: Run, disturbed: int | None = None) -> torch.Tensor:
+    """The run by the plain loops in float64; `disturbed` seeds an error of `ROUNDING` in each output."""
+    generator = None if disturbed is None else torch.Generator().manual_seed(disturbed)
+    ids, labels = id_bits(run.ids), torch.tensor(run.labels)
+    seeds = torch.full_like(ids, seed_bits(run.seed))
+    table = sampler.table(**run.options)
+    timesteps = table.timesteps[:-1]
+
+    def noise(t: int) -> torch.Tensor:
+        return normals(seeds, ids, torch.full_like(ids, t), sampler.spec.shape).double()
+
+    def network(x, t, y):
+        out = sampler.network(x.float(), t, y).double()
+        if generator is not None:
+            out = out + out.abs().amax() * ROUNDING * (2 * torch.rand(out.shape, generator=generator) - 1)
+        return out
+
+    model = network
+    if run.guidance != 1.0:
+        model = reference.classifier_free_guidance(network, run.guidance, sampler.spec.null_class)
+    clip = run.options["clip"]
+    threshold = dataclasses.astuple(clip) if isinstance(clip, DynamicThreshold) else None
+    bound = None if threshold is not None else clip
+    x_T, step_noise = noise(X_T_COUNTER), lambda i: noise(int(timesteps[i]))
+    if run.options["solver"] == "ddpm":
+        return reference.p_sample_loop(
+            model, sampler.schedule, x_T, step_noise, timesteps=timesteps, y=labels,
+            variance=run.options["variance"], clip=bound, threshold=threshold,
+        )  # fmt: skip
+    if run.options["solver"] == "ddim":
+        return reference.ddim_sample_loop(
+            model, sampler.schedule, x_T, timesteps, eta=run.options["eta"], noise=step_noise, y=labels, clip=bound,
+            rederive_eps=run.options["clipped_eps"] == "rederive",
+        )  # fmt: skip
+    return reference.dpmpp_2m_sample_loop(model, sampler.schedule, x_T, timesteps, y=labels, clip=bound)
+
+
+def check(sampler: Sampler, plain: Sampler, run: Run, order: list[int], batch_size: int | None) -> None:
+    """The sampler's pictures, in any order and batch size, against the textbook's.
+
+    The bound is what rounding in the network makes of the run's end, with the textbook's loop as the amplifier.
+    """
+    want = textbook(plain, run)
+    spread = max(float((textbook(plain, run, seed) - want).abs().max()) for seed in (0, 1))
+    bound = SAFETY * spread + 2.0**-20 * float(want.abs().max())
+    got = sampler.sample(len(order), batch_size=batch_size, **run.asked(order))
+    assert float((got.double() - want[order]).abs().max()) <= bound
