@@ -79,7 +79,7 @@ def test_a_pipe_is_not_waited_for(cache):
     thread = threading.Thread(target=remember, args=("a", Measured(1.0)), daemon=True)
     thread.start()
     thread.join(10)
-    assert not thread.is_alive() and remembered() == {"a": Measured(1.0)}
+    assert not thread.is_alive() and remembered() == {}  # it costs the measurement
 
 
 @pytest.mark.parametrize("name", ["measured.json", ".measured.lock"])
