@@ -546,6 +546,9 @@ def test_a_diffusion_of_before_version_1_is_refused():
 def test_other_diffusions_are_refused():
     with pytest.raises(TypeError, match=r"without classes, masks or guidance, got .*sample\(classes, cond_scale"):
         accelerate(with_classes())
+    guided = module("guided_diffusion")
+    with pytest.raises(TypeError, match=r"got one with classifier guidance \(cond_fn\), which is not supported"):
+        accelerate(guided.GaussianDiffusion(guided.Unet(8, dim_mults=(1, 2)), image_size=8))
     with pytest.raises(TypeError, match="accelerate: "):
         accelerate(torch.nn.Linear(1, 1))
 

@@ -53,6 +53,8 @@ def accelerate_gaussian_diffusion(
     parameters = list(inspect.signature(kind.sample).parameters)
     if parameters[1:] == ["batch_size"]:
         raise TypeError(f"{expected} 1.0.2 or later, got an older one; update the package, or sample with it directly")
+    if "cond_fn" in parameters:
+        raise TypeError(f"{expected}, got one with classifier guidance (cond_fn), which is not supported")
     if parameters[1:] != ["batch_size", "return_all_timesteps"]:
         raise TypeError(
             f"{expected}, without classes, masks or guidance, got {kind.__module__}.{kind.__name__} with "
