@@ -154,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         why = _no_gpu()
         if why:
             parser.error(f"{why}; --dry runs in miniature on the CPU")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the section would go on without us
     outcomes = run([name for name in SHARES if name in chosen], given.out.absolute(), given.minutes, given.dry)
     table = report(outcomes)
     write(given.out / "summary.json", json.dumps([dataclasses.asdict(one) for one in outcomes], indent=2))
