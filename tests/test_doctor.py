@@ -1,4 +1,4 @@
-"""The doctor: well machines pass, and whatever is broken on purpose is named; GPUs that are not usable are explained."""
+"""The doctor: well machines pass, what is broken on purpose is named, and GPUs that cannot be used are explained."""
 
 import json
 import types

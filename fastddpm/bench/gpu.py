@@ -124,7 +124,8 @@ def report(outcomes: Sequence[Outcome]) -> str:
     """The outcomes as a Markdown table."""
     lines = ["| section | | s | |", "|---|---|---|---|"]
     for one in outcomes:
-        lines.append(f"| {one.section} | {'ok' if one.ok else 'FAILED'} | {one.seconds:.0f} | {one.says} |")
+        says = " ".join(one.says.split()).replace("|", r"\|")
+        lines.append(f"| {one.section} | {'ok' if one.ok else 'FAILED'} | {one.seconds:.0f} | {says} |")
     return "\n".join(lines) + "\n"
 
 
