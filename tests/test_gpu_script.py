@@ -100,10 +100,11 @@ def test_a_section_that_fails_or_takes_too_long_stops_no_other(tmp_path, monkeyp
 
 
 def test_what_a_section_started_ends_with_it(tmp_path):
-    code = (
-        "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)'])\n"
-        "open(sys.argv[1] + '/pid', 'w').write(str(p.pid)); time.sleep(600)"
-    )
+    code = """if True:
+        import subprocess, sys, time
+        child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+        open(sys.argv[1] + "/pid", "w").write(str(child.pid))
+        time.sleep(600)"""
     outcome = gpu.run_section([sys.executable, "-S", "-c", code, str(tmp_path)], "trace", tmp_path, 5)
     assert not outcome.ok
     child = int((tmp_path / "pid").read_text())
