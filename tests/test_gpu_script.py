@@ -72,7 +72,7 @@ def test_what_cannot_be_is_refused(tmp_path, capsys, arguments, says):
 
 # --- sections that go wrong -----------------------------------------------------------------------
 
-WRITES = "import json, sys; json.dump({'ok': True, 'says': 'well | done'}, open(sys.argv[1] + '/{}.json', 'w'))"
+WRITES = "import json, sys; json.dump(dict(ok=True, says='well | done'), open(sys.argv[1] + '/{}.json', 'w'))"
 COMMANDS = {
     "doctor": "raise SystemExit('out of luck')",
     "tests": WRITES.format("tests") + "; import time; time.sleep(600)",

@@ -74,7 +74,7 @@ def measure_steps(
     minutes: float = MINUTES,
     names: Sequence[str] = (),
     say: Say = lambda _: None,
-    on_batch: Callable[[dict[str, Any]], object] = lambda _: None,
+    on_batch: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """A step of each network in all engines and precisions, beside the others: {"networks", "left_out", "text"}.
 
@@ -133,7 +133,7 @@ def compile_ahead(device: str, network: str, peer: str, batch: int, dry: bool = 
 
 
 def take_apart(device: str, folder: Path, dry: bool = False) -> dict[str, Any]:
-    """Profile steps of the first network in bf16, on a GPU replays of a graph; the trace goes to folder/chrome_trace.json.
+    """Profile steps of the first network in bf16, on a GPU a graph's replays; the trace is folder/chrome_trace.json.
 
     Returns:
         The fields of `Profile`, "engine" and "text".
