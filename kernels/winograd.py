@@ -19,8 +19,8 @@ from torch import Tensor
 from fastddpm.kernels._native import load
 
 WINOGRAD_RTOL = 2e-5
-"""Kernel against the exact convolution, relative to the largest |x|, for weights as PyTorch starts them: the points ±2 of
-the transforms give factors up to 8, so about 30 units in the last place."""
+"""Kernel against the exact convolution, relative to the largest |x|, for weights as PyTorch starts them: the transforms
+have factors up to 8, from the points ±2, so about 30 units in the last place."""
 
 POSITIONS = 36
 _SOURCE = Path(__file__).with_name("winograd.c")

@@ -279,5 +279,5 @@ def test_a_step_is_taken_apart(tmp_path):
     found = plain(sections.take_apart("cpu", tmp_path, dry=True))
     assert found["launches"] > 100 and found["busy_ms"] > 0 and found["wall_ms"] > 0
     assert 0 < found["convolutions"] < 1 and len(found["kernels"]) == 10
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert json.loads((tmp_path / "chrome_trace.json").read_text())["traceEvents"]
     assert "convolutions are" in found["text"]

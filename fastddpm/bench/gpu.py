@@ -124,7 +124,8 @@ def report(outcomes: Sequence[Outcome]) -> str:
     """The outcomes as a Markdown table."""
     lines = ["| section | | s | |", "|---|---|---|---|"]
     for one in outcomes:
-        lines.append(f"| {one.section} | {'ok' if one.ok else 'FAILED'} | {one.seconds:.0f} | {one.says} |")
+        says = " ".join(one.says.split()).replace("|", r"\|")
+        lines.append(f"| {one.section} | {'ok' if one.ok else 'FAILED'} | {one.seconds:.0f} | {says} |")
     return "\n".join(lines) + "\n"
 
 
@@ -154,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         why = _no_gpu()
         if why:
             parser.error(f"{why}; --dry runs in miniature on the CPU")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the section would go on without us
     outcomes = run([name for name in SHARES if name in chosen], given.out.absolute(), given.minutes, given.dry)
     table = report(outcomes)
     write(given.out / "summary.json", json.dumps([dataclasses.asdict(one) for one in outcomes], indent=2))

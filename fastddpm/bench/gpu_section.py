@@ -69,13 +69,12 @@ def doctor(section: Section) -> None:
     from fastddpm.cli.doctor import as_lines, summary
     from fastddpm.doctor.checks import Result, examine
 
-    device, results = torch.device("cpu" if section.dry else "cuda:0"), []
+    device, results = torch.device("cpu" if section.dry else "cuda:0"), list[Result]()
 
     def keep(done: bool) -> None:
-        found: list[Result] = results
-        checks = [dataclasses.asdict(result) for result in found]
-        ok = done and all(result.ok for result in found)
-        section.keep(ok, summary(found), as_lines(found), checks=checks)
+        checks = [dataclasses.asdict(result) for result in results]
+        ok = done and all(result.ok for result in results)
+        section.keep(ok, summary(results), as_lines(results), checks=checks)
 
     for result in examine(device, leave_out=SLOW_CHECKS if section.dry else ()):
         results.append(result)
@@ -108,7 +107,7 @@ def marked_files() -> tuple[str, ...]:
 
 def compile_all(section: Section) -> None:
     """Fill Inductor's cache with what the benchmarks need, in processes side by side."""
-    end, done, wanted = time.monotonic() + section.seconds, [], compilations(section.dry)
+    end, done, wanted = time.monotonic() + section.seconds, list[dict[str, Any]](), compilations(section.dry)
 
     def one(arguments: tuple[str, str, int]) -> dict[str, Any]:
         network, peer, batch = arguments

@@ -74,7 +74,7 @@ def measure_steps(
     minutes: float = MINUTES,
     names: Sequence[str] = (),
     say: Say = lambda _: None,
-    on_batch: Callable[[dict[str, Any]], object] = lambda _: None,
+    on_batch: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """A step of each network in all engines and precisions, beside the others: {"networks", "left_out", "text"}.
 
@@ -133,7 +133,7 @@ def compile_ahead(device: str, network: str, peer: str, batch: int, dry: bool = 
 
 
 def take_apart(device: str, folder: Path, dry: bool = False) -> dict[str, Any]:
-    """Profile steps of the first network in bf16, on a GPU replays of a graph; the trace goes to folder/trace.json.
+    """Profile steps of the first network in bf16, on a GPU a graph's replays; the trace is folder/chrome_trace.json.
 
     Returns:
         The fields of `Profile`, "engine" and "text".
@@ -144,7 +144,7 @@ def take_apart(device: str, folder: Path, dry: bool = False) -> dict[str, Any]:
         job = make_job(networks(dry)[0], Path(scratch), threads=torch.get_num_threads(), device=device)
         engine: Any = "cuda_graph" if on_gpu else "eager"
         sampler = Sampler.from_pretrained(job.model, device=device, engine=engine, precision="bf16")
-        found = profiling.trace(sampler, folder / "trace.json", batch=batch, steps=steps, steps_only=True)
+        found = profiling.trace(sampler, folder / "chrome_trace.json", batch=batch, steps=steps, steps_only=True)
     lines = [f"| {kernel.name} | {kernel.calls:g} | {kernel.ms:.3g} | {kernel.share:.1%} |" for kernel in found.kernels]
     text = "\n".join((
         f"{sampler.engine.used}, B = {batch}: {found.launches:g} launches and {found.busy_ms:.3g} ms of kernels in a "

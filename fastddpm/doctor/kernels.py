@@ -52,7 +52,7 @@ def check_p_sample(device: torch.device) -> str:
         for full in (False, True):
             case = _update_case(dtype, full)
             want, size = _update_float64(**case)
-            given = {name: value.to(device) for name, value in case.items()}
+            given: dict[str, Any] = {name: value.to(device) for name, value in case.items()}
             p_sample(**given)
             what = f"p_sample, {_name(dtype)}, {'all options' if full else 'no options'}"
             worst = max(worst, _off(given["x"], want, P_SAMPLE_RTOL * size + NORMALS_ATOL, what))
@@ -95,7 +95,7 @@ def check_add_group_norm(device: torch.device) -> str:
         weight, beta, bias, row = draw(C), draw(C), draw(C), draw(B, C).float()
         total = x.double() + bias.double()[:, None, None] + row.double()[:, :, None, None] + residual.double()
         want = F.silu(F.group_norm(total, groups, weight.double(), beta.double(), eps))
-        more = {"bias": bias.to(device), "row": row.to(device), "residual": residual.to(device)}
+        more: dict[str, Any] = {"bias": bias.to(device), "row": row.to(device), "residual": residual.to(device)}
         _, got = add_group_norm(
             x.to(device), weight.to(device), beta.to(device), groups, eps, mode="add", **more
         )  # fmt: skip

@@ -123,7 +123,7 @@ def _check_code(name: str, major: int, minor: int) -> None:
 
 def _start_error() -> str:
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         return (str(error).splitlines() or [""])[0]
     return ""
