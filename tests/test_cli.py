@@ -92,6 +92,14 @@ def test_the_grid_is_the_default_output(fastddpm, place, model):
     assert files(place) == ["samples", "samples/grid.png"]
 
 
+def test_it_says_which_engine_ran_and_why(fastddpm, place, model):
+    assert fastddpm("sample", model, "-n", 2, "--engine", "eager").err == "engine: eager (asked for)\n"
+    assert (
+        fastddpm("sample", model, "-n", 2, "--steps", 2).err == "engine: eager (2 steps are too few to compile for)\n"
+    )
+    assert fastddpm("sample", model, "-n", 2, "--steps", 2, "--quiet").err == ""
+
+
 def test_the_folder_holds_the_samplers_pictures(fastddpm, place, model):
     assert good(fastddpm("sample", model, "--n", 4, "--folder", "out")) == "wrote 4 pictures to out/\n"
     for i, picture in enumerate(expected_pictures(model, 4)):

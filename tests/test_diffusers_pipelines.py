@@ -127,7 +127,7 @@ def test_the_same_pictures(name, generator):
     options = dict(options)
     unet = {"out_channels": options.pop("out_channels")} if "out_channels" in options else {}
     fast = check_alike(pipeline(kind, copy.deepcopy(scheduler), **unet), generator=generator, **options)
-    assert isinstance(fast.__dict__["_network"]._model, UNet)
+    assert isinstance(fast.__dict__["_network"]._stepper.network, UNet)
 
 
 @pytest.mark.parametrize("mode", ["ancestral", "ancestral_small_trailing", "ddim", "ddim_eta", "dpmpp_2m"])
@@ -240,7 +240,7 @@ def test_changed_weights_are_seen():
 )
 def test_a_network_that_ours_cannot_be_runs_as_it_is(options):
     fast = check_alike(pipeline(DDPMPipeline, DDIMScheduler(steps_offset=1, **V), **options))  # log 0 for "fourier"
-    assert not isinstance(fast.__dict__["_network"]._model, UNet)
+    assert not isinstance(fast.__dict__["_network"]._stepper.network, UNet)
 
 
 def test_hooks_and_foreign_attention_run_as_they_are():

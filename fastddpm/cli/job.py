@@ -156,11 +156,7 @@ class Job:
             raise Stopped("; the same command continues" if outputs.folder else "") from None
         if folder is not None:
             lines.append(_told(folder.path, drawn, len(ids) - drawn))
-        lines += self._write_files(ids, outputs, kept, animation)
-        if drawn:
-            engine = self.sampler.engine
-            lines.append(f"engine: {engine.used} ({engine.why})")
-        return lines
+        return lines + self._write_files(ids, outputs, kept, animation)
 
     def check(self, outputs: Outputs) -> int:
         """Refuse before the work, and before anything is written, what would fail after it.

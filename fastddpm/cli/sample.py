@@ -9,7 +9,7 @@ import typer
 
 from fastddpm.cli.engine_options import EngineOption, PrecisionOption
 from fastddpm.cli.flags import FlagOption, parse_flags
-from fastddpm.terminal import say
+from fastddpm.terminal import say, tell
 
 WHAT, METHOD, OUTPUT, RUN = "What to draw", "How to draw", "Where to write (several may be given)", "Running"
 
@@ -127,3 +127,5 @@ def sample(
     lines = job.run(Outputs(grid, folder, npz, gif))
     if not quiet:
         say("\n".join(lines))
+        if sampler.engine.used:
+            tell(f"engine: {sampler.engine.used} ({sampler.engine.why})")

@@ -66,7 +66,7 @@ class Engine:
 
     Attributes:
         name: the kind that was asked for.
-        used: the kind that ran last.
+        used: the kind that ran last; "" before the first run.
         why: why it was that one.
     """
 
@@ -100,7 +100,7 @@ class Engine:
         if graph_steps is not None and (isinstance(graph_steps, bool) or graph_steps < 1):
             raise ValueError(f"graph_steps must be a positive int or None, got {graph_steps!r}; leave it out")
         self.name, self.device = name, device
-        self.used, self.why = "eager", "nothing was sampled yet"
+        self.used, self.why = "", "nothing was sampled yet"
         on_gpu = Gpu(graphs=name != "compiled", graph_steps=graph_steps)
         self.quick = quick or (on_gpu if device.type == "cuda" else AheadOfTime(weights))
         self._failed: dict[str, str] = {}
