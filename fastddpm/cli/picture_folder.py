@@ -44,8 +44,9 @@ class PictureFolder:
         """
         file = self.path / RUN_FILE
         check_regular(file)
+        # In this order: another process of the same run writes its settings before its first picture.
+        foreign = min((name for name in self.names() if _PICTURE.fullmatch(name)), default=None)
         if not file.exists():
-            foreign = min((name for name in self.names() if _PICTURE.fullmatch(name)), default=None)
             if foreign is not None:
                 raise ValueError(f"{self.path} must be a run's, got {foreign} without {RUN_FILE}; use another folder")
             return ""
