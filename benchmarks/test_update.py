@@ -56,7 +56,8 @@ def test_p_sample(
     schedule = NoiseSchedule.linear(T)
     table = ddpm_table(schedule, torch.arange(T - 1, -1, -1))
     B, numel = shape[0], x[0].numel()
-    step, ids, seed = torch.full((B,), STEP), torch.arange(B), torch.zeros(B, dtype=torch.int64)
+    step, end = torch.full((B,), STEP), torch.full((B,), table.S)
+    ids, seed = torch.arange(B), torch.zeros(B, dtype=torch.int64)
     t = torch.full((B,), T - 1 - STEP)
     noise = z[None] if supplied else None
 
@@ -66,7 +67,7 @@ def test_p_sample(
         return p.mean + (0.5 * p.log_variance).exp() * drawn
 
     def fused(state: Tensor) -> None:
-        p_sample(state, out, table.rows, table.timesteps, step, ids, seed, noise=noise)
+        p_sample(state, out, table.rows, table.timesteps, step, end, ids, seed, noise=noise)
 
     state = x.clone()
     fused(state)

@@ -148,6 +148,7 @@ def advance(denoiser: Denoiser, table: StepTable, state: State, *, noise: Tensor
         table.rows,
         table.timesteps,
         state.step,
+        state.step.clamp(table.S, table.S),  # a constant would be folded, which a pretended GPU cannot do
         state.sample_id,
         state.seed,
         noise=noise,

@@ -76,7 +76,7 @@ def check_p_sample(
     bound: Tensor | None,
     columns: int,
 ) -> None:
-    """Check the arguments of `p_sample`; `per_sample` holds step, sample_id and seed, `columns` the table's width.
+    """Check the arguments of `p_sample`; `per_sample` holds step, end, sample_id and seed, `columns` the table's width.
 
     Raises:
         TypeError: an argument is not a tensor or of another dtype.
@@ -105,7 +105,7 @@ def check_p_sample(
         "table",
         table,
         dtypes=f32,
-        shape=("S+1", columns),
+        shape=("R", columns),
         device=on,
         contiguous=True,
         fix="make it with fastddpm.solvers; kernels.COLUMNS names its columns",

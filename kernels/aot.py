@@ -27,6 +27,7 @@ _POINTERS = {
     "table": "*fp32",
     "timesteps": "*i64",
     "step": "*i64",
+    "end": "*i64",
     "sample_id": "*i64",
     "seed": "*i64",
     "noise": "*fp32",
@@ -193,7 +194,7 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[str, object]
     from .q_sample_triton import _q_sample_kernel
 
     if variant.kernel == "p_sample":
-        types = _POINTERS | {"out": f"*{variant.dtype}", "numel": "i32", "last": "i32", "noise_rows": "i32"}
+        types = _POINTERS | {"out": f"*{variant.dtype}", "numel": "i32", "noise_rows": "i32"}
         constants: dict[str, object] = {
             "LEARNED": "learned" in variant.options,
             "STOCHASTIC": variant.noise != "none",

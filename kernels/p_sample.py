@@ -1,7 +1,8 @@
 """`p_sample`: one reverse step of any solver, with its noise, in one pass over the state.
 
-A solver is a table of coefficients (see `COLUMNS`), and each sample of a batch stands at its own row of it. With a
-row's entries, the network's output `out` and the previous row's estimate h:
+A solver is a table of coefficients (see `COLUMNS`), and each sample of a batch stands at its own row of it. Several
+runs may stand in one table, one after the other: each is a chapter, which ends with its identity row, where its samples
+stay. With a row's entries, the network's output `out` and the previous row's estimate h:
 
     x̂₀ = clip(a_x·x + a_o·out, −bound, +bound)
     x  ← c_0·x̂₀ + c_x·x + c_o·out + c_h·h + σ·z
@@ -34,6 +35,7 @@ def p_sample_reference(
     table: Tensor,
     timesteps: Tensor,
     step: Tensor,
+    end: Tensor,
     sample_id: Tensor,
     seed: Tensor,
     *,
@@ -51,9 +53,10 @@ def p_sample_reference(
     Args:
         x: as in `p_sample`, and so are all other arguments; nothing is validated.
         out: the network's output.
-        table: the solver's rows.
+        table: the rows.
         timesteps: each row's training timestep.
         step: each sample's row.
+        end: each sample's last row.
         sample_id: each sample's id.
         seed: each sample's seed.
         noise: supplied normals.
@@ -68,11 +71,10 @@ def p_sample_reference(
         `history` is given, the second is what the history becomes: a finished sample keeps its own there too.
     """
     batch, channels = x.shape[0], x.shape[1]
-    last = table.shape[0] - 1
-    row = step.clamp(0, last)
+    row = torch.minimum(step, end).clamp(min=0)
     columns = (column.reshape(-1, 1, 1, 1) for column in table.index_select(0, row).unbind(1))
     a_x, a_o, c_0, c_x, c_o, c_h, sigma, limit, log_beta, log_beta_tilde = columns
-    active = (row < last).reshape(-1, 1, 1, 1)
+    active = (row < end).reshape(-1, 1, 1, 1)
 
     eff = out[:, :channels].float()
     if out_uncond is not None and guidance is not None:
@@ -94,9 +96,11 @@ def p_sample_reference(
         if noise is None:
             t = timesteps.index_select(0, row)
             z = normals_reference(seed, sample_id, t, x[0].numel()).reshape(x.shape)
+        elif noise.shape[0] == 1:
+            z = noise.squeeze(0)
         else:
-            lane = torch.arange(batch, dtype=torch.int64, device=x.device)
-            z = noise.flatten(0, 1).index_select(0, row.clamp(max=noise.shape[0] - 1) * batch + lane)
+            rows, lane = noise.shape[0], torch.arange(batch, dtype=torch.int64, device=x.device)
+            z = noise.flatten(0, 1).index_select(0, (rows - end + row).clamp(0, rows - 1) * batch + lane)
         if out.shape[1] > channels:
             v = out[:, channels:].float()
             middle, slope = 0.25 * (log_beta + log_beta_tilde), 0.25 * (log_beta - log_beta_tilde)
@@ -112,6 +116,7 @@ def p_sample(
     table: Tensor,
     timesteps: Tensor,
     step: Tensor,
+    end: Tensor,
     sample_id: Tensor,
     seed: Tensor,
     *,
@@ -132,12 +137,16 @@ def p_sample(
         out: float32, bfloat16 or float16: the network's output at `x`, [B, C, H, W], or [B, 2C, H, W] for learned
             variance, where the second half is v in [-1, 1] and σ becomes σ·exp(½(f log β + (1−f) log β̃)) with
             f = (v+1)/2 (Nichol and Dhariwal 2021, eq. 15). Other memory layouts are copied first.
-        table: float32 [S+1, len(COLUMNS)]: the solver's rows, all finite but for `bound`, σ ≥ 0; row S is the identity.
-        timesteps: int64 [S+1]: the training timestep of each row, which is the noise's counter t.
-        step: int64 [B], below 2³¹: each sample's row, clamped to [0, S]. A sample at S is finished: it is not written.
+        table: float32 [R, len(COLUMNS)]: the rows of one chapter or of several, all finite but for `bound`, σ ≥ 0.
+        timesteps: int64 [R]: the training timestep of each row, which is the noise's counter t.
+        step: int64 [B], below 2³¹: each sample's row, clamped to [0, end].
+        end: int64 [B], 0 ... R-1, which is not checked: the identity row of each sample's chapter. A sample that has
+            reached it is finished: it is not written, whatever rows follow.
         sample_id: int64 [B]: each sample's id.
         seed: int64 [B]: each sample's seed, a 64-bit pattern.
-        noise: float32 [N, B, C, H, W], contiguous: normals used instead of Philox's, at row min(step, N-1).
+        noise: float32 [N, B, C, H, W], contiguous: normals used instead of Philox's. Its rows count from the end: with
+            r the sample's row, it is row N − (end − r), clamped to [0, N-1]. So N rows are one for each row of an
+            N-step chapter, wherever that begins, and one row serves every step.
         out_uncond: like `out`: the unconditional output; the first C channels become
             out_uncond + guidance·(out − out_uncond) (Ho and Salimans 2022). v is taken from `out`.
         guidance: float32 [B]: the guidance scales, with `out_uncond`.
@@ -152,13 +161,14 @@ def p_sample(
         TypeError: an argument is not a tensor or of another dtype.
         ValueError: shapes, devices or memory layouts do not fit, or one of `out_uncond` and `guidance` is missing.
     """
-    per_sample = {"step": step, "sample_id": sample_id, "seed": seed}
+    per_sample = {"step": step, "end": end, "sample_id": sample_id, "seed": seed}
     check_p_sample(x, out, table, timesteps, per_sample, noise, out_uncond, guidance, history, bound, len(COLUMNS))
     with torch.no_grad():
         if runs_triton(x.device.type):
             from .p_sample_triton import p_sample_op
 
-            out, step, sample_id, seed = (tensor.contiguous() for tensor in (out, step, sample_id, seed))
+            out, step, end = (tensor.contiguous() for tensor in (out, step, end))
+            sample_id, seed = sample_id.contiguous(), seed.contiguous()
             if out_uncond is not None and guidance is not None:
                 out_uncond, guidance = out_uncond.contiguous(), guidance.contiguous()
             if bound is not None:
@@ -169,6 +179,7 @@ def p_sample(
                 table,
                 timesteps,
                 step,
+                end,
                 sample_id,
                 seed,
                 noise,
@@ -185,6 +196,7 @@ def p_sample(
             table,
             timesteps,
             step,
+            end,
             sample_id,
             seed,
             noise=noise,

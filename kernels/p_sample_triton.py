@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from ._triton import GROUPS, approximations, jit, load_two_quads, num_warps, store_quad, tl
+from ._triton import GROUPS, approximations, jit, load_two_quads, num_warps, tl
 from .p_sample import COLUMNS
 from .philox_triton import MINUS_2_LN_2, normal_quad
 
@@ -56,6 +56,7 @@ def _p_sample_kernel(
     table: tl.tensor,
     timesteps: tl.tensor,
     step: tl.tensor,
+    end: tl.tensor,
     sample_id: tl.tensor,
     seed: tl.tensor,
     noise: tl.tensor,
@@ -64,7 +65,6 @@ def _p_sample_kernel(
     history: tl.tensor,
     bound: tl.tensor,
     numel: tl.tensor,
-    last: tl.tensor,
     noise_rows: tl.tensor,
     LEARNED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -78,8 +78,11 @@ def _p_sample_kernel(
     # Unsigned, so that the product is one wide multiplication.
     first = tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(numel, tl.uint32).to(tl.int64)
     out_first = first * 2 if LEARNED else first
-    r = tl.minimum(tl.maximum(tl.load(step + b).to(tl.int32), 0), last)
-    row = table + r * _WIDTH
+    last = tl.load(end + b).to(tl.int32)
+    r = tl.maximum(tl.minimum(tl.load(step + b).to(tl.int32), last), 0)
+    # Unsigned for the same reason.
+    line = tl.cast(r, tl.uint32).to(tl.int64)
+    row = table + line * _WIDTH
 
     x += first
     x_low, x_high = load_two_quads(x, group, numel)
@@ -109,11 +112,13 @@ def _p_sample_kernel(
             v_shift = (log_beta + log_beta_tilde) * _QUARTER_LOG2_E
             v_low, v_high = load_two_quads(out + out_first + numel, group, numel)
         if noise is not None:
-            line = tl.cast(tl.minimum(r, noise_rows - 1) * tl.num_programs(0) + b, tl.uint32).to(tl.int64)
-            z_low, z_high = load_two_quads(noise + line * tl.cast(numel, tl.uint32).to(tl.int64), group, numel)
+            # As far from the noise's end as the row is from its chapter's; a finished sample may read what it likes.
+            picture = tl.maximum(noise_rows + tl.minimum(r - last, -1), 0) * tl.num_programs(0) + b
+            picture = tl.cast(picture, tl.uint32).to(tl.int64) * tl.cast(numel, tl.uint32).to(tl.int64)
+            z_low, z_high = load_two_quads(noise + picture, group, numel)
             z_low, z_high = z_low * sigma, z_high * sigma
         else:
-            t, number, key = tl.load(timesteps + r), tl.load(sample_id + b), tl.load(seed + b)
+            t, number, key = tl.load(timesteps + line), tl.load(sample_id + b), tl.load(seed + b)
             scale = sigma * sigma * MINUS_2_LN_2
             q = (group * 2).to(tl.uint32)
             z_low = normal_quad(q, t, number, key, scale, APPROX)
@@ -133,12 +138,13 @@ def _p_sample_kernel(
     new_low, x0_low = _update(x_low, o_low, u_low, v_low, h_low, z_low, c, G, LEARNED, H, B, STOCHASTIC)
     new_high, x0_high = _update(x_high, o_high, u_high, v_high, h_high, z_high, c, G, LEARNED, H, B, STOCHASTIC)
     # The identity row would turn -0 into +0 and spread a NaN of the network: a finished sample is not written.
-    writable = tl.where(r < last, numel, 0)
-    store_quad(x, e, new_low, writable)
-    store_quad(x, e + 4, new_high, writable)
+    active = r < last
+    low, high = (e < numel) & active, (e + 4 < numel) & active
+    tl.store(x + e, new_low, mask=low)
+    tl.store(x + e + 4, new_high, mask=high)
     if history is not None:
-        store_quad(history, e, x0_low, writable)
-        store_quad(history, e + 4, x0_high, writable)
+        tl.store(history + e, x0_low, mask=low)
+        tl.store(history + e + 4, x0_high, mask=high)
 
 
 @triton_op("fastddpm::p_sample", mutates_args=("x", "history"))
@@ -148,6 +154,7 @@ def p_sample_op(
     table: Tensor,
     timesteps: Tensor,
     step: Tensor,
+    end: Tensor,
     sample_id: Tensor,
     seed: Tensor,
     noise: Tensor | None,
@@ -165,6 +172,7 @@ def p_sample_op(
         table,
         timesteps,
         step,
+        end,
         sample_id,
         seed,
         noise,
@@ -173,7 +181,6 @@ def p_sample_op(
         history,
         bound,
         numel,
-        table.shape[0] - 1,
         1 if noise is None else noise.shape[0],
         LEARNED=out.shape[1] != x.shape[1],
         STOCHASTIC=stochastic,

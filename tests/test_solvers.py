@@ -395,9 +395,9 @@ def test_every_table_is_finite_and_ends_with_the_identity(T, solver, prediction,
 def test_finished_samples_stay():
     table = ddim_table(NoiseSchedule.cosine(10), [9, 0], eta=0.5)
     x, out = torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3)
-    step = torch.tensor([2, 1])
+    step, end = torch.tensor([2, 1]), torch.tensor([2, 2])
     zeros = torch.zeros(2, dtype=torch.int64)
-    new, _ = p_sample_reference(x, out, table.rows, table.timesteps, step, zeros, zeros)
+    new, _ = p_sample_reference(x, out, table.rows, table.timesteps, step, end, zeros, zeros)
     assert torch.equal(new[0], x[0])
     assert not torch.equal(new[1], x[1])
 

@@ -68,11 +68,11 @@ class Rows:
         return self._on[device]
 
     def step(self, row: int, batch: int, device: torch.device) -> Tensor:
-        """int64 [batch] that holds `row`, made on the device, once for all rows and each size of batch."""
+        """int64 [batch] that holds `row` of `on`, made on the device, once for all rows and each size of batch."""
         key = device, batch
         if key not in self._steps:
             with torch.inference_mode(False):
-                self._steps[key] = torch.arange(len(self.host), device=device)[:, None].repeat(1, batch)
+                self._steps[key] = torch.arange(len(self.host) + 1, device=device)[:, None].repeat(1, batch)
         return self._steps[key][row]
 
     def find(self, timestep: Any, timesteps: Tensor) -> int | Tensor | None:  # noqa: ANN401 - as the caller has it

@@ -116,8 +116,8 @@ def _update_each(
         bound = dynamic_bound(x4, out4, table.index_select(0, step), rows.table.threshold)
     noise = None if z is None else flat(z).float().expand(x4.shape).contiguous()[None]
     past = None if history is None else flat(history).float()
-    zeros = torch.zeros_like(step)
-    rest = (out4, table, times, step, zeros, zeros)
+    end, zeros = rows.step(len(table) - 1, batch, device), torch.zeros_like(step)
+    rest = (out4, table, times, step, end, zeros, zeros)
     options: dict[str, Any] = {"noise": noise, "bound": bound, "stochastic": z is not None}
     if fused:
         new = x4.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -25,6 +25,11 @@ OPTIONS = {
     "everything": ("learned", "guidance", "history", "bound"),
     "everything, noise": ("learned", "guidance", "history", "bound", "noise"),
 }
+CHAPTERS = {
+    "noise made": ("learned", "guidance"),
+    "noise supplied": ("noise", "bound"),
+    "history": ("history", "deterministic"),
+}
 
 
 @dataclass
@@ -80,6 +85,7 @@ def make_case(shape=(7, 3, 8, 8), dtype=torch.float32, options=(), seed=0) -> Ca
             "table": table,
             "timesteps": torch.tensor([999, 500, 250, 1, 0, 0]),
             "step": step,
+            "end": torch.full((batch,), S),
             "sample_id": torch.arange(batch) * 7 + 2**33,
             "seed": torch.arange(batch) * 11 - 2**63 + 5,
         }
@@ -99,6 +105,44 @@ def make_case(shape=(7, 3, 8, 8), dtype=torch.float32, options=(), seed=0) -> Ca
         case.options["history"] = normals(*shape)
         case.options["history"][step == 0] = torch.nan
     return case
+
+
+def make_chapters(options=(), shape=(4, 2, 3, 3)) -> tuple[Case, Case, Case]:
+    """Two runs, the second of S − 2 steps, and the case that holds both as chapters of one table.
+
+    Even samples are those of the first, odd ones those of the second. The first's last sample is finished, with a clock
+    that stands among the second's rows; the others have three steps to go at the most. Where noise is supplied, all
+    three have the same: it counts from the end.
+    """
+    first, second = (make_case(shape, options=options, seed=seed) for seed in (0, 1))
+    for name in ("table", "timesteps"):
+        second.positional[name] = second.positional[name][2:].clone()
+    second.positional["table"][0, COLUMNS.index("c_h")] = 0.0
+    first.positional["step"] = torch.tensor([2, 0, S + 2, 0])
+    second.positional["step"] = torch.tensor([0, 0, 0, 1])
+    second.positional["end"] -= 2
+    first.positional["x"][2, 0, 0, 0] = -0.0  # which the identity row would turn into +0
+    for case in (first, second):
+        if "history" in case.options:
+            case.options["history"].nan_to_num_()[case.positional["step"] == 0] = torch.nan
+    if "noise" in first.options:
+        second.options["noise"] = first.options["noise"].clone()
+    odd = torch.arange(shape[0]) % 2 == 1
+
+    def join(name: str, a: Tensor, b: Tensor) -> Tensor:
+        if name in ("table", "timesteps"):
+            return torch.cat([a, b])
+        if name == "noise":
+            return a
+        if name in ("step", "end"):
+            b = b + S + 1
+        return torch.where(odd.reshape(-1, *[1] * (a.ndim - 1)), b, a)
+
+    def joined(mine: dict, theirs: dict) -> dict:
+        return {k: join(k, v, theirs[k]) if isinstance(v, Tensor) else v for k, v in mine.items()}
+
+    both = Case(joined(first.positional, second.positional), joined(first.options, second.options))
+    return first, second, both
 
 
 def philox_words(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -138,8 +182,9 @@ def p_sample_float64(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if "history" in options:
         x0s = options["history"].copy()
     for b in range(x.shape[0]):
-        row = min(int(values["step"][b]), S)
-        if row == S:
+        end = int(values["end"][b])
+        row = max(min(int(values["step"][b]), end), 0)
+        if row == end:
             continue
         c = dict(zip(COLUMNS, values["table"][row], strict=True))
         o, v = values["out"][b, :channels], values["out"][b, channels:]
@@ -156,7 +201,8 @@ def p_sample_float64(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             terms.append(c["c_h"] * options["history"][b])
         if options.get("stochastic", True):
             if "noise" in options:
-                z = options["noise"][min(row, len(options["noise"]) - 1), b]
+                rows = len(options["noise"])
+                z = options["noise"][min(max(rows - (end - row), 0), rows - 1), b]
             else:
                 t = int(values["timesteps"][row])
                 z = normals_float64(int(values["seed"][b]), int(values["sample_id"][b]), t, x[b].size).reshape(x0.shape)

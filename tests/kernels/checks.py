@@ -5,11 +5,11 @@ import warnings
 import numpy as np
 import torch
 
-from fastddpm.kernels import p_sample, q_sample, q_sample_reference
+from fastddpm.kernels import COLUMNS, p_sample, q_sample, q_sample_reference
 from fastddpm.kernels.p_sample import P_SAMPLE_RTOL
 from fastddpm.kernels.philox import NORMALS_ATOL
 from fastddpm.kernels.q_sample import Q_SAMPLE_RTOL
-from tests.kernels.cases import Case, S, make_case, p_sample_float64
+from tests.kernels.cases import Case, S, make_case, make_chapters, p_sample_float64
 
 
 def assert_within(have, want, size, rtol, what):
@@ -28,7 +28,7 @@ def check_p_sample(case: Case, device: str = "cpu") -> None:
     after = case.to(device).clone()
     assert after.call(p_sample) is None
     after = after.to("cpu")
-    done = case.positional["step"] >= S
+    done = case.positional["step"] >= case.positional["end"]
     got = after.positional["x"]
     assert torch.equal(got[done].view(torch.int32), case.positional["x"][done].view(torch.int32))
     assert_within(got, want, size, P_SAMPLE_RTOL, "x")
@@ -38,6 +38,44 @@ def check_p_sample(case: Case, device: str = "cpu") -> None:
         if isinstance(value, torch.Tensor) and name not in ("x", "history"):
             changed = (after.positional | after.options)[name]
             assert torch.equal(changed, value), f"{name} was changed"
+
+
+def check_chapters(options: tuple[str, ...], device: str = "cpu") -> None:
+    """Samples of two chapters of one table, each bit for bit as in its own run alone, from first to last."""
+    check_p_sample(make_chapters(options)[2], device)
+    first, second, both = (case.to(device).clone() for case in make_chapters(options))
+    written = ("x", "history") if "history" in options else ("x",)
+    finished = both.clone()
+    for _ in range(4):
+        for case in (first, second, both):
+            case.call(p_sample)
+            case.positional["step"] += 1
+        for name in written:
+            got, *alone = ((case.positional | case.options)[name].view(torch.int32) for case in (both, first, second))
+            assert torch.equal(got[0::2], alone[0][0::2]), f"{name} of the first chapter"
+            assert torch.equal(got[1::2], alone[1][1::2]), f"{name} of the second chapter"
+    assert finished.positional["end"][-2] < finished.positional["step"][-2] < len(finished.positional["table"]) - 1
+    for name in written:
+        got, before = ((case.positional | case.options)[name].view(torch.int32) for case in (both, finished))
+        assert torch.equal(got[-2], before[-2]), f"{name} of a finished sample of the first chapter"
+
+
+def check_chapters_noise(device: str = "cpu") -> None:
+    """Rows of supplied noise count from a chapter's end, wherever it begins, and the first row serves all before it."""
+    for rows in (1, 2, S):
+        _, _, case = make_chapters(("noise",))
+        noise = case.options["noise"] = case.options["noise"][:rows].contiguous()
+        at = case.positional
+        at["table"][:, :] = 0.0
+        at["table"][:, COLUMNS.index("sigma")] = 1.0
+        for _ in range(3):
+            left = at["end"] - at["step"]
+            moved = case.to(device).clone()
+            moved.call(p_sample)
+            for b in (left > 0).nonzero().flatten().tolist():
+                want = noise[max(rows - int(left[b]), 0), b]
+                assert torch.equal(moved.positional["x"][b].cpu(), want), (rows, b, int(left[b]))
+            at["step"] += 1
 
 
 def check_nan(device: str = "cpu") -> None:

@@ -6,7 +6,7 @@ import torch
 from fastddpm.kernels import COLUMNS, X_T_COUNTER, normals_reference, p_sample, q_sample
 from fastddpm.kernels.philox import NORMALS_ATOL
 from tests.kernels import checks
-from tests.kernels.cases import OPTIONS, S, make_case
+from tests.kernels.cases import CHAPTERS, OPTIONS, S, make_case
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,10 +33,20 @@ def test_normals():
     x = torch.zeros(batch, *shape, device="cuda")
     ids, seed = torch.arange(batch) + 2**33, torch.arange(batch) - 2**63
     timesteps = torch.tensor([X_T_COUNTER, 0])
-    step = torch.zeros(batch, dtype=torch.int64)
-    p_sample(x, torch.zeros_like(x), *(tensor.cuda() for tensor in (table, timesteps, step, ids, seed)))
+    step, end = torch.zeros(batch, dtype=torch.int64), torch.ones(batch, dtype=torch.int64)
+    rest = (table, timesteps, step, end, ids, seed)
+    p_sample(x, torch.zeros_like(x), *(tensor.cuda() for tensor in rest))
     expected = normals_reference(seed, ids, torch.full((batch,), X_T_COUNTER), x[0].numel())
     assert (x.cpu().reshape(batch, -1) - expected).abs().max() <= NORMALS_ATOL
+
+
+@pytest.mark.parametrize("options", CHAPTERS.values(), ids=CHAPTERS.keys())
+def test_chapters_are_runs_of_their_own(options):
+    checks.check_chapters(options, "cuda")
+
+
+def test_chapters_count_supplied_noise_from_their_end():
+    checks.check_chapters_noise("cuda")
 
 
 def test_nan():

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastddpm.kernels import p_sample, p_sample_reference
-from tests.kernels.cases import OPTIONS, S, make_case, pretend_on_gpu
-from tests.kernels.checks import check_identity, check_nan, check_p_sample
+from tests.kernels.cases import CHAPTERS, OPTIONS, S, make_case, pretend_on_gpu
+from tests.kernels.checks import check_chapters, check_chapters_noise, check_identity, check_nan, check_p_sample
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -34,6 +34,15 @@ def test_nan_of_the_network_is_not_clipped_away():
 
 def test_finished_samples_are_left_alone():
     check_identity()
+
+
+@pytest.mark.parametrize("options", CHAPTERS.values(), ids=CHAPTERS.keys())
+def test_chapters_are_runs_of_their_own(options):
+    check_chapters(options)
+
+
+def test_chapters_count_supplied_noise_from_their_end():
+    check_chapters_noise()
 
 
 def test_reference_changes_nothing_and_answers_what_the_op_writes():
@@ -105,7 +114,7 @@ def test_reference_exports_with_any_batch_size(options):
     torch.testing.assert_close(got, other.call(p_sample_reference), equal_nan=True)
 
 
-OP_ORDER = ("x", "out", "table", "timesteps", "step", "sample_id", "seed", "noise", "out_uncond", "guidance")
+OP_ORDER = ("x", "out", "table", "timesteps", "step", "end", "sample_id", "seed", "noise", "out_uncond", "guidance")
 OP_ORDER += ("history", "bound")
 
 
@@ -147,11 +156,15 @@ def _wrong(name, value, error, match):
         _wrong("out", torch.zeros(2, 4, 4, 4), ValueError, r"out must be of 3 channels .* or 6 .* got 4"),
         _wrong("out", torch.zeros(2, 3, 4, 5), ValueError, r"out must be of shape"),
         _wrong("out", torch.zeros(2, 3, 4, 4, device="meta"), ValueError, r"out must be on cpu, got meta; move it"),
-        _wrong("table", torch.zeros(6, 9), ValueError, r"table must be of shape \[S\+1, 10\], got \[6, 9\]"),
+        _wrong("table", torch.zeros(6, 9), ValueError, r"table must be of shape \[R, 10\], got \[6, 9\]"),
         _wrong("timesteps", torch.zeros(5).long(), ValueError, r"timesteps must be of shape \[6\], got \[5\]"),
         _wrong("timesteps", torch.zeros(6), TypeError, r"timesteps must be int64, got float32"),
         _wrong("step", torch.zeros(2).int(), TypeError, r"step must be int64, got int32"),
         _wrong("step", 3, TypeError, r"step must be a tensor, got int"),
+        _wrong("end", torch.zeros(2).int(), TypeError, r"end must be int64, got int32"),
+        _wrong("end", 5, TypeError, r"end must be a tensor, got int"),
+        _wrong("end", torch.zeros(3).long(), ValueError, r"end must be of shape \[2\], got \[3\]"),
+        _wrong("end", torch.zeros(2, device="meta").long(), ValueError, r"end must be on cpu, got meta; move it"),
         _wrong("sample_id", torch.zeros(1).long(), ValueError, r"sample_id must be of shape \[2\], got \[1\]"),
         _wrong("seed", torch.zeros(2, 1).long(), ValueError, r"seed must be of shape \[2\], got \[2, 1\]"),
         _wrong("noise", torch.zeros(2, 3, 4, 4), ValueError, r"noise must be of shape \[N, 2, 3, 4, 4\]"),

@@ -5,7 +5,7 @@ import torch
 
 from fastddpm.kernels import _dispatch, p_sample, p_sample_reference, p_sample_triton, q_sample, q_sample_triton
 from tests.kernels import checks
-from tests.kernels.cases import OPTIONS, S, make_case
+from tests.kernels.cases import CHAPTERS, OPTIONS, S, make_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1, 1), (2, 1, 1, 3), (1, 1, 2, 2), (3, 1, 3, 341), (7, 1, 28, 28), (2, 3, 32, 32)]
@@ -47,6 +47,15 @@ def test_p_sample_writes_nothing_beyond_the_state():
         case.call(p_sample)
         assert state.isfinite().all()
         assert buffer[:numel].isnan().all() and buffer[3 * numel :].isnan().all()
+
+
+@pytest.mark.parametrize("options", CHAPTERS.values(), ids=CHAPTERS.keys())
+def test_chapters_are_runs_of_their_own(options):
+    checks.check_chapters(options)
+
+
+def test_chapters_count_supplied_noise_from_their_end():
+    checks.check_chapters_noise()
 
 
 def test_p_sample_nan():
