@@ -68,7 +68,7 @@ def normals(seed: Tensor, sample_id: Tensor, t: Tensor, shape: tuple[int, int, i
         shape: (C, H, W) of a sample.
 
     Returns:
-        float32 [B, C, H, W] on seed's device.
+        float32 [B, C, H, W] on seed's device, contiguous.
     """
     channels, height, width = shape
     return normals_reference(seed, sample_id, t, channels * height * width).reshape(-1, channels, height, width)

@@ -74,7 +74,7 @@ def normals_reference(seed: Tensor, sample_id: Tensor, t: Tensor, numel: int) ->
         numel: elements of one sample.
 
     Returns:
-        float32 [B, numel] on the device of `seed`.
+        float32 [B, numel] on the device of `seed`, contiguous.
     """
     quads = (numel + 3) // 4
     seed, sample_id, t = seed[:, None], sample_id[:, None], t[:, None]
@@ -86,4 +86,5 @@ def normals_reference(seed: Tensor, sample_id: Tensor, t: Tensor, numel: int) ->
     r0, r1 = torch.sqrt(torch.log(u0) * -2.0), torch.sqrt(torch.log(u2) * -2.0)
     a0, a1 = u1 * (2.0 * math.pi), u3 * (2.0 * math.pi)
     lanes = torch.stack((r0 * torch.cos(a0), r0 * torch.sin(a0), r1 * torch.cos(a1), r1 * torch.sin(a1)), dim=-1)
-    return lanes.reshape(seed.shape[0], 4 * quads)[:, :numel]
+    # Copied only where normals are left over.
+    return lanes.reshape(seed.shape[0], 4 * quads)[:, :numel].contiguous()

@@ -13,6 +13,8 @@ CONFIG = UNetConfig(
     sample_size=(8, 8), in_channels=1, out_channels=1, channels=(8, 16), layers=1, attention=(False, True),
     norm_groups=4, num_classes=4,
 )  # fmt: skip
+ODD_SHAPES = [(3, 7, 9), (1, 27, 27), (3, 5, 5), (1, 1, 1), (1, 1, 3)]
+"""Samples whose number of elements is no multiple of four."""
 SPEC = ModelSpec(shape=(1, 8, 8), num_classes=3, null_class=3)
 
 

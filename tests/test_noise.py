@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from fastddpm.kernels.philox import normals_reference
 from fastddpm.noise import id_bits, initial_noise, normals, seed_bits
+from tests.networks import ODD_SHAPES
 
 
 def test_known_answers():
@@ -28,6 +30,20 @@ def test_noise_is_standard_normal_and_independent_across_ids_and_timesteps():
     other = normals(torch.zeros(64, dtype=torch.int64), ids, torch.full((64,), 6), (3, 32, 32)).flatten()
     assert abs(float(torch.corrcoef(torch.stack([z, other]))[0, 1])) < 5 / len(z) ** 0.5
     assert abs(float(torch.corrcoef(torch.stack([z[:-3072], z[3072:]]))[0, 1])) < 5 / len(z) ** 0.5
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("shape", [*ODD_SHAPES, (3, 4, 4)], ids=str)
+def test_noise_is_contiguous(shape, n):
+    """Four normals are made at a time, so the last of a sample whose size is not a multiple of four are left out."""
+    ids = torch.arange(n)
+    made = initial_noise(ids, ids, shape), normals(ids, ids, ids, shape)
+    assert all(z.is_contiguous() and z.shape == (n, *shape) for z in made)
+    numel = made[0][0].numel()
+    flat = normals_reference(ids, ids, ids, numel)
+    assert flat.is_contiguous() and torch.equal(flat, made[1].flatten(1))
+    whole = normals_reference(ids, ids, ids, numel + -numel % 4)
+    assert torch.equal(flat, whole[:, :numel])
 
 
 @given(st.integers(0, 2**64 - 1))

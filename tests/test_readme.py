@@ -69,6 +69,11 @@ def test_python(code, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_network_of_one_s_own_may_have_any_shape(tmp_path):
+    [code] = [code for code in blocks("python") if "ModelSpec(shape=(3, 16, 16))" in code]
+    test_python(code.replace("3, 16, 16", "3, 7, 9"), tmp_path)
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         headings = re.findall(r"^## (.*)$", README, re.M)

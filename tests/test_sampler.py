@@ -14,7 +14,7 @@ from fastddpm import DynamicThreshold, ModelSpec, NoiseSchedule, Sampler, refere
 from fastddpm.denoiser import bind
 from fastddpm.kernels.philox import X_T_COUNTER
 from fastddpm.noise import normals
-from tests.networks import tiny_sampler
+from tests.networks import ODD_SHAPES, tiny_sampler
 
 SOLVERS = {
     "ddpm": {"solver": "ddpm", "steps": 8},
@@ -375,6 +375,32 @@ class TestCallersObjects:
     def test_ids_that_are_no_integers_are_refused(self):
         with pytest.raises(TypeError, match=r"sample_ids must be integers, got 1.5"):
             tiny_sampler().sample(1, sample_ids=[1.5])
+
+
+class Convolution(torch.nn.Module):
+    """The least network that is a module."""
+
+    def __init__(self, channels):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = torch.nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, t):
+        return self.convolution(x) / (1 + t.reshape(-1, 1, 1, 1) / 100)
+
+
+NETWORKS = {"function": lambda channels: lambda x, t: x / (1 + t.view(-1, 1, 1, 1) / 100), "module": Convolution}
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS.keys())
+@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+def test_any_network_samples_odd_shapes(shape, network, solver):
+    sampler = Sampler(network(shape[0]), NoiseSchedule.linear(20), ModelSpec(shape=shape), device="cpu", engine="eager")
+    run = {"solver": solver, "steps": 3, "output": "raw"}
+    alone = [sampler.sample(1, sample_ids=[i], **run) for i in range(5)]
+    for n in (2, 5):
+        torch.testing.assert_close(sampler.sample(n, **run), torch.cat(alone[:n]), rtol=0, atol=1e-5)
 
 
 def test_a_strided_convention_leaves_uneven_timesteps_alone():
