@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.library import wrap_triton
 from triton import language as tl
 from triton.language.extra import libdevice
 
@@ -16,6 +17,7 @@ __all__ = [
     "ON_INTERPRETER",
     "approximations",
     "jit",
+    "launcher",
     "libdevice",
     "load_two_quads",
     "num_warps",
@@ -33,6 +35,14 @@ GROUPS = 128
 def jit(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - a JITFunction has no useful static type
     """`triton.jit`, with a type for the checker, which does not look into Triton."""
     return triton.jit(function)
+
+
+def launcher(kernel: Any) -> Any:  # noqa: ANN401 - likewise
+    """`torch.library.wrap_triton`, by which compilers see into an op.
+
+    On the interpreter, which no compiler sees, a kernel is something else, which torch 2.11 still refuses there.
+    """
+    return kernel if ON_INTERPRETER.value else wrap_triton(kernel)
 
 
 def num_warps() -> int:

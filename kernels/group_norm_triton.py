@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-from ._triton import jit, tl
+from ._triton import jit, launcher, tl
 from .group_norm import next_power, tile, warps_for
 
 
@@ -127,7 +127,7 @@ def add_group_norm_op(
     total = x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2) if keep else x.new_empty(0)
     together, wide = tile(channels, groups, pixels) or (1, 1)
     rows = next_power(pixels)
-    wrap_triton(_add_group_norm_kernel)[(batch, groups // together)](
+    launcher(_add_group_norm_kernel)[(batch, groups // together)](
         x,
         bias,
         row,

@@ -3,9 +3,9 @@
 import math
 
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-from ._triton import GROUPS, approximations, jit, load_two_quads, num_warps, tl
+from ._triton import GROUPS, approximations, jit, launcher, load_two_quads, num_warps, tl
 from .p_sample import COLUMNS
 from .philox_triton import MINUS_2_LN_2, normal_quad
 
@@ -166,7 +166,7 @@ def p_sample_op(
 ) -> None:
     """`p_sample` on a GPU: `x` and `history` are written; every tensor is contiguous, and nothing is validated."""
     batch, numel = x.shape[0], x.shape[1] * x.shape[2] * x.shape[3]
-    wrap_triton(_p_sample_kernel)[(batch, -(-numel // (8 * GROUPS)))](
+    launcher(_p_sample_kernel)[(batch, -(-numel // (8 * GROUPS)))](
         x,
         out,
         table,

@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-from ._triton import GROUPS, approximations, jit, load_two_quads, num_warps, store_quad, tl
+from ._triton import GROUPS, approximations, jit, launcher, load_two_quads, num_warps, store_quad, tl
 from .philox_triton import MINUS_2_LN_2, normal_quad
 
 
@@ -107,7 +107,7 @@ def q_sample_op(
     eps_out = x_t.new_empty(0) if eps is not None else torch.empty_like(x_t)
     batch, numel = x_start.shape[0], x_start.shape[1] * x_start.shape[2] * x_start.shape[3]
     owned = 16 if x_start.dtype == torch.uint8 else 8
-    wrap_triton(_q_sample_kernel)[(batch, -(-numel // (owned * GROUPS)))](
+    launcher(_q_sample_kernel)[(batch, -(-numel // (owned * GROUPS)))](
         x_start,
         t,
         sqrt_alphas_cumprod,
