@@ -35,7 +35,10 @@ _DRY_UNET = {
 }  # fmt: skip
 _DRY_PEERS = ("reference", "fastddpm-eager", "fastddpm-eager-bf16", "diffusers", "diffusers-bf16",
               "diffusers-reduced-bf16", "fastddpm-graph-bf16")  # fmt: skip
-DRY = (Workload("tiny", "a tiny network", (1, 2), (4, 2), _DRY_PEERS, unet=_DRY_UNET),)
+DRY = (
+    Workload("tiny", "a tiny network", (1, 2), (4, 2), _DRY_PEERS, unet=_DRY_UNET),
+    Workload("tiny again", "in the second one's place", (1,), (2,), _DRY_PEERS[:3], unet=_DRY_UNET),
+)
 Say = Callable[[str], None]
 
 
