@@ -218,9 +218,9 @@ def test_changed_weights_are_seen():
     pipe = pipeline(DDPMPipeline, DDIMScheduler(**V))
     fast = accelerate(pipe)
     before = draw(fast)[0]
-    model = fast.__dict__["_network"]._model
+    stepper = fast.__dict__["_network"]._stepper
     draw(fast)
-    assert fast.__dict__["_network"]._model is model
+    assert fast.__dict__["_network"]._stepper is stepper
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(2)
     after = draw(fast)[0]
@@ -247,9 +247,9 @@ def test_hooks_and_foreign_attention_run_as_they_are():
     pipe = pipeline(DDPMPipeline, DDIMScheduler(**V))
     handle = pipe.unet.conv_out.register_forward_hook(lambda module, args, out: out * 0.5)
     fast = check_alike(pipe)
-    assert fast.__dict__["_network"]._model is None
+    assert fast.__dict__["_network"]._stepper is None
     handle.remove()
-    assert isinstance(check_alike(pipe).__dict__["_network"]._model, UNet)
+    assert isinstance(check_alike(pipe).__dict__["_network"]._stepper.network, UNet)
 
 
 def test_half_precision_keeps_its_dtype():
