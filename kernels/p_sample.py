@@ -71,7 +71,7 @@ def p_sample_reference(
         `history` is given, the second is what the history becomes: a finished sample keeps its own there too.
     """
     batch, channels = x.shape[0], x.shape[1]
-    row = torch.minimum(step, end).clamp(min=0)
+    row = torch.minimum(step.clamp(min=0), end)
     columns = (column.reshape(-1, 1, 1, 1) for column in table.index_select(0, row).unbind(1))
     a_x, a_o, c_0, c_x, c_o, c_h, sigma, limit, log_beta, log_beta_tilde = columns
     active = (row < end).reshape(-1, 1, 1, 1)
@@ -97,7 +97,7 @@ def p_sample_reference(
             t = timesteps.index_select(0, row)
             z = normals_reference(seed, sample_id, t, x[0].numel()).reshape(x.shape)
         elif noise.shape[0] == 1:
-            z = noise.squeeze(0)
+            z = noise[0]
         else:
             rows, lane = noise.shape[0], torch.arange(batch, dtype=torch.int64, device=x.device)
             z = noise.flatten(0, 1).index_select(0, (rows - end + row).clamp(0, rows - 1) * batch + lane)
