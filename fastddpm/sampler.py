@@ -104,13 +104,14 @@ class Sampler:
                 takes a compiled step where there is one or the run is long enough to earn the time to compile.
             precision: the network's arithmetic: "fp32", "bf16", and on GPUs "tf32" and "fp16"; the state and its
                 update are float32 always.
-            graph_steps: steps that a CUDA graph holds; None is all of runs of up to 64, and 50 of longer ones.
+            graph_steps: steps that a CUDA graph holds; None is `fastddpm.engines.gpu.GRAPH_STEPS`.
 
         Raises:
             ValueError: the device is not available, or it cannot do what engine or precision ask.
         """
         self.device = pick_device(device)
         check_precision(precision, self.device)
+        self._made_of = (model, schedule, spec, self.device, engine, precision, graph_steps)
         self.precision = precision
         self.schedule, self.spec = schedule, spec
         self.checkpoint: Checkpoint | None = None
@@ -126,6 +127,10 @@ class Sampler:
             return Engine(engine, self.device, graph_steps=graph_steps, weights=weights)
 
         self.stepper = Stepper(model, spec, schedule.T, self.device, precision, make_engine)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are of what the sampler was made of; what it compiled and captured is made anew."""
+        return _made_again, (type(self), self._made_of, self.checkpoint)
 
     @property
     def engine(self) -> Engine:
@@ -485,3 +490,13 @@ def _filled(values: Tensor, batch: Request) -> Tensor:
     """The batch's values with the last one repeated, as `Request.filled` repeats its sample."""
     missing = batch.batch_size - len(values) if batch.fills else 0
     return values if missing <= 0 else torch.cat((values, values[-1:].expand(missing, *values.shape[1:])))
+
+
+def _made_again(kind: type[Sampler], made_of: tuple[Any, ...], checkpoint: Checkpoint | None) -> Sampler:
+    """A sampler of the same parts, for copies and pickles."""
+    model, schedule, spec, device, engine, precision, graph_steps = made_of
+    sampler = kind(
+        model, schedule, spec, device=device, engine=engine, precision=precision, graph_steps=graph_steps
+    )
+    sampler.checkpoint = checkpoint
+    return sampler

@@ -96,8 +96,8 @@ class TestSmall:
         # 8 blocks, 5 of which change their width, and 4 attentions.
         assert small.launches()["_add_group_norm_kernel"] == 2 * 8 + 4 + 1
         assert small.by_kind() == {
-            # Besides the norms: cast, pad, sum of a skip, double, output's bias, the clocks' end, update, clocks.
-            "triton": 21 + 8,
+            # Besides the norms: cast, pad, sum of a skip, double, output's bias, update, clocks.
+            "triton": 21 + 7,
             "attention": 4,
             "convolution": 2 * 8 + 2 + 2,
             "matrix product": 2 * 4 + 5,

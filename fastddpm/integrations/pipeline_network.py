@@ -29,6 +29,10 @@ class Network:
         self._weights: Weights | None = None
         self._stepper: Stepper | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are empty; what was made is made anew."""
+        return Network, (self._engine,)
+
     def of(self, unet: Any, spec: ModelSpec, T: int, device: torch.device) -> Stepper:  # noqa: ANN401
         """What makes the network's steps.
 
