@@ -11,7 +11,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import tape
 from fastddpm.bench.machine import describe
-from fastddpm.machine import pick_device
+from fastddpm.engines.devices import pick_device
 
 _HERE = Path(__file__).parent
 

@@ -16,8 +16,8 @@ from fastddpm.engines import cache
 from fastddpm.engines.weights import Weights
 from fastddpm.export.convert import require_onnx
 from fastddpm.export.session import OnnxSession, Provider
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
 from fastddpm.step.network import Foreign, as_network
 
 _ONE_FILE_BYTES = 1_900_000_000

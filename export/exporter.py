@@ -20,9 +20,9 @@ from fastddpm.export.model_file import set_metadata, write_model
 from fastddpm.export.modules import as_module
 from fastddpm.export.tensorrt import check_tensorrt
 from fastddpm.files import check_writable
+from fastddpm.process.solvers import ClippedEps, DynamicThreshold, Solver
+from fastddpm.process.spec import Variance
 from fastddpm.sampler import Sampler
-from fastddpm.solvers import ClippedEps, DynamicThreshold, Solver
-from fastddpm.spec import Variance
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import nn
 
 from fastddpm.export.form import Form
 from fastddpm.export.model_file import FORMAT, licence_of, weights_hash
+from fastddpm.process.table import StepTable
 from fastddpm.sampler import Sampler
-from fastddpm.step_table import StepTable
 
 _MEANING = {
     "x": "state x_t, in the network's own range; it starts as standard normals",

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from fastddpm.export.convert import check_opset
 from fastddpm.export.modules import EXAMPLE_BATCH
-from fastddpm.spec import ModelSpec
+from fastddpm.process.spec import ModelSpec
 
 What = Literal["network", "step", "chain"]
 Precision = Literal["fp32", "fp16", "int8"]

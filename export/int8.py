@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastddpm.export.model_file import is_large
+from fastddpm.process.table import StepTable
 from fastddpm.sampler import Sampler
-from fastddpm.step_table import StepTable
 
 if TYPE_CHECKING:
     import onnx

@@ -16,10 +16,10 @@ from fastddpm.export.model_file import detach, is_large
 from fastddpm.export.modules import Ask, Network, Pictures, Update, example, step_of
 from fastddpm.export.normals import first_noise, step_noise
 from fastddpm.export.peephole import shorten_update
+from fastddpm.process.spec import ModelSpec
+from fastddpm.process.table import StepTable
 from fastddpm.sampler import Sampler
-from fastddpm.spec import ModelSpec
 from fastddpm.step.step import Step
-from fastddpm.step_table import StepTable
 
 if TYPE_CHECKING:
     import onnx

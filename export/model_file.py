@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastddpm.checkpoints import CheckpointError
+from fastddpm.common.interrupts import hold_interrupt
 from fastddpm.files import check_replaceable, temporary_folder
-from fastddpm.interrupts import hold_interrupt
 
 if TYPE_CHECKING:
     import onnx

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.images import to_unit
-from fastddpm.spec import ModelSpec
+from fastddpm.process.spec import ModelSpec
+from fastddpm.process.table import StepTable
 from fastddpm.step.network import as_network
 from fastddpm.step.step import Step, StepForm
-from fastddpm.step_table import StepTable
 
 EXAMPLE_BATCH = 3
 """Samples of a traced example: more than one, or the tracer takes the batch for a constant."""

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastddpm.common.progress import StepProgress
 from fastddpm.export.session import OnnxSession, Provider
 from fastddpm.export.step_loop import StepLoop
 from fastddpm.images import Output, ToBytes, to_output
-from fastddpm.noise import NoiseSource, initial_noise, normals, seed_bits
-from fastddpm.progress import StepProgress
+from fastddpm.process.noise import NoiseSource, initial_noise, normals, seed_bits
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
 from fastddpm.sampler import Preview, SampleOptions, Sampler
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
 from fastddpm.step.request import Request, check_noise, make_request
 
 if TYPE_CHECKING:

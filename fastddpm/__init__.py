@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from fastddpm.integrations.diffusers_schedulers import (
         FastDPMSolverMultistepScheduler as FastDPMSolverMultistepScheduler,
     )
+    from fastddpm.nets.unet import UNet as UNet
+    from fastddpm.nets.unet import UNetConfig as UNetConfig
+    from fastddpm.process.schedule import NoiseSchedule as NoiseSchedule
+    from fastddpm.process.solvers import make_table as make_table
+    from fastddpm.process.spec import ModelSpec as ModelSpec
+    from fastddpm.process.table import DynamicThreshold as DynamicThreshold
+    from fastddpm.process.table import StepTable as StepTable
     from fastddpm.sampler import Preview as Preview
     from fastddpm.sampler import Sampler as Sampler
-    from fastddpm.schedule import NoiseSchedule as NoiseSchedule
-    from fastddpm.solvers import make_table as make_table
-    from fastddpm.spec import ModelSpec as ModelSpec
     from fastddpm.step.state import State as State
     from fastddpm.step.step import Step as Step
-    from fastddpm.step_table import DynamicThreshold as DynamicThreshold
-    from fastddpm.step_table import StepTable as StepTable
-    from fastddpm.unet import UNet as UNet
-    from fastddpm.unet import UNetConfig as UNetConfig
 
 __version__ = "0.1.0"
 
@@ -32,23 +32,23 @@ __version__ = "0.1.0"
 _HOME = {
     "Checkpoint": "checkpoints",
     "CheckpointError": "checkpoints",
-    "DynamicThreshold": "step_table",
+    "DynamicThreshold": "process.table",
     "FastDDIMScheduler": "integrations.diffusers_schedulers",
     "FastDDPMScheduler": "integrations.diffusers_schedulers",
     "FastDPMSolverMultistepScheduler": "integrations.diffusers_schedulers",
-    "ModelSpec": "spec",
-    "NoiseSchedule": "schedule",
+    "ModelSpec": "process.spec",
+    "NoiseSchedule": "process.schedule",
     "OnnxSampler": "export",
     "Preview": "sampler",
     "Sampler": "sampler",
     "State": "step.state",
     "Step": "step.step",
-    "StepTable": "step_table",
-    "UNet": "unet",
-    "UNetConfig": "unet",
+    "StepTable": "process.table",
+    "UNet": "nets.unet",
+    "UNetConfig": "nets.unet",
     "accelerate": "integrations",
     "load_checkpoint": "checkpoints",
-    "make_table": "solvers",
+    "make_table": "process.solvers",
 }
 
 # Whatever needs a package that fastddpm does not ask for is left out of `from fastddpm import *`.

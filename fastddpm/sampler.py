@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.checkpoints import Checkpoint, load_checkpoint
+from fastddpm.common.progress import StepProgress
 from fastddpm.engines.choose import Engine, EngineName
 from fastddpm.engines.compare import CompileError
+from fastddpm.engines.devices import pick_device
 from fastddpm.engines.precision import Precision, check_precision
 from fastddpm.engines.runner import Runner
 from fastddpm.engines.stepper import Stepper
 from fastddpm.images import Output, to_output
 from fastddpm.kernels.p_sample import COLUMNS
-from fastddpm.machine import pick_device
-from fastddpm.noise import NoiseFunction, NoiseSource, seed_bits
-from fastddpm.plan import DEFAULT_STEPS, plan
-from fastddpm.progress import StepProgress
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.solvers import ClippedEps, DynamicThreshold, Solver
-from fastddpm.spec import ModelSpec, Variance
+from fastddpm.process.method import DEFAULT_STEPS, plan
+from fastddpm.process.noise import NoiseFunction, NoiseSource, seed_bits
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.solvers import ClippedEps, DynamicThreshold, Solver
+from fastddpm.process.spec import ModelSpec, Variance
+from fastddpm.process.table import StepTable
 from fastddpm.step.network import Foreign, Network
 from fastddpm.step.request import Request, check_noise, make_request
-from fastddpm.step_table import StepTable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -495,8 +495,6 @@ def _filled(values: Tensor, batch: Request) -> Tensor:
 def _made_again(kind: type[Sampler], made_of: tuple[Any, ...], checkpoint: Checkpoint | None) -> Sampler:
     """A sampler of the same parts, for copies and pickles."""
     model, schedule, spec, device, engine, precision, graph_steps = made_of
-    sampler = kind(
-        model, schedule, spec, device=device, engine=engine, precision=precision, graph_steps=graph_steps
-    )
+    sampler = kind(model, schedule, spec, device=device, engine=engine, precision=precision, graph_steps=graph_steps)
     sampler.checkpoint = checkpoint
     return sampler

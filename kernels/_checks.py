@@ -108,7 +108,7 @@ def check_p_sample(
         shape=("R", columns),
         device=on,
         contiguous=True,
-        fix="make it with fastddpm.solvers; kernels.COLUMNS names its columns",
+        fix="make it with fastddpm.process.solvers; kernels.COLUMNS names its columns",
     )
     check_tensor(
         "p_sample",

@@ -2,9 +2,9 @@
 
 import torch
 
-from fastddpm.blocks import timestep_embedding
 from fastddpm.checkpoints import diffusers_unet, openai, pesser, renaming, w86763777
-from fastddpm.unet import UNet, UNetConfig
+from fastddpm.nets.blocks import timestep_embedding
+from fastddpm.nets.unet import UNet, UNetConfig
 
 NAMES = {
     "openai": openai._names,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastddpm.kernels.p_sample import p_sample_reference
-from fastddpm.reference import Model
-from fastddpm.solvers import StepTable, dynamic_bound
+from fastddpm.process.reference import Model
+from fastddpm.process.solvers import StepTable, dynamic_bound
 
 
 def _folder(variable: str, default: str) -> Path:

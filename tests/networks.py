@@ -4,10 +4,10 @@ import dataclasses
 
 import torch
 
+from fastddpm.nets.unet import UNet, UNetConfig
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
 from fastddpm.sampler import Sampler
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
-from fastddpm.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(
     sample_size=(8, 8), in_channels=1, out_channels=1, channels=(8, 16), layers=1, attention=(False, True),

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from fastddpm.engines.runner import StepRunner
+from fastddpm.process.table import StepTable
 from fastddpm.sampler import Sampler
 from fastddpm.step.state import State
 from fastddpm.step.step import Call, Step, StepForm
-from fastddpm.step_table import StepTable
 
 
 def begin(

@@ -25,8 +25,8 @@ from fastddpm.bench.settings import Deadline, Settings
 from fastddpm.bench.twins import NoTwinError, diffusers_config, random_checkpoint, twin_folder
 from fastddpm.bench.worker import Worker, forget_peak, peak_bytes
 from fastddpm.checkpoints import load_checkpoint
+from fastddpm.nets.unet import UNetConfig
 from fastddpm.sampler import Sampler
-from fastddpm.unet import UNetConfig
 from tests import tiny
 
 PICTURES = np.random.default_rng(0).random((3, 1, 8, 8)).astype(np.float32)

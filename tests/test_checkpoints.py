@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fastddpm.checkpoints import CheckpointError, load_checkpoint, native
 from fastddpm.checkpoints.base import load_weights
-from fastddpm.schedule import NoiseSchedule
+from fastddpm.process.schedule import NoiseSchedule
 from tests.tiny import SPEC, UNET, T, network, save_checkpoint, unconditional
 
 

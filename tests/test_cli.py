@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastddpm.cli.classes import class_cycle
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
 from fastddpm.sampler import Sampler
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
 from tests.command_line import Result, files, good, refused
 from tests.tiny import CLASSES, SPEC, T, command, environment, pictures, save_checkpoint, unconditional
 
@@ -343,7 +343,7 @@ def test_what_a_file_can_hold_is_written(fastddpm, place, monkeypatch, channels,
 )  # fmt: skip
 def test_options_reach_the_sampler(fastddpm, place, model, options):
     """Each option changes the picture, in the same way as the sampler's argument of that name does."""
-    from fastddpm.solvers import DynamicThreshold
+    from fastddpm.process.solvers import DynamicThreshold
 
     good(fastddpm("sample", model, "-n", 2, "--npz", "a.npz", *options))
     arguments = {

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from fastddpm import CheckpointError, Sampler, load_checkpoint
 from fastddpm.checkpoints import diffusers_unet, openai, openai_presets, pesser, w86763777
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
 from tests.foreign import FLAGS, diffusers_config, foreign_network, foreign_state
 from tests.helpers import peers_dir
 from tests.tiny import save_checkpoint

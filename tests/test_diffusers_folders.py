@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from fastddpm import CheckpointError, Sampler, load_checkpoint
 from fastddpm.checkpoints.diffusers import network_from
 from fastddpm.checkpoints.diffusers_unet import unet_config
-from fastddpm.unet import UNet
+from fastddpm.nets.unet import UNet
 from tests.foreign import diffusers_config, foreign_network, foreign_state
 
 STEM = "diffusion_pytorch_model"

@@ -25,7 +25,7 @@ from diffusers import (
 import fastddpm
 from fastddpm import FastDDIMScheduler, FastDDPMScheduler, FastDPMSolverMultistepScheduler, accelerate
 from fastddpm.integrations import diffusers_pipelines, pipeline_run
-from fastddpm.unet import UNet
+from fastddpm.nets.unet import UNet
 from tests.helpers import peers_dir
 from tests.syncs import NoSync
 from tests.test_dialects import oracle

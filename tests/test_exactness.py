@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2, norm
 
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.solvers import ddim_table, ddpm_table, dpmpp_2m_table, make_table, respace, spaced_timesteps
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.solvers import ddim_table, ddpm_table, dpmpp_2m_table, make_table, respace, spaced_timesteps
 from tests.helpers import run_table
 
 F64 = torch.float64

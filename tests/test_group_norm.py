@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from fastddpm.fused_body import Pending, fused_body, is_fusable
 from fastddpm.kernels.group_norm import (
     MOST_ELEMENTS,
     add_group_norm,
@@ -17,6 +16,7 @@ from fastddpm.kernels.group_norm import (
     warps_for,
 )
 from fastddpm.kernels.machine_code import read_amdgcn, read_cubin
+from fastddpm.nets.fused_body import Pending, fused_body, is_fusable
 from tests.kernels.cases import pretend_on_gpu
 from tests.kernels.norm_cases import TERMS, check_norm, norm_case, norm_float64
 from tests.test_unet import OPTIONS, inputs, make
@@ -251,7 +251,7 @@ def test_fused_body_is_one_graph(name, monkeypatch):
     x, t, y = inputs(network)
     projections = network.embed(t, y)
     want = network.body(x, projections)
-    monkeypatch.setattr("fastddpm.fused_body.runs_triton", lambda device: True)
+    monkeypatch.setattr("fastddpm.nets.fused_body.runs_triton", lambda device: True)
     assert is_fusable(network, x)
     torch._dynamo.reset()
     got = torch.compile(network.body, fullgraph=True, backend="eager")(x, projections)

@@ -10,7 +10,7 @@ import torch
 
 from fastddpm import CheckpointError, Sampler, load_checkpoint
 from fastddpm.checkpoints import convert, lucidrains_package
-from fastddpm.unet import UNet
+from fastddpm.nets.unet import UNet
 from tests.foreign import FLAGS, diffusers_config, foreign_network, foreign_state
 from tests.tiny import save_checkpoint, unconditional
 

@@ -257,7 +257,7 @@ def test_sampling_timesteps_are_the_default_of_ddim(tmp_path):
 
 @pytest.mark.parametrize("T", [7, 100, 1000])
 def test_ddim_steps_are_the_packages(T):
-    from fastddpm.timesteps import spaced_timesteps
+    from fastddpm.process.timesteps import spaced_timesteps
 
     for S in sorted({1, 2, 3, 5, 7, T // 4 + 1, T // 2 + 1, T - 1, T}):
         times = list(reversed(torch.linspace(-1, T - 1, steps=S + 1).int().tolist()))

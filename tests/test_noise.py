@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fastddpm.kernels.philox import normals_reference
-from fastddpm.noise import id_bits, initial_noise, normals, seed_bits
+from fastddpm.process.noise import id_bits, initial_noise, normals, seed_bits
 from tests.networks import ODD_SHAPES
 
 

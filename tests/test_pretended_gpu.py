@@ -9,10 +9,10 @@ pytest.importorskip("triton")
 
 from fastddpm.engines.gpu import Gpu
 from fastddpm.kernels.machine_code import read_cubin
+from fastddpm.nets.unet import UNet, UNetConfig
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
 from fastddpm.sampler import Sampler
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
-from fastddpm.unet import UNet, UNetConfig
 from tests.networks import tiny_sampler
 from tests.pretend import CUDA, Fakes, Generated, compiled_kernels, cuda_code
 from tests.steps import begin

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from fastddpm import losses, reference
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.timesteps import respace, spaced_timesteps
+from fastddpm.process import reference
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.timesteps import respace, spaced_timesteps
+from fastddpm.train import losses
 from tests.helpers import peers_dir
 
 F64 = torch.float64

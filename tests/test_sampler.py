@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastddpm import DynamicThreshold, ModelSpec, NoiseSchedule, Sampler, reference
 from fastddpm.kernels.philox import X_T_COUNTER
-from fastddpm.noise import normals
+from fastddpm.process.noise import normals
 from tests.networks import ODD_SHAPES, tiny_sampler
 
 SOLVERS = {

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastddpm.schedule import SCHEDULE_NAMES, NoiseSchedule
+from fastddpm.process.schedule import SCHEDULE_NAMES, NoiseSchedule
 from tests.helpers import peers_dir
 
 F32, F64 = torch.float32, torch.float64

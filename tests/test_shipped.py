@@ -9,7 +9,7 @@ import torch
 import fastddpm
 from fastddpm import Sampler, reference
 from fastddpm.kernels.philox import X_T_COUNTER
-from fastddpm.noise import normals
+from fastddpm.process.noise import normals
 from tests.helpers import mnist_dir
 from tests.judge import classify, judge
 from tests.rounding import rounding_bound

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastddpm import reference
 from fastddpm.kernels.p_sample import COLUMNS, p_sample_reference
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.solvers import (
+from fastddpm.process import reference
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.solvers import (
     DynamicThreshold,
     StepTable,
     ddim_table,

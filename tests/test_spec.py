@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from fastddpm.spec import ModelSpec
-from fastddpm.unet_config import UNetConfig
+from fastddpm.nets.config import UNetConfig
+from fastddpm.process.spec import ModelSpec
 from tests.tiny import SPEC, UNET
 
 

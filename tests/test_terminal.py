@@ -11,10 +11,10 @@ import time
 import pytest
 from rich.console import Console
 
-from fastddpm import terminal
 from fastddpm.checkpoints import CheckpointError, load_checkpoint
-from fastddpm.progress import progress_bar
-from fastddpm.terminal import clean, on_terminal, patience, say, tell
+from fastddpm.common import terminal
+from fastddpm.common.progress import progress_bar
+from fastddpm.common.terminal import clean, on_terminal, patience, say, tell
 from tests.command_line import good
 from tests.networks import tiny_sampler
 from tests.tiny import SPEC, command, environment, save_checkpoint
@@ -88,7 +88,7 @@ def test_errors_do_not_go_elsewhere_where_standard_error_is_closed():
 
 def test_a_closed_stream_does_not_get_a_files_number():
     """Else what a library prints to standard error would land in the first file that was opened."""
-    code = "from fastddpm.terminal import settle_streams; settle_streams(); print(open('/dev/null').fileno())"
+    code = "from fastddpm.common.terminal import settle_streams; settle_streams(); print(open('/dev/null').fileno())"
     assert int(shell(f'"{sys.executable}" -c "{code}" 2>&-').stdout) > 2
     assert shell(" ".join(command("--help")) + " >&-").returncode == 0
 
@@ -96,7 +96,7 @@ def test_a_closed_stream_does_not_get_a_files_number():
 def test_streams_of_plain_ascii(tmp_path):
     done = shell(" ".join(command("sample", "--help")), PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "") and "DDIM's eta, 0 ... 1: how much noise" in done.stdout
-    code = "from fastddpm.terminal import settle_streams, say; settle_streams(); say('3 × 4 − 1 ≥ … é 日')"
+    code = "from fastddpm.common.terminal import settle_streams, say; settle_streams(); say('3 × 4 − 1 ≥ … é 日')"
     assert shell(f'"{sys.executable}" -c "{code}"', PYTHONIOENCODING="ascii").stdout == "3 x 4 - 1 >= ... e ?\n"
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastddpm.timesteps import check_timesteps, respace, spaced_timesteps
+from fastddpm.process.timesteps import check_timesteps, respace, spaced_timesteps
 from tests.helpers import peers_dir
 
 # (peer, mode) → how that peer arrives at its timesteps.

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from fastddpm.checkpoints import CheckpointError, load_checkpoint
 from fastddpm.checkpoints.native import read_metadata
-from fastddpm.interrupts import hold_interrupt
-from fastddpm.losses import simple_loss
-from fastddpm.noise import normals
+from fastddpm.common.interrupts import hold_interrupt
+from fastddpm.nets.unet import UNet
+from fastddpm.process.noise import normals
+from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampler import Sampler
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.training import TrainConfig, Trainer
-from fastddpm.unet import UNet
+from fastddpm.train.loop import TrainConfig, Trainer
+from fastddpm.train.losses import simple_loss
 from tests.tiny import SPEC, UNET, T, environment, pictures, unconditional
 
 QUICK = TrainConfig(epochs=3, batch_size=16, warmup=2, save_every=5, ema_decay=0.9, learning_rate=2e-3)
@@ -327,7 +327,7 @@ def test_a_finished_run_stays_as_it_is(tmp_path):
 LOCKING = """
 import sys, time
 from pathlib import Path
-from fastddpm.run_folder import RunFolder
+from fastddpm.train.run_folder import RunFolder
 with RunFolder(Path(sys.argv[1])).locked(0):
     print("locked", flush=True)
     time.sleep(600)

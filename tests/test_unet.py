@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastddpm.blocks import Attention, Downsample, ResBlock, timestep_embedding
-from fastddpm.unet import UNet, UNetConfig
+from fastddpm.nets.blocks import Attention, Downsample, ResBlock, timestep_embedding
+from fastddpm.nets.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(
     sample_size=(8, 8),

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from fastddpm.checkpoints import native
-from fastddpm.data import ImageData
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
-from fastddpm.unet import UNet, UNetConfig
+from fastddpm.nets.unet import UNet, UNetConfig
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
+from fastddpm.train.data import ImageData
 
 SIDE = 8
 CLASSES = 3

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastddpm.bench.twins import NoTwinError, random_checkpoint, twin_folder
 from fastddpm.bench.workloads import Workload
 from fastddpm.checkpoints import load_checkpoint
-from fastddpm.noise import normals
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
+from fastddpm.process.noise import normals
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
 
 SEED = 0
 """Seed of the noise that all peers start from."""

@@ -13,7 +13,7 @@ from fastddpm.bench import bars
 from fastddpm.bench.entrants import LABELS
 from fastddpm.bench.figures import BatchResult, WorkloadResult
 from fastddpm.bench.report import COLUMNS, cells, in_order
-from fastddpm.terminal import clean
+from fastddpm.common.terminal import clean
 
 WIDE = 170
 """Columns of a terminal from which on the whole table is shown."""

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from fastddpm.checkpoints import native
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
-from fastddpm.unet import UNet, UNetConfig
+from fastddpm.nets.unet import UNet, UNetConfig
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
 
 TOLERATED_BYTES = 48 << 20
 """How much more memory the second half of a run may take than what the first tenth took: a few batches' worth."""

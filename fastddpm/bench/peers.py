@@ -18,7 +18,7 @@ from fastddpm.bench.arithmetic import Precision, arithmetic
 from fastddpm.bench.job import SEED, Half, Job, update_parts
 from fastddpm.bench.peaks import Peaks
 from fastddpm.kernels.philox import X_T_COUNTER
-from fastddpm.reference import p_sample_loop
+from fastddpm.process.reference import p_sample_loop
 from fastddpm.sampler import Sampler
 from fastddpm.step.request import make_request
 
@@ -214,7 +214,7 @@ class EnginePeer(Peer):
 
 
 class ReferencePeer(Peer):
-    """`fastddpm.reference`, the textbook loop, around the network in PyTorch."""
+    """`fastddpm.process.reference`, the textbook loop, around the network in PyTorch."""
 
     def load(self, job: Job) -> None:
         """Load the network through `Sampler.from_pretrained`."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fastddpm.checkpoints import Checkpoint, native
 from fastddpm.checkpoints.diffusers_unet import network_from, unet_config
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec, Variance
-from fastddpm.unet import UNet, UNetConfig
+from fastddpm.nets.unet import UNet, UNetConfig
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec, Variance
 
 _KNOWN_SPEC = ("fixed_small", "fixed_large", "learned_range")
 _PREDICTIONS = {"eps": "epsilon", "x_start": "sample", "v": "v_prediction"}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastddpm.spec import Variance
+from fastddpm.process.spec import Variance
 
 _CIFAR10: dict[str, Any] = {
     "sample_size": 32,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
 
 _LONGEST = 3000
 

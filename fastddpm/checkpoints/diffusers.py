@@ -15,8 +15,8 @@ from fastddpm.checkpoints.diffusers_unet import DEFAULTS, load_network, network_
 from fastddpm.checkpoints.diffusers_weights import check_variant, read_weights
 from fastddpm.checkpoints.flags import Flags, classes_of
 from fastddpm.checkpoints.native import read_json
-from fastddpm.spec import ModelSpec
-from fastddpm.unet import UNetConfig
+from fastddpm.nets.unet import UNetConfig
+from fastddpm.process.spec import ModelSpec
 
 __all__ = ["CONFIG_NAME", "FLAGS", "INDEX_NAME", "NAME", "check_pipeline", "detect", "load", "network_from"]
 

@@ -13,7 +13,7 @@ import torch
 from fastddpm.checkpoints.base import CheckpointError
 from fastddpm.checkpoints.flags import Flags
 from fastddpm.checkpoints.native import read_json
-from fastddpm.schedule import NoiseSchedule
+from fastddpm.process.schedule import NoiseSchedule
 
 SCHEDULER_NAME = "scheduler_config.json"
 _NEEDED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "variance_type", "clip_sample",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastddpm.checkpoints.base import CheckpointError
 from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
-from fastddpm.unet import UNet, UNetConfig
+from fastddpm.nets.unet import UNet, UNetConfig
 
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 _DOWN = {"DownBlock2D": (False, False), "AttnDownBlock2D": (True, None), "ResnetDownsampleBlock2D": (False, True)}

@@ -35,7 +35,7 @@ from fastddpm.checkpoints.lucidrains_versions import (
     unwrapped,
 )
 from fastddpm.checkpoints.networks import behind, choose_network, prefixes, state_dicts, training_of
-from fastddpm.spec import ModelSpec, Prediction
+from fastddpm.process.spec import ModelSpec, Prediction
 
 NAME = "lucidrains"
 REASON = "keys init_conv and time_mlp"

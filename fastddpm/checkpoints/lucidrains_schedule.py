@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.checkpoints.base import CheckpointError
-from fastddpm.schedule import NoiseSchedule
+from fastddpm.process.schedule import NoiseSchedule
 
 Objective = Literal["pred_noise", "pred_x0", "pred_v"]
 OBJECTIVES: tuple[Objective, ...] = ("pred_noise", "pred_x0", "pred_v")

@@ -22,9 +22,9 @@ from fastddpm.checkpoints.flags import Flags, classes_of
 from fastddpm.checkpoints.lucidrains_package import Module, PackageUNet
 from fastddpm.checkpoints.lucidrains_schedule import BUFFERS, RoundedSchedule
 from fastddpm.files import write_json, write_tensors
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
-from fastddpm.unet import UNet, UNetConfig
+from fastddpm.nets.unet import UNet, UNetConfig
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

@@ -13,10 +13,10 @@ from fastddpm.checkpoints.networks import choose_network, find_networks, trainin
 from fastddpm.checkpoints.openai_presets import PRESETS, RELATIVES
 from fastddpm.checkpoints.reading import highest_index
 from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec, Variance
-from fastddpm.timesteps import respace
-from fastddpm.unet import UNetConfig
+from fastddpm.nets.unet import UNetConfig
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec, Variance
+from fastddpm.process.timesteps import respace
 
 NAME = "openai"
 REASON = "keys time_embed and input_blocks"

@@ -16,9 +16,9 @@ from fastddpm.checkpoints.flags import Flags, level_sizes
 from fastddpm.checkpoints.networks import choose_network, find_networks, training_of
 from fastddpm.checkpoints.reading import highest_index
 from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
-from fastddpm.unet import UNetConfig
+from fastddpm.nets.unet import UNetConfig
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
 
 NAME = "pesser"
 REASON = "keys temb.dense and down.0.block"

@@ -13,9 +13,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from fastddpm.blocks import Attention, ResBlock, Stage
 from fastddpm.checkpoints.base import CheckpointError, load_weights
-from fastddpm.unet import UNet, UNetConfig
+from fastddpm.nets.blocks import Attention, ResBlock, Stage
+from fastddpm.nets.unet import UNet, UNetConfig
 
 Part = Literal["down", "mid", "up"]
 Kind = Literal["block", "attention", "resample"]

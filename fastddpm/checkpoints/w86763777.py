@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastddpm.blocks import timestep_embedding
 from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_channels
 from fastddpm.checkpoints.flags import Flags
 from fastddpm.checkpoints.networks import choose_network, find_networks, training_of
 from fastddpm.checkpoints.reading import highest_index
 from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec, Prediction
-from fastddpm.unet import UNetConfig
+from fastddpm.nets.blocks import timestep_embedding
+from fastddpm.nets.unet import UNetConfig
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec, Prediction
 
 NAME = "w86763777"
 REASON = "keys time_embedding.timembedding and downblocks"

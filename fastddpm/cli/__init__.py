@@ -19,7 +19,7 @@ from fastddpm.cli.export import export
 from fastddpm.cli.info import info
 from fastddpm.cli.sample import sample
 from fastddpm.cli.train import train
-from fastddpm.terminal import NARROW, say, settle_streams, tell
+from fastddpm.common.terminal import NARROW, say, settle_streams, tell
 
 app = typer.Typer(
     name="fastddpm",

@@ -13,7 +13,7 @@ import typer
 
 from fastddpm.cli.errors import Stopped
 from fastddpm.cli.flags import FlagOption, parse_flags
-from fastddpm.terminal import clean, say
+from fastddpm.common.terminal import clean, say
 
 if TYPE_CHECKING:
     from fastddpm.bench.figures import BatchResult, WorkloadResult
@@ -76,8 +76,8 @@ def bench(
     - `fastddpm bench mnist --profile`
     """
     from fastddpm.bench.settings import Settings, default_threads  # late, for --help: see `sample`
+    from fastddpm.engines.devices import pick_device
     from fastddpm.files import check_writable
-    from fastddpm.machine import pick_device
 
     flags = parse_flags(flag)
     sizes = _integers(batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastddpm.spec import ModelSpec
+from fastddpm.process.spec import ModelSpec
 
 _NAMED = 5
 

@@ -8,7 +8,7 @@ import typer
 
 from fastddpm.cli.engine_options import PrecisionOption
 from fastddpm.cli.flags import FlagOption, parse_flags
-from fastddpm.terminal import patience, say
+from fastddpm.common.terminal import patience, say
 
 
 def compile_model(
@@ -35,7 +35,7 @@ def compile_model(
     """
     import torch  # late, for --help: see `sample`
 
-    from fastddpm.machine import describe_choices
+    from fastddpm.engines.devices import describe_choices
     from fastddpm.sampler import Sampler
 
     sampler = Sampler.from_pretrained(model, device="cpu", precision=precision, **parse_flags(flag))

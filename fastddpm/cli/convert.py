@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from fastddpm.cli.flags import FlagOption, parse_flags
-from fastddpm.terminal import say
+from fastddpm.common.terminal import say
 
 
 def convert(

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastddpm.terminal import NARROW, clean, say
+from fastddpm.common.terminal import NARROW, clean, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,7 +96,7 @@ def _device(wanted: str) -> Device:
         ValueError: it is not there; says why, where that is known.
     """
     from fastddpm.doctor.surroundings import why_no_gpu
-    from fastddpm.machine import pick_device
+    from fastddpm.engines.devices import pick_device
 
     try:
         return pick_device(None if wanted == "auto" else wanted)

@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 
-from fastddpm.terminal import tell
+from fastddpm.common.terminal import tell
 
 USER_ERRORS = (ValueError, TypeError, OSError, OverflowError, FloatingPointError)
 REMEDIES = {

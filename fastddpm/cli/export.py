@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fastddpm.cli.flags import FlagOption, parse_flags
-from fastddpm.terminal import patience, say
+from fastddpm.common.terminal import patience, say
 
 if TYPE_CHECKING:
     from fastddpm.export.exporter import Exported
@@ -114,8 +114,8 @@ def export(
     from fastddpm.export.convert import DEFAULT_OPSET  # late: PyTorch takes seconds to import, --help should not
     from fastddpm.export.exporter import export_onnx
     from fastddpm.files import check_replaceable
+    from fastddpm.process.solvers import DynamicThreshold
     from fastddpm.sampler import Sampler
-    from fastddpm.solvers import DynamicThreshold
 
     if fp16 and int8:
         raise ValueError("export: --fp16 and --int8 must not both be given, got both; leave one out")

@@ -14,11 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastddpm.cli.flags import FlagOption, parse_flags
-from fastddpm.terminal import NARROW, clean, say
+from fastddpm.common.terminal import NARROW, clean, say
 
 if TYPE_CHECKING:
     from fastddpm.checkpoints import Checkpoint
-    from fastddpm.spec import ModelSpec
+    from fastddpm.process.spec import ModelSpec
 
 
 def info(
@@ -33,8 +33,8 @@ def info(
     Without a checkpoint: the machine, and the checkpoints that ship with the package.
     """
     from fastddpm.checkpoints import SHIPPED, load_checkpoint  # late, for --help: see `sample`
+    from fastddpm.engines.devices import describe_choices, describe_machine
     from fastddpm.engines.weights import weights_hash
-    from fastddpm.machine import describe_choices, describe_machine
 
     machine = dataclasses.asdict(describe_machine())
     facts: dict[str, Any] = {"machine": machine, "shipped checkpoints": list(SHIPPED)}

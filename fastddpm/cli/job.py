@@ -13,6 +13,7 @@ from torch import Tensor
 from fastddpm.cli.classes import class_cycle
 from fastddpm.cli.errors import Stopped
 from fastddpm.cli.picture_folder import PictureFolder, checksums
+from fastddpm.common.progress import StepProgress
 from fastddpm.files import check_replaceable, check_writable
 from fastddpm.images import (
     SHOWN_CHANNELS,
@@ -28,10 +29,9 @@ from fastddpm.images import (
     save_npz,
     to_uint8,
 )
-from fastddpm.noise import seed_bits
-from fastddpm.progress import StepProgress
+from fastddpm.process.noise import seed_bits
+from fastddpm.process.solvers import DynamicThreshold, Solver
 from fastddpm.sampler import Preview, Sampler
-from fastddpm.solvers import DynamicThreshold, Solver
 from fastddpm.step.request import default_batch_size, make_request
 
 MOST_PICTURES = 10**7

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from fastddpm.files import check_regular, remove_leftovers, write_json
+from fastddpm.process.spec import ModelSpec
 from fastddpm.sampler import Sampler
-from fastddpm.spec import ModelSpec
 
 RUN_FILE = "run.json"
 _PICTURE = re.compile(r"\d{6,}\.png")

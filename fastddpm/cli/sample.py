@@ -9,7 +9,7 @@ import typer
 
 from fastddpm.cli.engine_options import EngineOption, PrecisionOption
 from fastddpm.cli.flags import FlagOption, parse_flags
-from fastddpm.terminal import say, tell
+from fastddpm.common.terminal import say, tell
 
 WHAT, METHOD, OUTPUT, RUN = "What to draw", "How to draw", "Where to write (several may be given)", "Running"
 

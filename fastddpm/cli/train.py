@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fastddpm.cli.errors import Stopped
-from fastddpm.progress import progress_bar
-from fastddpm.terminal import clean, on_terminal, say
+from fastddpm.common.progress import progress_bar
+from fastddpm.common.terminal import clean, on_terminal, say
 
 if TYPE_CHECKING:
-    from fastddpm.data import ImageData
-    from fastddpm.spec import ModelSpec
-    from fastddpm.training import Progress, Trainer
+    from fastddpm.process.spec import ModelSpec
+    from fastddpm.train.data import ImageData
+    from fastddpm.train.loop import Progress, Trainer
 
 GRID_SAMPLES = 64
 GRID_STEPS = 25
@@ -130,14 +130,14 @@ def train(
     """
     import torch  # late, for --help: see `sample`
 
-    from fastddpm.data import load_images
+    from fastddpm.engines.devices import pick_device
     from fastddpm.files import check_writable, remove_leftovers
     from fastddpm.images import SHOWN_CHANNELS
-    from fastddpm.machine import pick_device
-    from fastddpm.schedule import NoiseSchedule
-    from fastddpm.spec import ModelSpec
-    from fastddpm.training import TrainConfig, Trainer
-    from fastddpm.unet import UNet, UNetConfig
+    from fastddpm.nets.unet import UNet, UNetConfig
+    from fastddpm.process.schedule import NoiseSchedule
+    from fastddpm.process.spec import ModelSpec
+    from fastddpm.train.data import load_images
+    from fastddpm.train.loop import TrainConfig, Trainer
 
     config = TrainConfig(
         epochs=epochs, batch_size=batch_size, learning_rate=lr, lr_schedule=lr_schedule, warmup=warmup,

@@ -14,11 +14,11 @@ from fastddpm.bench.twins import random_unet
 from fastddpm.doctor.surroundings import ProblemError
 from fastddpm.engines.choose import Engine
 from fastddpm.engines.gpu import Gpu, compile_in_place
-from fastddpm.reference import p_sample_loop
+from fastddpm.nets.config import UNetConfig
+from fastddpm.process.reference import p_sample_loop
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
 from fastddpm.sampler import Sampler
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
-from fastddpm.unet_config import UNetConfig
 
 T = 1000
 PICTURES = 2

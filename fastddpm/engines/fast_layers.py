@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastddpm.blocks import Attention
 from fastddpm.kernels._native import NativeError
 from fastddpm.kernels.winograd import fits, pack, winograd_conv
+from fastddpm.nets.blocks import Attention
 
 _LEAST_PIXELS = 256
 """Pixels of all pictures together, below which reading the larger weights costs more than is saved."""

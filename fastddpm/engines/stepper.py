@@ -15,13 +15,13 @@ from fastddpm.engines.precision import DTYPES, Precision
 from fastddpm.engines.runner import Runner, StepRunner
 from fastddpm.engines.surroundings import undisturbed
 from fastddpm.engines.weights import Weights
-from fastddpm.spec import ModelSpec
+from fastddpm.process.spec import ModelSpec
+from fastddpm.process.table import StepTable
 from fastddpm.step.book import Book
 from fastddpm.step.network import Network, as_network
 from fastddpm.step.request import Request
 from fastddpm.step.state import Places, State
 from fastddpm.step.step import Call, Step, StepForm
-from fastddpm.step_table import StepTable
 
 
 class Stepper:

@@ -2,7 +2,7 @@
 
     pipe.scheduler = FastDDPMScheduler.from_config(pipe.scheduler.config)
 
-`set_timesteps` makes a step table (`fastddpm.step_table`) in float64, rounded once to float32; `step` takes its row
+`set_timesteps` makes a step table (`fastddpm.process.table`) in float64, rounded once to float32; `step` takes its row
 
     x̂_0     = clip(a_x · x_t + a_o · out, −bound, +bound)
     x_{t−1} = c_0 · x̂_0 + c_x · x_t + c_o · out + c_h · history + σ · z
@@ -28,7 +28,7 @@ from fastddpm.integrations.scheduler_base import ForwardSteps, TableSteps
 from fastddpm.integrations.scheduler_rows import Rows
 from fastddpm.integrations.scheduler_tables import ancestral_table, ddim_table, multistep_tables
 from fastddpm.integrations.scheduler_update import fits, update
-from fastddpm.step_table import StepTable
+from fastddpm.process.table import StepTable
 
 try:
     from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler

@@ -15,9 +15,9 @@ from fastddpm.checkpoints.base import CheckpointError
 from fastddpm.checkpoints.lucidrains import PREDICTIONS
 from fastddpm.checkpoints.lucidrains_schedule import BUFFERS, RoundedSchedule, read_schedule
 from fastddpm.engines.choose import EngineName
+from fastddpm.process.spec import ModelSpec
+from fastddpm.process.timesteps import spaced_timesteps
 from fastddpm.sampler import Preview, Sampler
-from fastddpm.spec import ModelSpec
-from fastddpm.timesteps import spaced_timesteps
 
 __all__ = ["AcceleratedGaussianDiffusion", "accelerate_gaussian_diffusion"]
 

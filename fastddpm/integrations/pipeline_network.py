@@ -15,8 +15,8 @@ from fastddpm.checkpoints.diffusers_unet import network_from
 from fastddpm.engines.choose import Engine, EngineName
 from fastddpm.engines.stepper import Stepper
 from fastddpm.engines.weights import Weights
-from fastddpm.spec import ModelSpec
-from fastddpm.unet import UNet
+from fastddpm.nets.unet import UNet
+from fastddpm.process.spec import ModelSpec
 
 
 class Network:

@@ -19,9 +19,9 @@ from fastddpm.integrations.diffusers_schedulers import (
 )
 from fastddpm.integrations.pipeline_network import Network, check_unet
 from fastddpm.integrations.scheduler_tables import ancestral_table, ddim_table, multistep_tables
-from fastddpm.spec import ModelSpec
+from fastddpm.process.spec import ModelSpec
+from fastddpm.process.table import StepTable
 from fastddpm.step.request import Request
-from fastddpm.step_table import StepTable
 
 _ANCESTRAL = (DDPMScheduler, FastDDPMScheduler)
 _DDIM = (DDIMScheduler, FastDDIMScheduler)

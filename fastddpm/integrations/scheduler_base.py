@@ -12,7 +12,7 @@ from torch import Tensor
 from fastddpm.integrations.scheduler_rows import Rows
 from fastddpm.integrations.scheduler_update import fits
 from fastddpm.kernels.q_sample import q_sample
-from fastddpm.step_table import StepTable
+from fastddpm.process.table import StepTable
 
 _MOST_TABLES = 16
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.kernels.p_sample import COLUMNS
-from fastddpm.step_table import StepTable
+from fastddpm.process.table import StepTable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastddpm.checkpoints.diffusers_scheduler import conventions_of
 from fastddpm.kernels.p_sample import COLUMNS
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.solvers import make_table
-from fastddpm.step_table import DynamicThreshold, StepTable
-from fastddpm.timesteps import check_timesteps
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.solvers import make_table
+from fastddpm.process.table import DynamicThreshold, StepTable
+from fastddpm.process.timesteps import check_timesteps
 
 _SHORT = 15  # runs of fewer steps end with a step of lower order, if the scheduler says so
 

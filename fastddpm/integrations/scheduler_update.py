@@ -1,6 +1,6 @@
 """The update of a scheduler's step, on tensors as callers of diffusers have them.
 
-What a row holds stands in `fastddpm.step_table`:
+What a row holds stands in `fastddpm.process.table`:
 
     x̂_0     = clip(a_x · x_t + a_o · out, −bound, +bound)
     x_{t−1} = c_0 · x̂_0 + c_x · x_t + c_o · out + c_h · history + σ · z
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastddpm.integrations.scheduler_rows import Row, Rows
 from fastddpm.kernels._dispatch import runs_triton
 from fastddpm.kernels.p_sample import p_sample, p_sample_reference
-from fastddpm.step_table import StepTable, dynamic_bound
+from fastddpm.process.table import StepTable, dynamic_bound
 
 _Thresholding = Callable[[Tensor], Tensor]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

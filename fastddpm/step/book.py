@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from fastddpm.kernels.p_sample import COLUMNS
-from fastddpm.spec import ModelSpec
+from fastddpm.process.spec import ModelSpec
+from fastddpm.process.table import StepTable
 from fastddpm.step.network import Network, rows_hold_classes
 from fastddpm.step.state import Places
-from fastddpm.step_table import StepTable
 
 LEAST_ROWS = 1024
 """Rows that a book has room for at first."""

@@ -12,7 +12,7 @@ from typing import Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from fastddpm.spec import ModelSpec
+from fastddpm.process.spec import ModelSpec
 
 TABLE_BYTES = 256 << 20
 """Largest table of all training steps and classes; networks that would need more are told the class in each step."""

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastddpm.arguments import integers, numbers, whole
-from fastddpm.noise import NoiseSource, id_bits
-from fastddpm.spec import ModelSpec
+from fastddpm.common.arguments import integers, numbers, whole
+from fastddpm.process.noise import NoiseSource, id_bits
+from fastddpm.process.spec import ModelSpec
 
 
 @dataclasses.dataclass(frozen=True)

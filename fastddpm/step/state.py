@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastddpm.noise import initial_noise, seed_bits
+from fastddpm.process.noise import initial_noise, seed_bits
 
 
 @dataclasses.dataclass

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.kernels.p_sample import p_sample, p_sample_reference
-from fastddpm.spec import ModelSpec
+from fastddpm.process.spec import ModelSpec
+from fastddpm.process.table import DynamicThreshold, StepTable, dynamic_bound
 from fastddpm.step.book import Book
 from fastddpm.step.network import Network
 from fastddpm.step.state import State
-from fastddpm.step_table import DynamicThreshold, StepTable, dynamic_bound
 
 ALWAYS = ("x", "step", "end", "sample_id", "seed", "rows", "timesteps", "conditions")
 """The arguments that every step has."""

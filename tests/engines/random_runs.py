@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from fastddpm import reference
 from fastddpm.kernels.philox import X_T_COUNTER
-from fastddpm.noise import id_bits, normals, seed_bits
+from fastddpm.process import reference
+from fastddpm.process.noise import id_bits, normals, seed_bits
+from fastddpm.process.table import DynamicThreshold
 from fastddpm.sampler import Sampler
-from fastddpm.step_table import DynamicThreshold
 
 SAFETY = 8.0
 ROUNDING = 2.0**-21

@@ -11,8 +11,8 @@ from fastddpm.engines import ahead_of_time, cache
 from fastddpm.engines.ahead_of_time import AheadOfTime
 from fastddpm.engines.choose import Engine
 from fastddpm.engines.compare import CompileError
+from fastddpm.engines.devices import describe_choices
 from fastddpm.kernels import _cache
-from fastddpm.machine import describe_choices
 from tests.engines.common import RUNS, like
 from tests.networks import tiny_sampler
 from tests.steps import begin

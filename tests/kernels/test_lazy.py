@@ -47,7 +47,7 @@ RUN = """
 import sys
 import torch
 by_torch = set(sys.modules)
-import fastddpm.cli, fastddpm.engines.stepper, fastddpm.sampler, fastddpm.training
+import fastddpm.cli, fastddpm.engines.stepper, fastddpm.sampler, fastddpm.train.loop
 from fastddpm import ModelSpec, NoiseSchedule, Sampler, UNet, UNetConfig
 config = UNetConfig(sample_size=(8, 8), channels=(8,), layers=1, attention=(False,), norm_groups=2)
 sampler = Sampler(UNet(config), NoiseSchedule.linear(10), ModelSpec(shape=(3, 8, 8)), engine="eager")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
 from fastddpm.sampler import Sampler
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
 from fastddpm.step.book import Book
 from fastddpm.step.state import State
 from tests.networks import SPEC, tiny_sampler, tiny_unet

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastddpm.arguments import integers, whole
+from fastddpm.common.arguments import integers, whole
 from fastddpm.kernels.philox import X_T_COUNTER, normals_reference
 
 NoiseFunction = Callable[[int, int, Tensor], Tensor]

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastddpm.arrays import check_bytes, read_idx, read_npz
 from fastddpm.files import check_regular
-from fastddpm.picture_file import read_picture
+from fastddpm.train.arrays import check_bytes, read_idx, read_npz
+from fastddpm.train.picture_file import read_picture
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MAX_SIDE = 4096

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastddpm.blocks import Attention, Downsample, ResBlock, Stage, Upsample, resample
 from fastddpm.kernels._dispatch import runs_triton
 from fastddpm.kernels.group_norm import add_group_norm_unchecked
+from fastddpm.nets.blocks import Attention, Downsample, ResBlock, Stage, Upsample, resample
 
 if TYPE_CHECKING:
-    from fastddpm.unet import UNet
+    from fastddpm.nets.unet import UNet
 
 __all__ = ["Pending", "fused_body", "is_fusable"]
 

@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastddpm.reference import p_mean_variance
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import Prediction, Variance
+from fastddpm.process.reference import p_mean_variance
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import Prediction, Variance
 
 _LN2 = math.log(2.0)
 

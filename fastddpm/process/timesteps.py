@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastddpm.arguments import integers, whole
+from fastddpm.common.arguments import integers, whole
 
 Spacing = Literal["leading", "trailing", "linspace", "linspace_x0"]
 

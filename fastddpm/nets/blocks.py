@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastddpm.unet_config import UNetConfig
+from fastddpm.nets.config import UNetConfig
 
 
 def timestep_embedding(

@@ -20,15 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.checkpoints import native
-from fastddpm.data import ImageData
-from fastddpm.interrupts import hold_interrupt
+from fastddpm.common.interrupts import hold_interrupt
 from fastddpm.kernels.q_sample import q_sample
-from fastddpm.losses import hybrid_loss, target_of
-from fastddpm.run_folder import RunFolder, TrainState
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
-from fastddpm.train_config import TrainConfig as TrainConfig
-from fastddpm.unet import UNet
+from fastddpm.nets.unet import UNet
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
+from fastddpm.train.config import TrainConfig as TrainConfig
+from fastddpm.train.data import ImageData
+from fastddpm.train.losses import hybrid_loss, target_of
+from fastddpm.train.run_folder import RunFolder, TrainState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fastddpm.terminal import NARROW, on_terminal
+from fastddpm.common.terminal import NARROW, on_terminal
 
 _REDRAW_S = 0.05  # telling the bar of each step would take longer than a small network's update
 

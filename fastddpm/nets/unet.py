@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastddpm.blocks import Attention, Downsample, ResBlock, Stage, Upsample, timestep_embedding
-from fastddpm.fused_body import fused_body, is_fusable
-from fastddpm.unet_config import UNetConfig
+from fastddpm.nets.blocks import Attention, Downsample, ResBlock, Stage, Upsample, timestep_embedding
+from fastddpm.nets.config import UNetConfig
+from fastddpm.nets.fused_body import fused_body, is_fusable
 
 __all__ = ["UNet", "UNetConfig"]
 

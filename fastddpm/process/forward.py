@@ -1,7 +1,7 @@
 """ForwardProcess: the arrays and the equations that follow from the betas of a noise schedule.
 
 Symbols as in Ho et al. 2020, with t counted from 0: q(x_t | x_{t−1}) = N(√(1−β_t) x_{t−1}, β_t I),
-α_t = 1 − β_t, ᾱ_t = α_0 ⋯ α_t. `fastddpm.schedule.NoiseSchedule` adds construction and validation.
+α_t = 1 − β_t, ᾱ_t = α_0 ⋯ α_t. `fastddpm.process.schedule.NoiseSchedule` adds construction and validation.
 """
 
 from functools import cached_property

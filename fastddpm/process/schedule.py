@@ -14,9 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddpm.arguments import number, whole
-from fastddpm.betas import cosine_betas, laplace_betas, linear_betas, logistic_betas, scaled_linear_betas, sigmoid_betas
-from fastddpm.forward import ForwardProcess
+from fastddpm.common.arguments import number, whole
+from fastddpm.process.betas import (
+    cosine_betas,
+    laplace_betas,
+    linear_betas,
+    logistic_betas,
+    scaled_linear_betas,
+    sigmoid_betas,
+)
+from fastddpm.process.forward import ForwardProcess
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _LINEAR = {"beta_start": 1e-4, "beta_end": 0.02}
@@ -86,21 +93,21 @@ class NoiseSchedule(ForwardProcess):
     def linear(
         cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *, dtype: torch.dtype = torch.float64
     ) -> NoiseSchedule:
-        """Linear betas (Ho et al. 2020, sec. 4); see `fastddpm.betas.linear_betas`."""
+        """Linear betas (Ho et al. 2020, sec. 4); see `fastddpm.process.betas.linear_betas`."""
         return cls.by_name("linear", T, dtype=dtype, beta_start=beta_start, beta_end=beta_end)
 
     @classmethod
     def scaled_linear(
         cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *, dtype: torch.dtype = torch.float64
     ) -> NoiseSchedule:
-        """Betas linear in √β (Rombach et al. 2022); see `fastddpm.betas.scaled_linear_betas`."""
+        """Betas linear in √β (Rombach et al. 2022); see `fastddpm.process.betas.scaled_linear_betas`."""
         return cls.by_name("scaled_linear", T, dtype=dtype, beta_start=beta_start, beta_end=beta_end)
 
     @classmethod
     def cosine(
         cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999, *, dtype: torch.dtype = torch.float64
     ) -> NoiseSchedule:
-        """Cosine ᾱ (Nichol & Dhariwal 2021, eq. 17); see `fastddpm.betas.cosine_betas`."""
+        """Cosine ᾱ (Nichol & Dhariwal 2021, eq. 17); see `fastddpm.process.betas.cosine_betas`."""
         return cls.by_name("cosine", T, dtype=dtype, s=s, max_beta=max_beta)
 
     @classmethod
@@ -114,19 +121,19 @@ class NoiseSchedule(ForwardProcess):
         *,
         dtype: torch.dtype = torch.float64,
     ) -> NoiseSchedule:
-        """Sigmoid ᾱ (Jabri et al. 2022, Algorithm 1); see `fastddpm.betas.sigmoid_betas`."""
+        """Sigmoid ᾱ (Jabri et al. 2022, Algorithm 1); see `fastddpm.process.betas.sigmoid_betas`."""
         return cls.by_name("sigmoid", T, dtype=dtype, start=start, end=end, tau=tau, max_beta=max_beta)
 
     @classmethod
     def logistic(
         cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *, dtype: torch.dtype = torch.float64
     ) -> NoiseSchedule:
-        """Logistic betas (Xu et al. 2022; diffusers' "sigmoid"); see `fastddpm.betas.logistic_betas`."""
+        """Logistic betas (Xu et al. 2022; diffusers' "sigmoid"); see `fastddpm.process.betas.logistic_betas`."""
         return cls.by_name("logistic", T, dtype=dtype, beta_start=beta_start, beta_end=beta_end)
 
     @classmethod
     def laplace(cls, T: int = 1000, max_beta: float = 0.999, *, dtype: torch.dtype = torch.float64) -> NoiseSchedule:
-        """Laplace log-SNR (Hang et al. 2024); see `fastddpm.betas.laplace_betas`."""
+        """Laplace log-SNR (Hang et al. 2024); see `fastddpm.process.betas.laplace_betas`."""
         return cls.by_name("laplace", T, dtype=dtype, max_beta=max_beta)
 
     @classmethod

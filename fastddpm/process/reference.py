@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import Prediction, Variance
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import Prediction, Variance
 
 Noise = Tensor | Callable[[int], Tensor] | torch.Generator
 

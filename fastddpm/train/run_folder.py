@@ -22,10 +22,10 @@ from torch import Tensor
 from fastddpm.checkpoints import native
 from fastddpm.checkpoints.base import CheckpointError, check_file, check_weights
 from fastddpm.files import check_replaceable, make_folder, remove_leftovers, write_tensors, write_text
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import ModelSpec
-from fastddpm.train_config import TrainConfig
-from fastddpm.unet_config import UNetConfig
+from fastddpm.nets.config import UNetConfig
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
+from fastddpm.train.config import TrainConfig
 
 STATE_NAME = "train_state.safetensors"
 METRICS_NAME = "metrics.jsonl"

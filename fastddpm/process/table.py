@@ -19,9 +19,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastddpm.arguments import number
+from fastddpm.common.arguments import number
 from fastddpm.kernels.p_sample import COLUMNS
-from fastddpm.spec import Prediction, Variance
+from fastddpm.process.spec import Prediction, Variance
 
 Solver = Literal["ddpm", "ddim", "dpmpp_2m"]
 _COLUMN = {name: i for i, name in enumerate(COLUMNS)}

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastddpm.arguments import integers, whole
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.solvers import ClippedEps, DynamicThreshold, Solver, make_table, respace, spaced_timesteps
-from fastddpm.spec import ModelSpec, Variance
-from fastddpm.step_table import StepTable, check_choice
-from fastddpm.timesteps import Spacing, largest_offset
+from fastddpm.common.arguments import integers, whole
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.solvers import ClippedEps, DynamicThreshold, Solver, make_table, respace, spaced_timesteps
+from fastddpm.process.spec import ModelSpec, Variance
+from fastddpm.process.table import StepTable, check_choice
+from fastddpm.process.timesteps import Spacing, largest_offset
 
 DEFAULT_STEPS: dict[Solver, int | None] = {"ddpm": None, "ddim": 50, "dpmpp_2m": 20}
 """Steps of each solver unless the caller says otherwise; None is all that the network was trained with."""

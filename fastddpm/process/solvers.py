@@ -13,12 +13,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastddpm.arguments import number
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import Prediction, Variance
-from fastddpm.step_pairs import StepPairs
-from fastddpm.step_table import DynamicThreshold, Solver, StepTable, assemble, check_choice, dynamic_bound
-from fastddpm.timesteps import respace, spaced_timesteps
+from fastddpm.common.arguments import number
+from fastddpm.process.pairs import StepPairs
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import Prediction, Variance
+from fastddpm.process.table import DynamicThreshold, Solver, StepTable, assemble, check_choice, dynamic_bound
+from fastddpm.process.timesteps import respace, spaced_timesteps
 
 __all__ = [
     "ClippedEps",

@@ -9,11 +9,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from fastddpm.arguments import integers
-from fastddpm.schedule import NoiseSchedule
-from fastddpm.spec import Prediction
-from fastddpm.step_table import check_choice
-from fastddpm.timesteps import check_timesteps
+from fastddpm.common.arguments import integers
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import Prediction
+from fastddpm.process.table import check_choice
+from fastddpm.process.timesteps import check_timesteps
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What every room uses: arguments, terminals, progress, interrupts."""

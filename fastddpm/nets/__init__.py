@@ -1,0 +1,1 @@
+"""Networks: the U-Net, its blocks, and the body that steps ask."""

@@ -1,0 +1,1 @@
+"""The diffusion process: schedules, timesteps, solvers, and the tables that they make."""
