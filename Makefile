@@ -51,9 +51,10 @@ test: lint types ## lint, types and the test suite
 test-all: lint types ## the same with the slow tests
 	@$(BIN)/pytest --slow $(SIDE_BY_SIDE)
 
-lint: $(TEST) ## ruff: rules and formatting
+lint: $(TEST) ## ruff: rules and formatting; import-linter: imports go down only
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache
 
 types: $(TEST) ## mypy, strict
 	@$(BIN)/mypy

@@ -8,4 +8,4 @@ if [ -z "$python" ]; then
     if [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; else python=python3; fi
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m fastddpm.bench.gpu "$@"
+exec "$python" -m benchmarks.gpu "$@"

@@ -10,14 +10,14 @@ if __name__ != "fastddpm.export":
     )
 
 if TYPE_CHECKING:
-    from fastddpm.export.exporter import Exported as Exported
     from fastddpm.export.exporter import export_onnx as export_onnx
+    from fastddpm.export.form import Exported as Exported
     from fastddpm.export.onnx_sampler import OnnxSampler as OnnxSampler
     from fastddpm.export.session import OnnxSession as OnnxSession
 
 # Names are imported when first used, like the package's own: torch and onnxruntime take seconds.
 _HOME = {
-    "Exported": "exporter",
+    "Exported": "form",
     "OnnxSampler": "onnx_sampler",
     "OnnxSession": "session",
     "export_onnx": "exporter",

@@ -15,7 +15,10 @@ from fastddpm import __version__
 from fastddpm.engines import cache
 from fastddpm.engines.weights import Weights
 from fastddpm.export.convert import require_onnx
+from fastddpm.export.exporter import export_onnx
+from fastddpm.export.modules import as_module
 from fastddpm.export.session import OnnxSession, Provider
+from fastddpm.export.source import Source
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from fastddpm.step.network import Foreign, as_network
@@ -63,16 +66,13 @@ class EngineNetwork(Foreign):
 
     def _open(self) -> OnnxSession:
         """The session, from the file on disk if it is there."""
-        from fastddpm.export.exporter import export_onnx
-        from fastddpm.sampler import Sampler
-
         provider: Provider = "cuda" if self._device.type == "cuda" else "cpu"
-        sampler = Sampler(self.model, self._schedule, self._spec, device=self._device, engine="eager")
+        source = Source(as_module(self.model), self._schedule, self._spec)
         # Another network's code is not known to us, so its file is for this process alone; above 2 GB there are two.
         size = sum(p.numel() * p.element_size() for p in self.parameters())
         keep = self._network.identity() is not None and size < _ONE_FILE_BYTES
         path = cache.find_or_make(
-            self._key(), lambda new: export_onnx(sampler, new, what="network"), keep=keep, suffix=".onnx"
+            self._key(), lambda new: export_onnx(source, new, what="network"), keep=keep, suffix=".onnx"
         )
         try:
             return OnnxSession(path, provider)

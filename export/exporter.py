@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Unpack
 
 import torch
-from torch import Tensor
 
 from fastddpm import __version__
+from fastddpm.engines.options import split_options
 from fastddpm.export.convert import DEFAULT_OPSET, require_onnx
 from fastddpm.export.facts import facts_of
-from fastddpm.export.form import NoisePlace, Precision, Range, What, make_form
+from fastddpm.export.form import Exported, NoisePlace, Precision, Range, What, make_form
 from fastddpm.export.levels import build
 from fastddpm.export.model_file import set_metadata, write_model
-from fastddpm.export.modules import as_module
+from fastddpm.export.source import Exportable, Source
 from fastddpm.export.tensorrt import check_tensorrt
-from fastddpm.files import check_writable
-from fastddpm.process.solvers import ClippedEps, DynamicThreshold, Solver
-from fastddpm.process.spec import Variance
-from fastddpm.sampler import Sampler
-
-
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    """What `export_onnx` wrote.
-
-    Attributes:
-        files: the model, and its weights where those lie in a file of their own.
-        facts: the model's metadata.
-    """
-
-    files: tuple[Path, ...]
-    facts: Mapping[str, Any]
+from fastddpm.files import check_replaceable, check_writable
+from fastddpm.process.method import Method, MethodOptions
 
 
 def export_onnx(
-    model: Sampler | str | os.PathLike[str],
+    model: Source | Exportable | str | os.PathLike[str],
     path: str | os.PathLike[str],
     *,
     what: What = "chain",
-    solver: Solver = "ddim",
-    steps: int | None = None,
-    timesteps: str | Sequence[int] | Tensor | None = None,
-    prev_timesteps: Sequence[int] | Tensor | None = None,
-    eta: float | None = None,
-    clip: float | DynamicThreshold | Literal["spec"] | None = "spec",
-    clipped_eps: ClippedEps | Literal["spec"] = "spec",
-    variance: Variance | Literal["spec"] = "spec",
+    method: Method | None = None,
     guidance: bool | None = None,
     noise: NoisePlace = "philox",
     batch: int | None = None,
@@ -60,27 +36,21 @@ def export_onnx(
     external: bool | None = None,
     licence: str | None = None,
     tensorrt: bool = False,
+    **options: Unpack[MethodOptions],
 ) -> Exported:
     """Write a checkpoint as ONNX.
 
     - "network": (x, t[, y]) → out. x float32 [B, C, H, W]; t [B] as the network is fed (int64, or float32 where
       `spec.time_scale` is not 1); y int64 [B].
-    - "step": `advance`: (x, step, sample_id, seed[, y, guidance, history]) → x_next, step_next[, history_next], or with
+    - "step": (x, step, sample_id, seed[, y, guidance, history]) → x_next, step_next[, history_next], or with
       `noise="input"` (x, step, noise[, …]); step, sample_id, seed int64 [B] (64-bit patterns), guidance float32 [B].
     - "chain": (seed, sample_id[, y, guidance]) → pictures float32 [B, C, H, W], all steps in one Scan.
 
     Args:
-        model: a sampler, or what `Sampler.from_pretrained` takes.
+        model: a `Sampler`, or what `load_checkpoint` takes.
         path: the .onnx file.
         what: the level.
-        solver: step and chain: the method, as in `Sampler.sample`, and so are the next seven.
-        steps: S.
-        timesteps: instead of `steps`.
-        prev_timesteps: where each row leads.
-        eta: η.
-        clip: bound of |x̂_0|.
-        clipped_eps: DDIM's ε of a clipped x̂_0.
-        variance: ancestral sampling's σ.
+        method: step and chain: how to sample; or its attributes (solver, steps …) as options.
         guidance: step and chain: whether the scale of classifier-free guidance is an input; None: where the network
             was trained for it. With an open batch, samples whose scale is 1 cost nothing more.
         noise: step: "philox" makes the noise in the graph (64-bit integer operators), "input" takes it, float32
@@ -95,6 +65,7 @@ def export_onnx(
         licence: the weights' licence, for the metadata; None takes what the checkpoint's card says.
         tensorrt: write only what TensorRT's parser takes: a network or a step, of a fixed batch (1 unless `batch` says
             otherwise), its noise an input; the operators are checked against TensorRT's published table.
+        options: the method's attributes, instead of `method`.
 
     Returns:
         The files and their metadata.
@@ -106,26 +77,21 @@ def export_onnx(
         OSError: the file cannot be written.
     """
     require_onnx()
-    sampler = model if isinstance(model, Sampler) else Sampler.from_pretrained(model, device="cpu", engine="eager")
-    form = make_form(sampler.spec, what, precision, opset, batch, noise, guidance, output, tensorrt)
+    source = model if isinstance(model, Source) else Source.of(model)
+    form = make_form(source.spec, what, precision, opset, batch, noise, guidance, output, tensorrt)
     _check_path(path)
-    options: dict[str, Any] = {
-        "solver": solver, "steps": steps, "timesteps": timesteps, "prev_timesteps": prev_timesteps, "eta": eta,
-        "clip": clip, "clipped_eps": clipped_eps, "variance": variance,
-    }  # fmt: skip
-    if sampler.precision != "fp32":
-        raise ValueError(f"export: the sampler's precision must be fp32, got {sampler.precision}; make it anew")
-    network = as_module(sampler.model)
-    table = None if what == "network" else sampler.table(**options).to("cpu")
+    chosen, _ = split_options({"method": method, **options})
+    table = None if what == "network" else chosen.table(source.schedule, source.spec)
+    network = source.network
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     try:
         network = network.cpu()
-        proto, detached = build(network, sampler, table, form)
+        proto, detached = build(source, table, form)
     finally:
         network.to(device)
     if tensorrt:
         check_tensorrt(proto)
-    facts = facts_of(sampler, network, table, form, licence)
+    facts = facts_of(source, table, form, licence)
     set_metadata(proto, facts, __version__)
     return Exported(tuple(write_model(path, proto, external=external, detached=detached)), facts)
 
@@ -135,6 +101,5 @@ def _check_path(path: str | os.PathLike[str]) -> None:
     if target.suffix != ".onnx":
         got = repr(target.suffix) if target.suffix else "no suffix"
         raise ValueError(f"{target}: the file name must end in .onnx, got {got}; rename it")
-    if target.is_dir():
-        raise IsADirectoryError(f"cannot write {target}: it is a folder; give a file name")
+    check_replaceable(target)
     check_writable(target.parent)

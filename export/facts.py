@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import nn
-
 from fastddpm.export.form import Form
 from fastddpm.export.model_file import FORMAT, licence_of, weights_hash
+from fastddpm.export.source import Source
 from fastddpm.process.table import StepTable
-from fastddpm.sampler import Sampler
 
 _MEANING = {
     "x": "state x_t, in the network's own range; it starts as standard normals",
@@ -31,11 +29,9 @@ _MEANING = {
 }
 
 
-def facts_of(
-    sampler: Sampler, network: nn.Module, table: StepTable | None, form: Form, licence: str | None
-) -> dict[str, Any]:
+def facts_of(source: Source, table: StepTable | None, form: Form, licence: str | None) -> dict[str, Any]:
     """The metadata: everything that a user of the file must know, and what `OnnxSampler` needs to run it."""
-    spec, checkpoint = sampler.spec, sampler.checkpoint
+    spec, checkpoint = source.spec, source.checkpoint
     facts: dict[str, Any] = {
         "format": FORMAT,
         "what": form.what,
@@ -46,10 +42,10 @@ def facts_of(
         "guidance": form.guided,
         "output": form.output,
         "tensorrt": form.tensorrt,
-        "weights_sha256": weights_hash(network),
-        "source": checkpoint.dialect if checkpoint else type(sampler.model).__name__,
+        "weights_sha256": weights_hash(source.network),
+        "source": checkpoint.dialect if checkpoint else type(source.network).__name__,
         "licence": licence or licence_of(checkpoint.path if checkpoint else None) or "not stated",
-        "schedule": sampler.schedule.to_config(),
+        "schedule": source.schedule.to_config(),
         "spec": spec.to_dict(),
         "value_range": "pictures in [0, 1]" if form.what == "chain" and form.output == "unit" else "states in [-1, 1]",
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from fastddpm.export.convert import check_opset
 from fastddpm.export.modules import EXAMPLE_BATCH
@@ -13,6 +15,19 @@ What = Literal["network", "step", "chain"]
 Precision = Literal["fp32", "fp16", "int8"]
 NoisePlace = Literal["philox", "input"]
 Range = Literal["unit", "raw"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What `export_onnx` wrote.
+
+    Attributes:
+        files: the model, and its weights where those lie in a file of their own.
+        facts: the model's metadata.
+    """
+
+    files: tuple[Path, ...]
+    facts: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

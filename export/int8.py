@@ -9,20 +9,23 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastddpm.export.model_file import is_large
+from fastddpm.export.source import CPU, Source
+from fastddpm.process.method import Method
+from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
-from fastddpm.sampler import Sampler
+from fastddpm.step.request import make_request
 
 if TYPE_CHECKING:
     import onnx
 
-    from fastddpm.export.exporter import Exported
+    from fastddpm.export.form import Exported
 
 CALIBRATION_STEPS = 20
 CALIBRATION_SAMPLES = 8
@@ -31,12 +34,12 @@ HEAVY = ("Conv", "MatMul", "Gemm")
 
 
 def calibration(
-    sampler: Sampler, table: StepTable | None, names: Sequence[str], many: int | None = None
+    source: Source, table: StepTable | None, names: Sequence[str], many: int | None = None
 ) -> list[dict[str, np.ndarray]]:
     """What the network is fed along a run of the sampler.
 
     Args:
-        sampler: whose runs.
+        source: whose runs.
         table: the table whose rows the network is asked for; None, for a network that is asked for timesteps.
         names: the network's inputs: x, t or step, and what else it takes.
         many: samples per batch, where that is fixed; runs of at least `CALIBRATION_SAMPLES` are cut to it.
@@ -44,21 +47,20 @@ def calibration(
     Returns:
         Arrays by input, about `CALIBRATION_STEPS` entries, from the first step to the last.
     """
-    from fastddpm.step.request import make_request
-
-    spec = sampler.spec
+    spec, stepper = source.spec, source.stepper()
     rows = _some_rows(table.S) if table is not None else None
     if table is None or rows is None:
-        short = sampler.table(solver="ddim", steps=min(CALIBRATION_STEPS, sampler.schedule.T))
+        method = Method("ddim", min(CALIBRATION_STEPS, source.schedule.T))
     else:  # a short run through some of the table's timesteps
-        short = sampler.table(solver="ddim", timesteps=table.timesteps.cpu()[rows])
+        method = Method("ddim", timesteps=table.timesteps.cpu()[rows])
+    short = method.table(source.schedule, spec)
     n = max(CALIBRATION_SAMPLES, many or 0)
     labels = None if spec.num_classes is None else torch.arange(n) % spec.num_classes
     if labels is not None and spec.null_class is not None:
         labels[:: max(2, n // 2)] = spec.null_class
-    batch = make_request(spec, sampler.device, n, None, labels, 1.0, None, None, n)
+    batch = make_request(spec, CPU, n, None, labels, 1.0, None, None, n)
     times, seen = spec.times_fed(short.timesteps), []
-    with sampler.stepper.undisturbed(), sampler.stepper.begin(short, batch, 0, previews=True, eager=True) as runner:
+    with stepper.undisturbed(), stepper.begin(short, batch, 0, previews=True, eager=True) as runner:
         for i in range(short.S):
             values: dict[str, Tensor | None] = {
                 "x": runner.state.x,
@@ -148,7 +150,16 @@ def _heavy(model: onnx.ModelProto) -> list[str]:
     return [node.name for node in nodes if node.name not in (convolutions[:1] + convolutions[-1:])]
 
 
-def psnr(exported: Exported, sampler: Sampler) -> str:
+class Draws(Protocol):
+    """What a `Sampler` offers, whose pictures are compared."""
+
+    spec: ModelSpec
+
+    def sample(self, n: int, *, output: Any = ..., **options: Any) -> Any:  # noqa: ANN401
+        """Draw n samples."""
+
+
+def psnr(exported: Exported, sampler: Draws) -> str:
     """A line on how far an exported model's pictures are from the sampler's, for seed 0."""
     n = 16 if int(exported.facts.get("steps", 0)) <= 50 else 4
     decibels = picture_psnr(exported, sampler, n)
@@ -158,7 +169,7 @@ def psnr(exported: Exported, sampler: Sampler) -> str:
     )
 
 
-def picture_psnr(exported: Exported, sampler: Sampler, n: int) -> np.ndarray:
+def picture_psnr(exported: Exported, sampler: Draws, n: int) -> np.ndarray:
     """PSNR in dB of each of n pictures of an exported model against the sampler's own, for seed 0."""
     from fastddpm.export.onnx_sampler import OnnxSampler
 

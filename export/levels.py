@@ -16,20 +16,18 @@ from fastddpm.export.model_file import detach, is_large
 from fastddpm.export.modules import Ask, Network, Pictures, Update, example, step_of
 from fastddpm.export.normals import first_noise, step_noise
 from fastddpm.export.peephole import shorten_update
+from fastddpm.export.source import Source
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
-from fastddpm.sampler import Sampler
 from fastddpm.step.step import Step
 
 if TYPE_CHECKING:
     import onnx
 
 
-def build(
-    network: nn.Module, sampler: Sampler, table: StepTable | None, form: Form
-) -> tuple[onnx.ModelProto, list[bytes]]:
+def build(source: Source, table: StepTable | None, form: Form) -> tuple[onnx.ModelProto, list[bytes]]:
     """The model of one level, without metadata, and the values of its weights if they are too large for it."""
-    spec = sampler.spec
+    network, spec = source.network, source.spec
     labels = ("y",) if spec.num_classes is not None else ()
     past = "x_self_cond" if table is None else "history"
     names = ("x", "t" if table is None else "step", *labels, *((past,) if spec.self_condition else ()))
@@ -37,7 +35,7 @@ def build(
     module = Network(network) if step is None or table is None else Ask(step, spec, table)
     traced = _trace(module, names, ("out",), spec, form, many=2 if form.guided else 1)
     if form.precision != "fp32":
-        traced = _reduce(traced, sampler, table, form, names)
+        traced = _reduce(traced, source, table, form, names)
     detached = detach(traced) if is_large(traced) else []
     if step is None or table is None:
         return _network_model(traced, names, spec, form), detached
@@ -46,7 +44,7 @@ def build(
 
 
 def _reduce(
-    traced: onnx.ModelProto, sampler: Sampler, table: StepTable | None, form: Form, names: Sequence[str]
+    traced: onnx.ModelProto, source: Source, table: StepTable | None, form: Form, names: Sequence[str]
 ) -> onnx.ModelProto:
     if form.precision == "fp16":
         from fastddpm.export.half import to_half
@@ -55,7 +53,7 @@ def _reduce(
     from fastddpm.export.int8 import calibration, to_int8
 
     many = None if form.batch is None else form.batch * (2 if form.guided else 1)
-    return to_int8(traced, calibration(sampler, table, names, many))
+    return to_int8(traced, calibration(source, table, names, many))
 
 
 def _trace(

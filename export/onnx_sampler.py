@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
@@ -11,22 +14,23 @@ import torch
 from torch import Tensor
 
 from fastddpm.common.progress import StepProgress
+from fastddpm.engines.choose import Engine
+from fastddpm.engines.loop import Begin, Course, Loop
+from fastddpm.engines.options import SampleOptions, split_options
+from fastddpm.engines.runner import Runner
+from fastddpm.engines.stepper import Stepper
 from fastddpm.export.session import OnnxSession, Provider
-from fastddpm.export.step_loop import StepLoop
-from fastddpm.images import Output, ToBytes, to_output
-from fastddpm.process.noise import NoiseSource, initial_noise, normals, seed_bits
+from fastddpm.export.step_loop import ChainRunner, OnnxRunner, StepLoop, pad
+from fastddpm.images import Output, ToBytes, check_output, to_output
+from fastddpm.process.method import Method
+from fastddpm.process.noise import NoiseSource, seed_bits
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
-from fastddpm.sampler import Preview, SampleOptions, Sampler
 from fastddpm.step.request import Request, check_noise, make_request
+from fastddpm.step.state import Places, State
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-_FREE = frozenset(
-    ("seed", "sample_ids", "class_labels", "guidance_scale", "batch_size", "x_T", "noise", "callback", "progress")
-)
-"""Options of `Sampler.sample` that a step and a chain leave open; the others were settled when the file was written."""
 
 
 class OnnxSampler:
@@ -94,7 +98,6 @@ class OnnxSampler:
     @overload
     def sample(self, n: int, *, output: Literal["pil"], **options: Unpack[SampleOptions]) -> list[Image]: ...
 
-    @torch.no_grad()
     def sample(self, n: int, *, output: Output = "unit", **options: Unpack[SampleOptions]) -> Tensor | list[Image]:
         """Draw n samples; the same pictures as `Sampler.sample` draws for the same seed and ids, up to rounding.
 
@@ -109,63 +112,76 @@ class OnnxSampler:
         Raises:
             TypeError: an argument has the wrong type, or an option is unknown.
             ValueError: an argument is out of range, or does not fit the network or the file.
-            FloatingPointError: the samples ran into NaN or infinity.
+            FloatingPointError: the samples ran into NaN or infinity; says at which step.
         """
-        unknown = sorted(set(options) - set(SampleOptions.__annotations__))
-        if unknown:
-            raise TypeError(f"sample: options must be those of Sampler.sample, got {', '.join(unknown)}; mend the name")
-        if output not in ("unit", "raw", "uint8", "pil"):
-            raise ValueError(f"sample: output must be unit, raw, uint8 or pil, got {output!r}; pick one")
-        if self.facts["what"] == "network":
-            sampler = Sampler(self.network, self.schedule, self.spec, device="cpu")
-            drawn: Tensor | list[Image] = sampler.sample(n, output=output, **options)
-            return drawn
-        return self._sample(n, output, options)
+        method, run = split_options(options)
+        check_output(output)
+        what = self.facts["what"]
+        if what != "network":
+            self._check_settled(options)
+        size = run.batch_size or (None if what == "network" else self.session.batch)
+        request = make_request(
+            self.spec, self.device, n, run.sample_ids, run.class_labels, run.guidance_scale, run.x_T, run.noise, size
+        )
+        seed_bits(run.seed)
+        if what != "network":
+            self._check(request, run.noise, run.callback, output, n)
+        course, begin = self._course(method, run.seed)
+        check_noise(run.noise, course.S, n, self.spec.shape)
+        loop = Loop(begin, course, self.spec.shape, self.device, run.noise, run.callback, torch.no_grad)
+        with StepProgress(course.S * request.parts, n, run.progress) as bar:
+            drawn = torch.cat([final for _, final, _ in loop.batches(request, bar)])
+        if what == "chain" and self.facts["output"] == "unit":
+            return _from_unit(drawn, output, self.spec.to_bytes)
+        return to_output(drawn, output, self.spec.to_bytes, self.spec.to_unit)
 
-    def _sample(self, n: int, output: Output, options: Mapping[str, Any]) -> Tensor | list[Image]:
-        settled = {name: value for name, value in options.items() if name not in _FREE}
-        for name, value in settled.items():
-            have = self.facts.get(name)
-            if value is not None and value != have:
+    def _course(self, method: Method, seed: int) -> tuple[Course, Begin]:
+        """The steps of a run, and what starts a batch of it."""
+        if self.facts["what"] == "network":
+            table = method.table(self.schedule, self.spec)
+            stepper = Stepper(self.network, self.spec, self.schedule.T, self.device, "fp32", _eager)
+            return Course.of(table), functools.partial(stepper.begin, table, seed=seed)
+        timesteps, noisy = self.facts["timesteps"], set(self.facts["noisy_rows"])
+        takes = "noise" in self.session.inputs
+        course = Course(timesteps, [takes and i in noisy for i in range(len(timesteps))], takes)
+        return course, functools.partial(self._begin, course, seed)
+
+    @contextlib.contextmanager
+    def _begin(
+        self,
+        course: Course,
+        seed: int,
+        batch: Request,
+        *,
+        x_T: Tensor | None = None,
+        to_come: int = 0,
+        **_: object,
+    ) -> Iterator[Runner]:
+        """A batch of a step's or a chain's file at its start; see `Stepper.begin`."""
+        state, feeds = self._start(batch, seed, x_T), self._feeds(batch, seed)
+        if self.facts["what"] == "chain":
+            yield ChainRunner(self.session, state, feeds, len(batch.ids))
+            return
+        size = self.session.batch or len(batch.ids)
+        loop = self._loops.get(size) or StepLoop(self.session, size)
+        self._loops = {size: loop}
+        yield OnnxRunner(loop, state, feeds, course)
+
+    def _start(self, batch: Request, seed: int, x_T: Tensor | None) -> State:
+        """The samples of a batch before their first step."""
+        clock = torch.zeros_like(batch.ids)
+        places = Places(clock, clock + len(self.facts["timesteps"]))
+        return State.create(self.spec.shape, batch.ids, seed, places, x_T=batch.x_T if x_T is None else x_T)
+
+    def _check_settled(self, options: Mapping[str, Any]) -> None:
+        """Refuse what was settled when the file was written."""
+        settled = {field.name for field in dataclasses.fields(Method)} | {"method"}
+        for name, value in options.items():
+            if name in settled and value is not None and value != self.facts.get(name):
                 raise ValueError(
                     f"sample: {name} must be left out for a {self.facts['what']}, got {value!r}: "
                     "it was settled when the file was written; export it anew"
                 )
-        noise, seed = options.get("noise"), options.get("seed", 0)
-        request = make_request(
-            self.spec,
-            self.device,
-            n,
-            options.get("sample_ids"),
-            options.get("class_labels"),
-            options.get("guidance_scale", 1.0),
-            options.get("x_T"),
-            noise,
-            options.get("batch_size") or self.session.batch,
-        )
-        seed_bits(seed)
-        self._check(request, noise, options.get("callback"), output, n)
-        batches = list(request.batches())
-        steps = int(self.facts["steps"]) if self.facts["what"] == "step" else 1
-        done = []
-        with StepProgress(steps * len(batches), n, options.get("progress")) as bar:
-            for batch in batches:
-                if self.facts["what"] == "chain":
-                    done.append(self._chain(batch, seed))
-                    bar.step()
-                    continue
-                for x in self._steps(batch, seed, noise, options.get("callback")):
-                    last = x
-                    bar.step()
-                done.append(last)
-        drawn = torch.cat(done)
-        if not bool(torch.isfinite(drawn).all()):
-            raise FloatingPointError(
-                "sample: the pictures must be finite, got NaN or infinity; the weights are at fault"
-            )
-        if self.facts["what"] == "chain" and self.facts["output"] == "unit":
-            return _from_unit(drawn, output, self.spec.to_bytes)
-        return to_output(drawn, output, self.spec.to_bytes, self.spec.to_unit)
 
     def _check(self, request: Request, noise: NoiseSource | None, callback: object, output: Output, n: int) -> None:
         """Refuse what the file cannot do.
@@ -192,7 +208,6 @@ class OnnxSampler:
             raise ValueError(
                 "sample: callback must be left out, got one: this step does not give x̂_0; export a network"
             )
-        check_noise(noise, int(facts["steps"]), n, self.spec.shape)
 
     def _feeds(self, batch: Request, seed: int) -> dict[str, np.ndarray]:
         """What a batch is, as arrays, padded to the file's batch: names that the file does not take are left out."""
@@ -204,60 +219,11 @@ class OnnxSampler:
             scales = np.ones(n, dtype=np.float32) if batch.guidance is None else batch.guidance.numpy()
             feeds["guidance"] = scales
         kept = {name: value for name, value in feeds.items() if name in self.session.inputs}
-        return {name: _pad(value, self.session.batch) for name, value in kept.items()}
-
-    def _chain(self, batch: Request, seed: int) -> Tensor:
-        pictures = self.session.run(self._feeds(batch, seed))["pictures"]
-        return torch.from_numpy(pictures[: len(batch.ids)])
-
-    def _steps(self, batch: Request, seed: int, noise: NoiseSource | None, callback: Any) -> Iterator[Tensor]:  # noqa: ANN401
-        """The state after each step of a batch."""
-        n = len(batch.ids)
-        feeds = self._feeds(batch, seed)
-        seeds = torch.full_like(batch.ids, seed_bits(seed))
-        x_T = batch.x_T
-        if x_T is None:
-            if isinstance(noise, torch.Generator):
-                x_T = torch.randn((n, *self.spec.shape), generator=noise, device=noise.device)
-            else:
-                x_T = initial_noise(seeds, batch.ids, self.spec.shape)
-        size = self.session.batch or n
-        loop = self._loops.get(size) or StepLoop(self.session, size)
-        self._loops = {size: loop}
-        loop.begin(_pad(x_T.cpu().float().contiguous().numpy(), size), feeds)
-        timesteps, noisy = self.facts["timesteps"], set(self.facts["noisy_rows"])
-        for i, t in enumerate(timesteps):
-            if "noise" in self.session.inputs and i in noisy:
-                loop.write("noise", _pad(self._draw(noise, batch, seeds, i, t).numpy(), size))
-            loop.step()
-            last = i + 1 == len(timesteps)
-            x = torch.from_numpy(loop.read("x")[:n].copy()) if last or callback else x_T
-            if callback is not None:
-                x_start = torch.from_numpy(loop.read("history")[:n].copy())
-                callback(Preview(i + 1, len(timesteps), t, batch.ids, x, x_start))
-            yield x
-
-    def _draw(self, noise: NoiseSource | None, batch: Request, seeds: Tensor, i: int, t: int) -> Tensor:
-        """The noise of loop step i, float32 [B, C, H, W] on the CPU."""
-        shape = (len(batch.ids), *self.spec.shape)
-        if noise is None:
-            return normals(seeds, batch.ids, torch.full_like(batch.ids, t), self.spec.shape)
-        if isinstance(noise, Tensor):
-            z: Tensor = noise[i] if batch.noise is None else batch.noise[i]
-        elif isinstance(noise, torch.Generator):
-            z = torch.randn(shape, generator=noise, device=noise.device)
-        else:
-            z = noise(i, t, batch.ids)
-        if not isinstance(z, Tensor) or tuple(z.shape) != shape:
-            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
-            raise ValueError(f"sample: noise must return a tensor {shape}, got {got}")
-        return z.detach().to("cpu", torch.float32).contiguous()
+        return {name: pad(value, self.session.batch) for name, value in kept.items()}
 
 
-def _pad(value: np.ndarray, size: int | None) -> np.ndarray:
-    """An array with its last entry repeated up to `size`: a fixed batch is always full."""
-    missing = 0 if size is None else size - len(value)
-    return value if missing <= 0 else np.concatenate((value, np.repeat(value[-1:], missing, axis=0)))
+def _eager(weights: Callable[[], str]) -> Engine:
+    return Engine("eager", torch.device("cpu"), weights=weights)
 
 
 def _in_batches(session: OnnxSession, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -267,7 +233,7 @@ def _in_batches(session: OnnxSession, feeds: Mapping[str, np.ndarray]) -> dict[s
         return session.run(feeds)
     n = len(feeds["x"])
     parts = [
-        session.run({name: _pad(value[i : i + size], size) for name, value in feeds.items()}) for i in range(0, n, size)
+        session.run({name: pad(value[i : i + size], size) for name, value in feeds.items()}) for i in range(0, n, size)
     ]
     return {name: np.concatenate([part[name] for part in parts])[:n] for name in session.outputs}
 

@@ -13,7 +13,7 @@ from fastddpm.export.session import OnnxSession
 from fastddpm.files import atomic_path, check_writable, make_folder, write_text
 
 if TYPE_CHECKING:
-    from fastddpm.export.exporter import Exported
+    from fastddpm.export.form import Exported
 
 MAX_BATCH = 64
 QUEUE_MICROSECONDS = 2000

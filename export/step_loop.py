@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastddpm.engines.loop import Course
 from fastddpm.export.session import OnnxSession, _runtime
+from fastddpm.process.noise import normals
+from fastddpm.step.state import State
 
 CARRIED = ("x", "step", "history")
 """What a step hands to the next one: the output is called `name`_next."""
@@ -89,3 +96,76 @@ class StepLoop:
         """Advance every sample by one row."""
         self.session.raw.run_with_iobinding(self._bindings[self._turn], self._options[self._turn])
         self._turn = 1 - self._turn
+
+
+class OnnxRunner:
+    """Drives one batch through an exported step; a `fastddpm.engines.runner.Runner`."""
+
+    def __init__(self, loop: StepLoop, state: State, feeds: dict[str, np.ndarray], course: Course) -> None:
+        """Put a batch into the buffers.
+
+        Args:
+            loop: the step.
+            state: the samples at their start.
+            feeds: the inputs that stay the same.
+            course: the steps.
+        """
+        self._loop, self._start, self._course, self._made = loop, state, course, 0
+        self._size = loop.session.batch or len(state.x)
+        loop.begin(pad(state.x.numpy(), self._size), feeds)
+
+    @property
+    def state(self) -> State:
+        """The samples as they are now; may be overwritten by the next but one step."""
+        start, n = self._start, len(self._start.x)
+        keeps = "history" in self._loop.session.inputs
+        history = torch.from_numpy(self._loop.read("history")[:n]) if keeps else None
+        x = torch.from_numpy(self._loop.read("x")[:n])
+        return State(x, start.step + self._made, start.end, start.sample_id, start.seed, history=history)
+
+    def run(self, most: int, noise: Tensor | None = None) -> int:
+        """See `Runner.run`; noise that nobody supplies, and the file takes, is the seeded one."""
+        course, start = self._course, self._start
+        made = 1 if noise is not None or "noise" in self._loop.session.inputs else most
+        for i in range(self._made, self._made + made):
+            if noise is None and course.draws[i]:
+                t = torch.full_like(start.sample_id, course.timesteps[i])
+                _, C, H, W = start.x.shape
+                noise = normals(start.seed, start.sample_id, t, (C, H, W))[None]
+            if noise is not None:
+                self._loop.write("noise", pad(noise[0].cpu().numpy(), self._size))
+            self._loop.step()
+        self._made += made
+        return made
+
+    def close(self) -> None:
+        """Nothing is to be given back."""
+
+
+class ChainRunner:
+    """Draws one batch by an exported chain, which is one call; a `fastddpm.engines.runner.Runner`."""
+
+    def __init__(self, session: OnnxSession, state: State, feeds: Mapping[str, np.ndarray], n: int) -> None:
+        """Take a batch.
+
+        Args:
+            session: the chain.
+            state: the samples at their start.
+            feeds: its inputs.
+            n: samples.
+        """
+        self._session, self._feeds, self._n, self.state = session, dict(feeds), n, state
+
+    def run(self, most: int, noise: Tensor | None = None) -> int:
+        """All steps, whatever is asked for; see `Runner.run`."""
+        self.state.x = torch.from_numpy(self._session.run(self._feeds)["pictures"][: self._n])
+        return int(self.state.end[0])
+
+    def close(self) -> None:
+        """Nothing is to be given back."""
+
+
+def pad(value: np.ndarray, size: int | None) -> np.ndarray:
+    """An array with its last entry repeated up to `size`: a fixed batch is always full."""
+    missing = 0 if size is None else size - len(value)
+    return value if missing <= 0 else np.concatenate((value, np.repeat(value[-1:], missing, axis=0)))

@@ -14,7 +14,7 @@ from fastddpm.export.model_file import infer_types
 if TYPE_CHECKING:
     import onnx
 
-    from fastddpm.export.exporter import Exported
+    from fastddpm.export.form import Exported
 
 VERSION = "10.15"
 _FLOATS = frozenset(("float32", "float16", "bfloat16"))

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -56,6 +56,12 @@ def to_pil(x: Tensor, to_bytes: ToBytes = "round", mapping: ToUnit = "clamp") ->
         ValueError: C is none of these.
     """
     return [_image(picture) for picture in to_uint8(x, to_bytes, mapping)]
+
+
+def check_output(output: object) -> None:
+    """Raise ValueError unless `output` is a form that `to_output` knows."""
+    if output not in get_args(Output):
+        raise ValueError(f"sample: output must be unit, raw, uint8 or pil, got {output!r}; pick one")
 
 
 def to_output(

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+COLUMNS = ("a_x", "a_o", "c_0", "c_x", "c_o", "c_h", "sigma", "bound", "log_beta", "log_beta_tilde")
+"""The columns of a solver's table, in their order in memory."""
+
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the network's output may be; the state is always float32."""
 
@@ -108,7 +111,7 @@ def check_p_sample(
         shape=("R", columns),
         device=on,
         contiguous=True,
-        fix="make it with fastddpm.process.solvers; kernels.COLUMNS names its columns",
+        fix="make it with fastddpm.make_table; kernels.COLUMNS names its columns",
     )
     check_tensor(
         "p_sample",

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from ._triton import jit, launcher, tl
-from .group_norm import next_power, tile, warps_for
+from .group_norm_tiles import next_power, tile, warps_for
 
 
 @jit

@@ -13,12 +13,10 @@ which covers DDPM (Ho et al. 2020, eq. 6-7, 11), DDIM (Song et al. 2021, eq. 12)
 import torch
 from torch import Tensor
 
+from ._checks import COLUMNS as COLUMNS
 from ._checks import check_p_sample
 from ._dispatch import runs_triton
 from .philox import normals_reference
-
-COLUMNS = ("a_x", "a_o", "c_0", "c_x", "c_o", "c_h", "sigma", "bound", "log_beta", "log_beta_tilde")
-"""The columns of a solver's table, in their order in memory."""
 
 P_SAMPLE_RTOL = 2.0**-20
 """Kernel against reference, relative to the sum of the magnitudes of all terms, the noise's `NORMALS_ATOL` aside."""

@@ -5,8 +5,8 @@ import math
 from torch import Tensor
 from torch.library import triton_op
 
+from ._checks import COLUMNS
 from ._triton import GROUPS, approximations, jit, launcher, load_two_quads, num_warps, tl
-from .p_sample import COLUMNS
 from .philox_triton import MINUS_2_LN_2, normal_quad
 
 _WIDTH = tl.constexpr(len(COLUMNS))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastddpm.kernels.p_sample import p_sample_reference
 from fastddpm.process.reference import Model
-from fastddpm.process.solvers import StepTable, dynamic_bound
+from fastddpm.process.table import StepTable, dynamic_bound
 
 
 def _folder(variable: str, default: str) -> Path:

@@ -343,7 +343,7 @@ def test_what_a_file_can_hold_is_written(fastddpm, place, monkeypatch, channels,
 )  # fmt: skip
 def test_options_reach_the_sampler(fastddpm, place, model, options):
     """Each option changes the picture, in the same way as the sampler's argument of that name does."""
-    from fastddpm.process.solvers import DynamicThreshold
+    from fastddpm.process.table import DynamicThreshold
 
     good(fastddpm("sample", model, "-n", 2, "--npz", "a.npz", *options))
     arguments = {

@@ -13,8 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2, norm
 
+from fastddpm.process.ddim import ddim_table
+from fastddpm.process.ddpm import ddpm_table
+from fastddpm.process.dpmpp import dpmpp_2m_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import ddim_table, ddpm_table, dpmpp_2m_table, make_table, respace, spaced_timesteps
+from fastddpm.process.solvers import make_table
+from fastddpm.process.timesteps import respace, spaced_timesteps
 from tests.helpers import run_table
 
 F64 = torch.float64

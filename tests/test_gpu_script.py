@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastddpm.bench import gpu, gpu_section
+from benchmarks import gpu, gpu_section
 from tests.tiny import environment
 
 ROOT = Path(__file__).parents[1]

@@ -7,14 +7,8 @@ import sys
 import pytest
 import torch
 
-from fastddpm.kernels.group_norm import (
-    MOST_ELEMENTS,
-    add_group_norm,
-    add_group_norm_reference,
-    next_power,
-    tile,
-    warps_for,
-)
+from fastddpm.kernels.group_norm import add_group_norm, add_group_norm_reference
+from fastddpm.kernels.group_norm_tiles import MOST_ELEMENTS, next_power, tile, warps_for
 from fastddpm.kernels.machine_code import read_amdgcn, read_cubin
 from fastddpm.nets.fused_body import Pending, fused_body, is_fusable
 from tests.kernels.cases import pretend_on_gpu

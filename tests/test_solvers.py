@@ -9,18 +9,13 @@ from hypothesis import strategies as st
 
 from fastddpm.kernels.p_sample import COLUMNS, p_sample_reference
 from fastddpm.process import reference
+from fastddpm.process.ddim import ddim_table
+from fastddpm.process.ddpm import ddpm_table
+from fastddpm.process.dpmpp import dpmpp_2m_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import (
-    DynamicThreshold,
-    StepTable,
-    ddim_table,
-    ddpm_table,
-    dpmpp_2m_table,
-    dynamic_bound,
-    make_table,
-    respace,
-    spaced_timesteps,
-)
+from fastddpm.process.solvers import make_table
+from fastddpm.process.table import DynamicThreshold, StepTable, dynamic_bound
+from fastddpm.process.timesteps import respace, spaced_timesteps
 from tests.helpers import peers_dir, run_table
 
 F32, F64 = torch.float32, torch.float64

@@ -15,8 +15,8 @@ from fastddpm.bench.cases import LOW_TOLERANCE, OTHERS_TOLERANCE, Case, Contende
 from fastddpm.bench.twins import import_diffusers
 from fastddpm.kernels import normals_reference, p_sample, q_sample
 from fastddpm.kernels.group_norm import add_group_norm
+from fastddpm.process.ddpm import ddpm_table
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import ddpm_table
 
 T = 1000
 STEP = 500

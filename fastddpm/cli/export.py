@@ -11,7 +11,7 @@ from fastddpm.cli.flags import FlagOption, parse_flags
 from fastddpm.common.terminal import patience, say
 
 if TYPE_CHECKING:
-    from fastddpm.export.exporter import Exported
+    from fastddpm.export.form import Exported
 
 WHAT, METHOD, FORM = "What to export", "How to sample (step and chain)", "The file"
 
@@ -114,7 +114,7 @@ def export(
     from fastddpm.export.convert import DEFAULT_OPSET  # late: PyTorch takes seconds to import, --help should not
     from fastddpm.export.exporter import export_onnx
     from fastddpm.files import check_replaceable
-    from fastddpm.process.solvers import DynamicThreshold
+    from fastddpm.process.table import DynamicThreshold
     from fastddpm.sampler import Sampler
 
     if fp16 and int8:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,9 +29,10 @@ from fastddpm.images import (
     save_npz,
     to_uint8,
 )
+from fastddpm.process.method import Method
 from fastddpm.process.noise import seed_bits
-from fastddpm.process.solvers import DynamicThreshold, Solver
-from fastddpm.sampler import Preview, Sampler
+from fastddpm.process.table import DynamicThreshold
+from fastddpm.sampler import Batch, Preview, Sampler
 from fastddpm.step.request import default_batch_size, make_request
 
 MOST_PICTURES = 10**7
@@ -109,13 +110,9 @@ class Job:
     model: str
     flags: Mapping[str, object]
     n: int
-    solver: Solver
-    steps: int | None
-    timesteps: str | None
-    eta: float | None
+    method: Method
     classes: str
     guidance: float
-    threshold: float | None
     seed: int
     first_id: int
     batch_size: int | None
@@ -139,19 +136,19 @@ class Job:
         lines = [note for note in (folder and folder.check(),) if note]
         ids = range(self.first_id, self.first_id + outputs.wanted(self.n))
         animation = Animation(steps, self.sampler.spec.to_bytes, self.sampler.spec.to_unit) if outputs.gif else None
-        batches = list(self._batches(ids, folder, outputs.gif is not None))
-        drawn = sum(map(len, batches))
+        parts = self._parts(ids, folder, outputs.gif is not None)
+        drawn = sum(map(len, parts))
         kept = self._room(len(ids)) if folder is None else None
         try:
-            with StepProgress(steps * len(batches), drawn, False if self.quiet else None):
-                for batch in batches:
-                    animated = animation if batch[0] < self.first_id + GIF_LIMIT else None
-                    pictures = self._draw(batch, animated)
-                    if folder is not None:
-                        folder.begin()
-                        save_folder(folder.path, pictures, batch)
-                    if kept is not None:
-                        kept[batch[0] - ids[0] : batch[-1] + 1 - ids[0]] = pictures
+            with StepProgress(steps * sum(map(self._batches, parts)), drawn, False if self.quiet else None):
+                for missing, watcher in zip(parts, (animation, None), strict=True):
+                    for batch in self._stream(missing, watcher):
+                        numbers, pictures = batch.ids.tolist(), cast(Tensor, batch.pictures).cpu()
+                        if folder is not None:
+                            folder.begin()
+                            save_folder(folder.path, pictures, numbers)
+                        if kept is not None:
+                            kept[numbers[0] - ids[0] : numbers[-1] + 1 - ids[0]] = pictures
         except KeyboardInterrupt:
             raise Stopped("; the same command continues" if outputs.folder else "") from None
         if folder is not None:
@@ -173,13 +170,13 @@ class Job:
             raise ValueError(f"--n must be in 1 … {MOST_PICTURES:,}, got {self.n}; {hint}")
         if not 0 <= self.first_id <= 2**63 - self.n:
             raise ValueError(f"--first-id must be in 0 … 2**63 − n, got {self.first_id}; choose smaller ids")
-        if self.timesteps is not None and not self.timesteps.strip():
+        if isinstance(self.method.timesteps, str) and not self.method.timesteps.strip():
             raise ValueError("--timesteps must be like 250, ddim25 or 10,15,20, got nothing; leave it out for all")
         size = self.n * torch.Size(self.sampler.spec.shape).numel()
         if outputs.npz is not None and size > MOST_BYTES:
             raise ValueError(f"--npz must hold at most {MOST_BYTES >> 30} GiB, got {size / 2**30:.0f}; use --folder")
         seed_bits(self.seed)
-        steps = self.sampler.table(**self._method()).S
+        steps = self.sampler.table(self.method).S
         ids = list(range(self.first_id, self.first_id + min(self.n, len(self._cycle() or [0]))))
         make_request(
             self.sampler.spec, self.sampler.device, len(ids), ids, self.labels(ids), self.guidance, None, None,
@@ -201,41 +198,36 @@ class Job:
         """The classes that the ids go through in turn."""
         return class_cycle(self.sampler.spec, self.classes, self.model)
 
-    def _method(self) -> dict[str, Any]:
-        """How to sample: the arguments of `Sampler.table`."""
-        clip = "spec" if self.threshold is None else DynamicThreshold(self.threshold)
-        return {
-            "solver": self.solver, "steps": self.steps, "timesteps": self.timesteps, "eta": self.eta, "clip": clip
-        }  # fmt: skip
-
-    def _batches(self, ids: range, folder: PictureFolder | None, with_gif: bool) -> Iterator[list[int]]:
-        """The ids that must be drawn: those that are animated come first, and in batches of their own."""
-        size = self._batch_size() or len(ids)
+    def _parts(self, ids: range, folder: PictureFolder | None, with_gif: bool) -> tuple[list[int], list[int]]:
+        """The ids that must be drawn: those that are animated, and the rest."""
         there = set() if folder is None else folder.names()
         split = min(len(ids), GIF_LIMIT) if with_gif else 0
-        for part, animated in ((ids[:split], True), (ids[split:], False)):
-            missing = [i for i in part if animated or folder_file("", i).name not in there]
-            yield from (missing[first : first + size] for first in range(0, len(missing), size))
+        return list(ids[:split]), [i for i in ids[split:] if folder_file("", i).name not in there]
+
+    def _batches(self, ids: Sequence[int]) -> int:
+        """In how many batches these ids are drawn."""
+        return -(-len(ids) // (self._batch_size() or max(1, len(ids))))
 
     def _batch_size(self) -> int | None:
         """Pictures that run together, short batches filled up; None where a run that was not cut up is one batch."""
         usual = default_batch_size(self.sampler.device)
         return self.batch_size or (usual if self.n > usual else None)
 
-    def _draw(self, ids: Sequence[int], animation: Animation | None) -> Tensor:
-        """The pictures of one batch, uint8 [B, C, H, W] on the CPU."""
-        pictures = self.sampler.sample(
+    def _stream(self, ids: Sequence[int], animation: Animation | None) -> Iterator[Batch]:
+        """The pictures of these ids, batch by batch, uint8 [B, C, H, W]."""
+        if not ids:
+            return iter(())
+        return self.sampler.stream(
             len(ids),
+            method=self.method,
             seed=self.seed,
-            sample_ids=list(ids),
-            **self._method(),
+            sample_ids=ids,
             class_labels=self.labels(ids),
             guidance_scale=self.guidance,
             batch_size=self._batch_size(),
             output="uint8",
             callback=animation,
         )
-        return pictures.cpu()
 
     def _room(self, n: int) -> Tensor:
         """Memory for n pictures, laid out as the .npz archive has them."""
@@ -268,8 +260,11 @@ class Job:
         """The folder of pictures with what determines a picture besides its id, if one is asked for."""
         if outputs.folder is None:
             return None
-        names = ("model", "flags", "solver", "steps", "timesteps", "eta", "classes", "guidance", "threshold", "seed")
-        settings = {name: getattr(self, name) for name in (*names, "precision", "engine")}
+        mine = ("model", "flags", "classes", "guidance", "seed", "precision", "engine")
+        settings = {name: getattr(self, name) for name in mine}
+        settings |= {name: getattr(self.method, name) for name in ("solver", "steps", "timesteps", "eta")}
+        clip = self.method.clip
+        settings["threshold"] = clip.ratio if isinstance(clip, DynamicThreshold) else None
         return PictureFolder(outputs.folder, settings | checksums(self.sampler))
 
 

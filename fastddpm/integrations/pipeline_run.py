@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
+from fastddpm.engines.loop import Course, Loop
 from fastddpm.integrations.diffusers_noise import Generator, draw
 from fastddpm.integrations.diffusers_schedulers import (
     FastDDIMScheduler,
@@ -89,15 +91,34 @@ def sample(pipe: Any, network: Network, x_T: Tensor, run: Run) -> Tensor:  # noq
     table = steps.table
     _check_channels(pipe.unet, table)
     batch = Request(torch.arange(len(x_T)), None, None, x_T, None, len(x_T))
-    zeros = torch.zeros(x_T.shape, device=x_T.device)[None] if table.uses_noise else None
-    with stepper.undisturbed(), stepper.begin(table, batch, 0, noise=table.uses_noise) as runner:
-        for i in pipe.progress_bar(range(table.S)):
-            noise = zeros
-            if steps.draws and steps.draws[i]:
-                drawn = draw(x_T.shape, run.generator, x_T)
-                noise = drawn.float().contiguous()[None] if table.uses_noise else None
-            runner.run(1, noise)
-        return runner.state.x.to(x_T.dtype, copy=True)
+
+    def noise(i: int, t: int, ids: Tensor) -> Tensor:
+        return draw(x_T.shape, run.generator, x_T)
+
+    loop = Loop(
+        functools.partial(stepper.begin, table, seed=0), Course.of(table, steps.draws or None), spec.shape,
+        x_T.device, noise, undisturbed=stepper.undisturbed,
+    )  # fmt: skip
+    with pipe.progress_bar(total=table.S) as bar:
+        ((_, x, _),) = loop.batches(batch, _Watch(bar))
+    return x.to(x_T.dtype)
+
+
+class _Watch:
+    """Moves the pipeline's own bar."""
+
+    def __init__(self, bar: Any) -> None:  # noqa: ANN401 - of tqdm, which is not typed
+        self._bar, self._done = bar, 0
+
+    def advance_to(self, step: int) -> None:
+        self._bar.update(step - self._done)
+        self._done = step
+
+    def batch_done(self) -> None:
+        """There is one batch."""
+
+    def compiling(self, under_way: bool) -> None:
+        """The pipeline's bar has no room to say so."""
 
 
 def _sample_by_steps(pipe: Any, scheduler: Any, model: Callable[..., Tensor], x: Tensor, run: Run) -> Tensor:  # noqa: ANN401

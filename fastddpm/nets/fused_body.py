@@ -8,7 +8,7 @@ Convolutions of one pixel are matrix products, biases of the others are pending,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,25 @@ from torch import Tensor, nn
 from fastddpm.kernels._dispatch import runs_triton
 from fastddpm.kernels.group_norm import add_group_norm_unchecked
 from fastddpm.nets.blocks import Attention, Downsample, ResBlock, Stage, Upsample, resample
-
-if TYPE_CHECKING:
-    from fastddpm.nets.unet import UNet
+from fastddpm.nets.config import UNetConfig
 
 __all__ = ["Pending", "fused_body", "is_fusable"]
 
 
-def is_fusable(network: UNet, x: Tensor) -> bool:
+class Trunk(Protocol):
+    """The parts of a `UNet`."""
+
+    config: UNetConfig
+    training: bool
+    stem: nn.Conv2d
+    down: nn.ModuleList
+    mid: Stage
+    up: nn.ModuleList
+    norm_out: nn.GroupNorm
+    conv_out: nn.Conv2d
+
+
+def is_fusable(network: Trunk, x: Tensor) -> bool:
     """Whether `fused_body` is the way to run: on a GPU with Triton, for inference, without autocast."""
     if not runs_triton(x.device.type) or network.training or torch.is_grad_enabled():
         return False
@@ -89,7 +100,7 @@ class _Rows:
         return {"row": self._values, "index": self._index, "column": column, "mode": mode}
 
 
-def fused_body(network: UNet, x: Tensor, projections: Tensor, index: Tensor | None = None) -> Tensor:
+def fused_body(network: Trunk, x: Tensor, projections: Tensor, index: Tensor | None = None) -> Tensor:
     """What `UNet.body` computes, without gradients; see there.
 
     It runs on any device: where no Triton kernel does, `add_group_norm` is plain PyTorch.

@@ -1,19 +1,21 @@
-"""What a run of a checkpoint visits: its conventions and the caller's wishes → StepTable."""
+"""Method: how to sample. With a schedule and a checkpoint's conventions it makes a StepTable."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 from fastddpm.common.arguments import integers, whole
+from fastddpm.process.ddim import ClippedEps
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.solvers import ClippedEps, DynamicThreshold, Solver, make_table, respace, spaced_timesteps
+from fastddpm.process.solvers import make_table
 from fastddpm.process.spec import ModelSpec, Variance
-from fastddpm.process.table import StepTable, check_choice
-from fastddpm.process.timesteps import Spacing, largest_offset
+from fastddpm.process.table import DynamicThreshold, Solver, StepTable, check_choice
+from fastddpm.process.timesteps import Spacing, largest_offset, respace, spaced_timesteps
 
 DEFAULT_STEPS: dict[Solver, int | None] = {"ddpm": None, "ddim": 50, "dpmpp_2m": 20}
 """Steps of each solver unless the caller says otherwise; None is all that the network was trained with."""
@@ -21,62 +23,92 @@ DEFAULT_STEPS: dict[Solver, int | None] = {"ddpm": None, "ddim": 50, "dpmpp_2m":
 _SHORT = 15  # diffusers lowers the last row's order in runs of fewer steps
 
 
-def plan(
-    schedule: NoiseSchedule,
-    spec: ModelSpec,
-    *,
-    solver: Solver = "ddim",
-    steps: int | None = None,
-    timesteps: str | Sequence[int] | Tensor | None = None,
-    prev_timesteps: Sequence[int] | Tensor | None = None,
-    eta: float | None = None,
-    clip: float | DynamicThreshold | Literal["spec"] | None = "spec",
-    clipped_eps: ClippedEps | Literal["spec"] = "spec",
-    variance: Variance | Literal["spec"] = "spec",
-) -> StepTable:
-    """The coefficients of a run; `Sampler.sample` explains the arguments.
+class MethodOptions(TypedDict, total=False):
+    """The fields of `Method` as keyword arguments, for type checkers."""
 
-    Args:
-        schedule: the noise schedule of training.
-        spec: the checkpoint's conventions, which fill in what the caller leaves open.
-        solver: as in `Sampler.sample`, and so are the rest.
-        steps: S.
-        timesteps: instead of `steps`.
-        prev_timesteps: where each row leads.
-        eta: η.
-        clip: bound of |x̂_0|.
-        clipped_eps: DDIM's ε of a clipped x̂_0.
-        variance: ancestral sampling's σ.
+    solver: Solver
+    steps: int | None
+    timesteps: str | Sequence[int] | Tensor | None
+    prev_timesteps: Sequence[int] | Tensor | None
+    eta: float | None
+    clip: float | DynamicThreshold | Literal["spec"] | None
+    clipped_eps: ClippedEps | Literal["spec"]
+    variance: Variance | Literal["spec"]
 
-    Returns:
-        The table, on the CPU.
 
-    Raises:
-        TypeError: timesteps are not integers.
-        ValueError: an argument is out of range.
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How to sample: all that makes a table, whatever the network.
+
+    Attributes:
+        solver: "ddpm" (ancestral, Ho et al. 2020), "ddim" (Song et al. 2021) or "dpmpp_2m" (Lu et al. 2022).
+        steps: S, at most T; None is T for ddpm, 50 for ddim, 20 for dpmpp_2m, or what the checkpoint says.
+        timesteps: instead of `steps`, the training timesteps to visit, descending, or OpenAI's respacing string:
+            "250", "ddim25", "10,15,20".
+        prev_timesteps: where the steps lead, each to a lower timestep or to −1, which is x_0. None is what the
+            checkpoint's own project does: mostly the next timestep, and x_0 after the last.
+        eta: DDIM's η in [0, 1]; 0 draws no noise, 1 is ancestral sampling. None is 0, or what the checkpoint says.
+        clip: bound of |x̂_0|, None for none, a DynamicThreshold; "spec" is what the checkpoint says.
+        clipped_eps: DDIM: take ε from the clipped x̂_0 ("rederive") or as the network has it ("raw").
+        variance: ddpm: "fixed_small" or "fixed_large" instead of what the checkpoint says.
     """
-    check_choice("sample", "solver", solver, tuple(DEFAULT_STEPS))
-    chosen = integers("sample", "timesteps", _timesteps(schedule.T, spec, solver, steps, timesteps))
-    sigma = _variance(spec, solver, variance)
-    if clipped_eps != "spec" and solver != "ddim":
-        raise ValueError(f"sample: clipped_eps must be left out for {solver}, got {clipped_eps!r}; it is ddim's")
-    order = spec.lower_order_final
-    return make_table(
-        schedule,
-        chosen,
-        solver=solver,
-        prediction=spec.prediction,
-        clip=_bound(spec, solver) if isinstance(clip, str) and clip == "spec" else clip,
-        prev_timesteps=_previous(schedule.T, spec, solver, chosen) if prev_timesteps is None else prev_timesteps,
-        variance=sigma,
-        noise_gate=spec.noise_gate if solver == "ddpm" else None,
-        eta=spec.ddim_eta if eta is None and solver == "ddim" else eta,
-        clipped_eps=(spec.clipped_eps if clipped_eps == "spec" else clipped_eps) if solver == "ddim" else None,
-        final_alpha_to_one=None if solver == "ddpm" else spec.final_alpha_to_one,
-        lower_order_final=order == "always" or (order == "short" and chosen.numel() < _SHORT)
-        if solver == "dpmpp_2m"
-        else None,
-    )
+
+    solver: Solver = "ddim"
+    steps: int | None = None
+    timesteps: str | Sequence[int] | Tensor | None = None
+    prev_timesteps: Sequence[int] | Tensor | None = None
+    eta: float | None = None
+    clip: float | DynamicThreshold | Literal["spec"] | None = "spec"
+    clipped_eps: ClippedEps | Literal["spec"] = "spec"
+    variance: Variance | Literal["spec"] = "spec"
+
+    def table(self, schedule: NoiseSchedule, spec: ModelSpec) -> StepTable:
+        """The coefficients of a run.
+
+        Args:
+            schedule: the noise schedule of training.
+            spec: the checkpoint's conventions, which fill in what the method leaves open.
+
+        Returns:
+            The table, on the CPU.
+
+        Raises:
+            TypeError: timesteps are not integers.
+            ValueError: an option is out of range, or is not the solver's.
+        """
+        check_choice("sample", "solver", self.solver, tuple(DEFAULT_STEPS))
+        chosen = integers("sample", "timesteps", _timesteps(schedule.T, spec, self.solver, self.steps, self.timesteps))
+        variance = _variance(spec, self.solver, self.variance)
+        if self.clipped_eps != "spec" and self.solver != "ddim":
+            raise ValueError(
+                f"sample: clipped_eps must be left out for {self.solver}, got {self.clipped_eps!r}; it is ddim's"
+            )
+        prev = self.prev_timesteps
+        return make_table(
+            schedule,
+            chosen,
+            solver=self.solver,
+            prediction=spec.prediction,
+            clip=_bound(spec, self.solver) if isinstance(self.clip, str) and self.clip == "spec" else self.clip,
+            prev_timesteps=_previous(schedule.T, spec, self.solver, chosen) if prev is None else prev,
+            variance=variance,
+            **self._conventions(spec, chosen.numel()),
+        )
+
+    def _conventions(self, spec: ModelSpec, steps: int) -> dict[str, Any]:
+        """The options that only some solvers have."""
+        if self.solver == "ddpm":
+            return {"noise_gate": spec.noise_gate, "eta": self.eta}  # an η is refused by name
+        final = {"final_alpha_to_one": spec.final_alpha_to_one}
+        if self.solver == "ddim":
+            clipped = spec.clipped_eps if self.clipped_eps == "spec" else self.clipped_eps
+            return {**final, "eta": spec.ddim_eta if self.eta is None else self.eta, "clipped_eps": clipped}
+        order = spec.lower_order_final
+        return {
+            **final,
+            "eta": self.eta,
+            "lower_order_final": order == "always" or (order == "short" and steps < _SHORT),
+        }
 
 
 def _timesteps(

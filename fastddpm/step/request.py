@@ -48,6 +48,11 @@ class Request:
         filled = (fill(self.labels), fill(self.guidance), fill(self.x_T), fill(self.noise, 1))
         return Request(self.ids[index], *filled, size, self.fills)
 
+    @property
+    def parts(self) -> int:
+        """How many batches there are."""
+        return -(-len(self.ids) // self.batch_size)
+
     def batches(self) -> Iterator[Request]:
         """The request in pieces of `batch_size` samples, in order."""
         for first in range(0, len(self.ids), self.batch_size):

@@ -1,4 +1,4 @@
-"""All that a GPU can tell in one go: `python -m fastddpm.bench.gpu OUT`, which `benchmarks/gpu.sh` calls.
+"""All that a GPU can tell in one go: `python -m benchmarks.gpu OUT`, which `benchmarks/gpu.sh` calls.
 
 Sections run one after the other, each in a process of its own with a time limit of its own; one that fails or takes too
 long stops no other. Nothing has to be installed but PyTorch and what this package imports.
@@ -21,7 +21,7 @@ from typing import Any
 from fastddpm.files import atomic_path
 from fastddpm.kernels._cache import cache_folder
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 6.0
 SHARES = {
     "doctor": 0.16, "tests": 0.18, "compile": 0.24, "ceiling": 0.04, "kernels": 0.10, "cifar10": 0.14,
@@ -82,7 +82,7 @@ def run(chosen: Sequence[str], out: Path, minutes: float, dry: bool) -> list[Out
 
 def command(name: str, out: Path, seconds: float, dry: bool) -> list[str]:
     """The command that runs a section."""
-    words = [sys.executable, "-m", "fastddpm.bench.gpu_section", name, str(out), f"{max(seconds - _GRACE_S, 1):.1f}"]
+    words = [sys.executable, "-m", "benchmarks.gpu_section", name, str(out), f"{max(seconds - _GRACE_S, 1):.1f}"]
     return [*words, "--dry"] if dry else words
 
 

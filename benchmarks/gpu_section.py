@@ -1,4 +1,4 @@
-"""One section of `fastddpm.bench.gpu` in its own process: `python -m fastddpm.bench.gpu_section NAME OUT SECONDS`.
+"""One section of `benchmarks.gpu` in its own process: `python -m benchmarks.gpu_section NAME OUT SECONDS`.
 
 It writes OUT/NAME.json with {"ok", "says", …} and OUT/NAME.txt for people, the steps also as far as they have come.
 """
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastddpm.bench.gpu import ROOT, SHARES, write
+from benchmarks.gpu import ROOT, SHARES, write
 
 PROCESSES = 8
 """That test or compile side by side."""

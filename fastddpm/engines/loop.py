@@ -1,0 +1,213 @@
+"""Loop: the one loop around a step. It drives each batch of a request to its end and looks after the noise."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastddpm.engines.options import Preview
+from fastddpm.engines.runner import Runner
+from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.process.noise import NoiseFunction, NoiseSource
+from fastddpm.process.table import StepTable
+from fastddpm.step.request import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """The steps of a run, as a loop must know them.
+
+    Attributes:
+        timesteps: the training timestep of each step.
+        draws: for each step, whether noise that somebody supplies is asked for.
+        takes_noise: whether the step can be handed any.
+    """
+
+    timesteps: Sequence[int]
+    draws: Sequence[bool]
+    takes_noise: bool
+
+    @classmethod
+    def of(cls, table: StepTable, draws: Sequence[bool] | None = None) -> Course:
+        """The steps of a table; noise is asked for where a row adds it, unless `draws` says otherwise."""
+        # Peers draw nothing where nothing is used, and so their generators stay in step with ours.
+        adds = (table.rows[:-1, COLUMNS.index("sigma")] != 0).tolist()
+        return cls(table.timesteps[:-1].tolist(), adds if draws is None else draws, table.uses_noise)
+
+    @property
+    def S(self) -> int:
+        """Number of steps."""
+        return len(self.timesteps)
+
+
+class Begin(Protocol):
+    """Starts a batch; `Stepper.begin` explains the arguments."""
+
+    def __call__(
+        self,
+        batch: Request,
+        *,
+        x_T: Tensor | None = None,
+        noise: bool = False,
+        previews: bool = False,
+        to_come: int = 0,
+        eager: bool = False,
+        on_compile: Callable[[bool], None] = ...,
+    ) -> contextlib.AbstractContextManager[Runner]:
+        """The batch at its start, for the length of the block."""
+
+
+class Watch(Protocol):
+    """Is told how far a run is, and decides nothing."""
+
+    def advance_to(self, step: int) -> None:
+        """So many steps of the batch under way are done."""
+
+    def batch_done(self) -> None:
+        """The next step is the first of another batch."""
+
+    def compiling(self, under_way: bool) -> None:
+        """The step is being compiled, or no longer is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Drives the batches of one run.
+
+    Attributes:
+        begin: starts a batch.
+        course: its steps.
+        shape: (C, H, W).
+        device: where states are.
+        noise: z of the steps as the caller supplies it, or None for seeded noise.
+        callback: is shown each step.
+        undisturbed: what is around a batch's work, and not around what the consumer does with it.
+    """
+
+    begin: Begin
+    course: Course
+    shape: tuple[int, int, int]
+    device: torch.device
+    noise: NoiseSource | None = None
+    callback: Callable[[Preview], None] | None = None
+    undisturbed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+    def batches(self, request: Request, watch: Watch) -> Iterator[tuple[Request, Tensor, float]]:
+        """Each batch with its final states, float32 [B, C, H, W], and the seconds that it took.
+
+        Args:
+            request: what is asked for.
+            watch: is told how far it is.
+
+        Raises:
+            FloatingPointError: the samples ran into NaN or infinity; says at which step.
+        """
+        batches = list(request.batches())
+        for i, batch in enumerate(batches):
+            began = time.perf_counter()
+            with self.undisturbed():
+                final = self._finished(batch, (len(batches) - i) * self.course.S, watch)
+            yield batch, final, time.perf_counter() - began
+
+    def _finished(self, batch: Request, to_come: int, watch: Watch) -> Tensor:
+        """The final states of one batch."""
+        rewind = self.noise.get_state() if isinstance(self.noise, torch.Generator) else None
+        n, looks = len(batch.ids), self.callback is not None
+        with self.begin(
+            batch.filled(),
+            x_T=self._drawn(batch),
+            noise=self._hands_noise,
+            previews=looks,
+            to_come=to_come,
+            on_compile=watch.compiling,
+        ) as runner:
+            for i in self._driven(runner, batch, one_by_one=looks):
+                state = runner.state
+                if self.callback is not None and state.history is not None:
+                    x, x_start, t = state.x[:n].clone(), state.history[:n].clone(), self.course.timesteps[i - 1]
+                    self.callback(Preview(i, self.course.S, t, state.sample_id[:n], x, x_start))
+                watch.advance_to(i)
+            final = runner.state.x[:n].clone()
+        watch.batch_done()
+        if not bool(torch.isfinite(final).all()):
+            if isinstance(self.noise, torch.Generator) and rewind is not None:
+                self.noise.set_state(rewind)
+            raise self._where_it_broke(batch)
+        return final
+
+    def _driven(self, runner: Runner, batch: Request, *, one_by_one: bool) -> Iterator[int]:
+        """Advance all samples to the end; yields i where i steps are done."""
+        i, S = 0, self.course.S
+        source = self._source(batch)
+        while i < S:
+            noise = None if source is None else source(i)
+            i += runner.run(1 if one_by_one or source is not None else S - i, noise)
+            yield i
+
+    def _where_it_broke(self, batch: Request) -> FloatingPointError:
+        """Run a batch again, which noise as a pure function allows, and name the step where the trouble began."""
+        S = self.course.S
+        with self.begin(batch.filled(), x_T=self._drawn(batch), noise=self._hands_noise, eager=True) as runner:
+            for i in self._driven(runner, batch, one_by_one=True):
+                bad = ~torch.isfinite(runner.state.x[: len(batch.ids)]).flatten(1).all(1)
+                if bool(bad.any()):
+                    ids, t = batch.ids[bad.cpu()].tolist(), self.course.timesteps[i - 1]
+                    return FloatingPointError(
+                        f"sample: the state must stay finite, got NaN or infinity from step {i} of {S} (t = {t}) in "
+                        f"{len(ids)} samples, first id {ids[0]}; the weights or the supplied noise are not usable"
+                    )
+        return FloatingPointError(
+            "sample: the final state must be finite, got NaN or infinity that a second run does not show"
+        )
+
+    # ------------------------------------------------------------------ noise
+
+    @property
+    def _hands_noise(self) -> bool:
+        """Whether each step is handed its z."""
+        return self.noise is not None and self.course.takes_noise
+
+    def _drawn(self, batch: Request) -> Tensor | None:
+        """x_T of a filled batch where a generator draws it; None where it is the batch's own or seeded noise."""
+        if batch.x_T is not None or not isinstance(self.noise, torch.Generator):
+            return None
+        shape = (len(batch.ids), *self.shape)
+        return _filled(torch.randn(shape, generator=self.noise, device=self.noise.device), batch)
+
+    def _source(self, batch: Request) -> Callable[[int], Tensor | None] | None:
+        """What gives z of a loop step, float32 [1, B, C, H, W] of a filled batch; None where nothing is asked for."""
+        noise, takes, draws = self.noise, self._hands_noise, self.course.draws
+        if noise is None or not (takes or any(draws)):
+            return None
+        if isinstance(noise, Tensor):
+            rows = batch.filled().noise
+            return (lambda i: torch.as_tensor(rows)[i : i + 1]) if takes else None
+        shape = (len(batch.ids), *self.shape)
+
+        def draw(i: int) -> Tensor | None:
+            z = self._draw(noise, i, batch, shape) if draws[i] else torch.zeros(shape)
+            return _filled(z.to(self.device, torch.float32), batch).contiguous()[None] if takes else None
+
+        return draw
+
+    def _draw(self, noise: NoiseFunction | torch.Generator, i: int, batch: Request, shape: tuple[int, ...]) -> Tensor:
+        """The caller's noise for loop step i, [B, C, H, W]."""
+        if isinstance(noise, torch.Generator):
+            return torch.randn(shape, generator=noise, device=noise.device)
+        z = noise(i, self.course.timesteps[i], batch.ids)
+        if not isinstance(z, Tensor) or tuple(z.shape) != shape:
+            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"sample: noise must return a tensor {shape}, got {got}")
+        return z
+
+
+def _filled(values: Tensor, batch: Request) -> Tensor:
+    """The batch's values with the last one repeated, as `Request.filled` repeats its sample."""
+    missing = batch.batch_size - len(values) if batch.fills else 0
+    return values if missing <= 0 else torch.cat((values, values[-1:].expand(missing, *values.shape[1:])))

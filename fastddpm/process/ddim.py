@@ -1,0 +1,78 @@
+"""DDIM as a table (Song et al. 2021), in float64, rounded once to float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from fastddpm.common.arguments import number
+from fastddpm.process.pairs import StepPairs
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import Prediction
+from fastddpm.process.table import DynamicThreshold, StepTable, assemble, check_choice
+
+ClippedEps = Literal["rederive", "raw"]
+
+
+def ddim_table(
+    schedule: NoiseSchedule,
+    timesteps: Tensor | Sequence[int],
+    *,
+    prediction: Prediction = "eps",
+    eta: float = 0.0,
+    clip: float | DynamicThreshold | None = 1.0,
+    clipped_eps: ClippedEps = "rederive",
+    prev_timesteps: Tensor | Sequence[int] | None = None,
+    final_alpha_to_one: bool = True,
+) -> StepTable:
+    """DDIM (Song et al. 2021, eq. 12 and 16).
+
+    x_{t−1} = √ᾱ_prev x̂_0 + √(1−ᾱ_prev−σ²) ε + σ z, σ = η √((1−ᾱ_prev)/(1−ᾱ_t)) √(1 − ᾱ_t/ᾱ_prev).
+    η = 0 is deterministic, η = 1 is ancestral sampling with the small variance. A network with 2C output
+    channels works too: its variance half does not enter.
+
+    Args:
+        schedule: the schedule that the network was trained with.
+        timesteps: int [S], strictly descending, in 0 … T−1.
+        prediction: what the network returns.
+        eta: η, in [0, 1].
+        clip: bound of |x̂_0|, above 0; None for none; a DynamicThreshold for a bound per sample.
+        clipped_eps: ε of a clipped x̂_0: "rederive" takes (x_t − √ᾱ_t x̂_0)/√(1−ᾱ_t) after clipping
+            (OpenAI, lucidrains), "raw" what the network says (diffusers).
+        prev_timesteps: int [S], where each row leads: −1 (x_0) or below the row's timestep. Default: the
+            next timestep, −1 for the last. diffusers takes max(t − T // S, −1).
+        final_alpha_to_one: at prev = −1 take ᾱ = 1; if not, ᾱ_0 (set_alpha_to_one=False of diffusers).
+
+    Returns:
+        The table.
+
+    Raises:
+        TypeError: timesteps are not integers.
+        ValueError: an argument is out of range, or ε-prediction meets ᾱ_t = 0 (zero terminal SNR).
+    """
+    check_choice("ddim_table", "clipped_eps", clipped_eps, get_args(ClippedEps))
+    eta = number("ddim_table", "eta", eta)
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"ddim_table: eta must be in [0, 1], got {eta}; 0 is deterministic, 1 is ancestral")
+    pairs = StepPairs.of("ddim_table", schedule, timesteps, prev_timesteps, final_alpha_to_one)
+    a_t, a_prev = pairs.a_t, pairs.a_prev
+    sigma = eta * ((1.0 - a_prev) / (1.0 - a_t) * (1.0 - a_t / a_prev)).sqrt()
+    direction = (1.0 - a_prev - sigma**2).clamp(min=0.0).sqrt()  # the factor of ε
+    signal, noise = a_t.sqrt(), (1.0 - a_t).sqrt()
+    columns = pairs.x_start_columns("ddim_table", prediction)
+    columns["c_0"] = a_prev.sqrt()
+    columns["sigma"] = sigma
+    if clipped_eps == "rederive":
+        columns["c_0"] = columns["c_0"] - direction * signal / noise
+        columns["c_x"] = direction / noise
+    elif prediction == "eps":
+        columns["c_o"] = direction
+    elif prediction == "v":  # ε = √ᾱ v + √(1−ᾱ) x
+        columns["c_o"] = direction * signal
+        columns["c_x"] = direction * noise
+    else:  # ε = (x − √ᾱ x_0)/√(1−ᾱ), with x_0 = a_x x + a_o out
+        columns["c_o"] = -direction * signal / noise * columns["a_o"]
+        columns["c_x"] = direction / noise * (1.0 - signal * columns["a_x"])
+    return assemble("ddim_table", "ddim", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip)

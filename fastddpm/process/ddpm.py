@@ -1,0 +1,90 @@
+"""DDPM: ancestral sampling as a table (Ho et al. 2020), in float64, rounded once to float32.
+
+Row i leads from timestep t_i to prev_i, which is the next timestep of the list unless the caller says otherwise;
+prev = −1 is x_0 itself, with ᾱ = 1. The equations hold for any such pair, adjacent or far apart: a strided run is a run
+whose β_t is 1 − ᾱ_t/ᾱ_prev (Nichol & Dhariwal 2021, eq. 19).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastddpm.process.pairs import StepPairs
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import Prediction, Variance
+from fastddpm.process.table import DynamicThreshold, StepTable, assemble, check_choice
+
+NoiseGate = Literal["final", "t0"]
+# What a peer that adds noise on a row with β̃ = 0 takes for it, so that its logarithm exists.
+_SMALLEST_VARIANCE = 1e-20
+
+
+def ddpm_table(
+    schedule: NoiseSchedule,
+    timesteps: Tensor | Sequence[int],
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_small",
+    clip: float | DynamicThreshold | None = 1.0,
+    prev_timesteps: Tensor | Sequence[int] | None = None,
+    noise_gate: NoiseGate = "final",
+) -> StepTable:
+    """Ancestral sampling, over all timesteps or any of them (Ho et al. 2020, Algorithm 2, eq. 6–7 and 11).
+
+    x_{t−1} = √ᾱ_prev β_t/(1−ᾱ_t) · x̂_0 + √α_t (1−ᾱ_prev)/(1−ᾱ_t) · x_t + σ_t z, with α_t = ᾱ_t/ᾱ_prev,
+    β_t = 1 − α_t; σ_t² = β̃_t = (1−ᾱ_prev)/(1−ᾱ_t) β_t ("fixed_small"), β_t ("fixed_large"), or in
+    between, chosen by the network ("learned_range": Nichol & Dhariwal 2021, eq. 15).
+
+    Args:
+        schedule: the schedule that the network was trained with.
+        timesteps: int [S], strictly descending, in 0 … T−1.
+        prediction: what the network returns.
+        variance: σ_t²; "learned_range" needs a network with 2C output channels.
+        clip: bound of |x̂_0|, above 0; None for none; a DynamicThreshold for a bound per sample.
+        prev_timesteps: int [S], where each row leads: −1 (x_0) or below the row's timestep. Default: the
+            next timestep, −1 for the last.
+        noise_gate: where no noise is added. "final": on rows that lead to x_0, as in the papers. "t0":
+            on rows with t = 0, and nowhere else, as diffusers does: timesteps that end above 0 then
+            leave noise in x_0 if the variance is not "fixed_small". On lists that end at 0 both are the
+            same.
+
+    Returns:
+        The table.
+
+    Raises:
+        TypeError: timesteps are not integers.
+        ValueError: an argument is out of range, or ε-prediction meets ᾱ_t = 0 (zero terminal SNR).
+    """
+    check_choice("ddpm_table", "variance", variance, get_args(Variance))
+    check_choice("ddpm_table", "noise_gate", noise_gate, get_args(NoiseGate))
+    pairs = StepPairs.of("ddpm_table", schedule, timesteps, prev_timesteps)
+    a_t, a_prev = pairs.a_t, pairs.a_prev
+    alpha = a_t / a_prev
+    beta = 1.0 - alpha
+    beta_tilde = (1.0 - a_prev) / (1.0 - a_t) * beta
+    noisy = ((pairs.prev >= 0) if noise_gate == "final" else (pairs.t > 0)).double()
+    columns = pairs.x_start_columns("ddpm_table", prediction)
+    columns["c_0"] = a_prev.sqrt() * beta / (1.0 - a_t)
+    columns["c_x"] = alpha.sqrt() * (1.0 - a_prev) / (1.0 - a_t)
+    if variance == "learned_range":
+        columns["sigma"] = noisy
+        columns["log_beta"] = beta.log()
+        columns["log_beta_tilde"] = _clipped_log(beta_tilde, beta, noisy)
+    else:
+        columns["sigma"] = noisy * (beta if variance == "fixed_large" else beta_tilde).sqrt()
+    return assemble("ddpm_table", "ddpm", pairs.t, columns, prediction=prediction, variance=variance, clip=clip)
+
+
+def _clipped_log(beta_tilde: Tensor, beta: Tensor, noisy: Tensor) -> Tensor:
+    """Log β̃, finite on rows that lead to x_0, where β̃ = 0.
+
+    Without noise there the value is never used and follows Nichol & Dhariwal 2021, sec. 3.1: the row
+    before lends its own. With noise (noise_gate "t0") it is the floor of the peer that adds it.
+    """
+    lent = torch.cat([beta[:1], beta_tilde[:-1]])
+    floor = torch.where(noisy > 0, torch.full_like(beta, _SMALLEST_VARIANCE), lent)
+    return torch.where(beta_tilde > 0, beta_tilde, floor).log()
