@@ -381,7 +381,9 @@ class TestTrouble:
             tiny_sampler(null_class=None).sample(1)
 
     def test_a_typing_error_in_an_option_fails(self):
-        with pytest.raises(TypeError, match="unexpected keyword"):
+        with pytest.raises(
+            TypeError, match="options must be those of Sampler.sample, got guidance; it is called guidance_scale here"
+        ):
             tiny_sampler().sample(1, guidance=2.0)
 
     @pytest.mark.parametrize("device", ["tpu", "mps", "cuda:99"])

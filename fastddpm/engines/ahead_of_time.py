@@ -113,6 +113,7 @@ class AheadOfTime:
         key = self.key(call)
         if key in self._steps:
             return None
+        _check_processor(call)
         began, made = time.perf_counter(), []
 
         def make(path: Path) -> None:
@@ -140,6 +141,16 @@ class AheadOfTime:
 def _network(call: Call) -> Network:
     network: Any = call.step.network
     return network  # type: ignore[no-any-return]
+
+
+def _check_processor(call: Call) -> None:
+    """Raise CompileError where Inductor would stumble over a processor without instructions for bfloat16."""
+    half = any(p.dtype == torch.bfloat16 for p in call.step.network.parameters())
+    if half and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise CompileError(
+            "engine: precision must be fp32 for compiled steps on this processor, which has no instructions for "
+            "bfloat16, got bf16; use engine='eager' or precision='fp32'"
+        )
 
 
 def compile_step(call: Call, path: Path) -> None:

@@ -127,6 +127,7 @@ class Loop:
             to_come=to_come,
             on_compile=watch.compiling,
         ) as runner:
+            watch.advance_to(0)
             for i in self._driven(runner, batch, one_by_one=looks):
                 state = runner.state
                 if self.callback is not None and state.history is not None:

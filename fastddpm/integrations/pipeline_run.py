@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -99,20 +99,21 @@ def sample(pipe: Any, network: Network, x_T: Tensor, run: Run) -> Tensor:  # noq
         functools.partial(stepper.begin, table, seed=0), Course.of(table, steps.draws or None), spec.shape,
         x_T.device, noise, undisturbed=stepper.undisturbed,
     )  # fmt: skip
-    with pipe.progress_bar(total=table.S) as bar:
-        ((_, x, _),) = loop.batches(batch, _Watch(bar))
+    ((_, x, _),) = loop.batches(batch, _Watch(pipe.progress_bar(range(table.S))))
     return x.to(x_T.dtype)
 
 
 class _Watch:
-    """Moves the pipeline's own bar."""
+    """Goes through the pipeline's own bar, which is an iterable."""
 
-    def __init__(self, bar: Any) -> None:  # noqa: ANN401 - of tqdm, which is not typed
-        self._bar, self._done = bar, 0
+    def __init__(self, steps: Iterable[int]) -> None:
+        self._steps, self._begun = iter(steps), 0
 
     def advance_to(self, step: int) -> None:
-        self._bar.update(step - self._done)
-        self._done = step
+        """So many steps are done, and the next one is under way."""
+        while self._begun <= step:
+            next(self._steps, None)
+            self._begun += 1
 
     def batch_done(self) -> None:
         """There is one batch."""
