@@ -8,7 +8,7 @@ from fastddpm.kernels import group_norm
 from fastddpm.kernels.group_norm import add_group_norm, add_group_norm_reference
 from fastddpm.kernels.group_norm_triton import add_group_norm_op
 from tests.kernels.norm_cases import TERMS, check_norm, norm_case, norm_float64
-from tests.test_unet import inputs, make
+from tests.nets.test_unet import inputs, make
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The sixth is 12 channels to a group, and groups in which own channels and the skip's meet.

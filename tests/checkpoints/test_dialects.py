@@ -25,7 +25,7 @@ SOLVERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "DPMSolverMultistep
 
 def fixtures():
     """The folders' names and, for each, its modes; ("", "") where there is no such folder, so that the test skips."""
-    peers = Path(os.environ.get("FASTDDPM_PEERS") or Path(__file__).resolve().parents[2] / "shared" / "peers")
+    peers = Path(os.environ.get("FASTDDPM_PEERS") or Path(__file__).resolve().parents[3] / "shared" / "peers")
     if not peers.is_dir():
         return {"": [""]}
     metas = {meta.parent.name: json.loads(meta.read_text()) for meta in sorted(peers.glob("*/meta.json"))}

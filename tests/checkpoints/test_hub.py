@@ -16,8 +16,8 @@ from fastddpm import CheckpointError, Sampler, load_checkpoint
 from fastddpm.checkpoints import hub
 from fastddpm.checkpoints.hub import HubId, parse_id
 from fastddpm.cli import main
+from tests.checkpoints.test_diffusers_folders import STEM, folder, same, shard
 from tests.foreign import FLAGS, diffusers_config, foreign_network, foreign_state
-from tests.test_diffusers_folders import STEM, folder, same, shard
 from tests.tiny import save_checkpoint
 
 

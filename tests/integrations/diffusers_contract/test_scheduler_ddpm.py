@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from tests.diffusers_contract.common import OURS, CommonContract, fixed_noise, fixed_sample, model
+from tests.integrations.diffusers_contract.common import OURS, CommonContract, fixed_noise, fixed_sample, model
 
 
 class TestDDPMScheduler(CommonContract):

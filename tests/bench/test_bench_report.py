@@ -26,7 +26,7 @@ from fastddpm.bench.figures import (
 from fastddpm.bench.live import View
 from fastddpm.bench.peers import count_flops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("publish", ROOT / "benchmarks" / "publish.py")
 tables = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(tables)

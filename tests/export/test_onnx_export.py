@@ -241,7 +241,7 @@ def test_same_bytes_in_another_process(exported, tmp_path):
         "import sys; from tests.networks import tiny_sampler; from fastddpm.export import export_onnx;"
         f"export_onnx(tiny_sampler(), sys.argv[1], **{FILES['step']!r})"
     )
-    root = os.path.dirname(os.path.dirname(__file__))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": root}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.onnx")], env=environment, check=True, cwd=tmp_path)
     assert (tmp_path / "x.onnx").read_bytes() == exported("step").files[0].read_bytes()

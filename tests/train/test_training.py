@@ -217,7 +217,7 @@ def test_the_optimiser_goes_on_with_its_own_memory_layout(tmp_path):
 
 SESSION = """
 import sys
-from tests.test_training import trainer
+from tests.train.test_training import trainer
 import torch
 torch.set_num_threads(1)
 trainer(sys.argv[1], epochs=12).run(lambda progress: print(progress.step, flush=True))
@@ -226,7 +226,7 @@ trainer(sys.argv[1], epochs=12).run(lambda progress: print(progress.step, flush=
 
 def start_session(folder):
     """A training session in a process of its own that tells each step."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     environ = environment(PYTHONPATH=root)
     return subprocess.Popen(
         [sys.executable, "-c", SESSION, str(folder)], stdout=subprocess.PIPE, text=True, env=environ

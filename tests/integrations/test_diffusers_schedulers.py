@@ -17,9 +17,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from fastddpm import FastDDIMScheduler, FastDDPMScheduler, FastDPMSolverMultistepScheduler, Sampler
 from fastddpm.integrations import diffusers_schedulers, scheduler_update
 from fastddpm.integrations.scheduler_rows import Rows, _position
+from tests.checkpoints.test_dialects import FIXTURES, oracle
 from tests.helpers import peers_dir
 from tests.syncs import NoSync
-from tests.test_dialects import FIXTURES, oracle
 
 PAIRS = {
     "ddpm": (DDPMScheduler, FastDDPMScheduler),

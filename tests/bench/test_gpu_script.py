@@ -14,7 +14,7 @@ import torch
 from benchmarks import gpu, gpu_section
 from tests.tiny import environment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def script(*arguments, **extra):
@@ -128,7 +128,7 @@ def gone(process):
 def test_tests_of_a_gpu_are_found():
     files = gpu_section.marked_files()
     assert "tests/kernels/test_gpu.py" in files and "tests/engines/test_gpu_path.py" in files
-    assert "tests/test_cli.py" not in files and all((ROOT / name).exists() for name in gpu_section._DRY_TESTS)
+    assert "tests/cli/test_cli.py" not in files and all((ROOT / name).exists() for name in gpu_section._DRY_TESTS)
 
 
 def test_what_compiles_the_same_is_compiled_once(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import peers_dir
 
-TEXT = (Path(__file__).parents[1] / "docs" / "drop-in.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "drop-in.md").read_text(encoding="utf-8")
 EXAMPLES = [
     (library.split()[0].strip(), block)
     for library, section in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.S | re.M)

@@ -207,7 +207,7 @@ class TestForeignNetworks:
 
     @pytest.fixture
     def lucid(self):
-        return importlib.import_module("tests.test_lucidrains")  # skips where the package is missing
+        return importlib.import_module("tests.checkpoints.test_lucidrains")  # skips where the package is missing
 
     @pytest.mark.parametrize("name", ["v, sigmoid", "noise, linear, self-conditioned", "x0, cosine, min-SNR",
                                       "own sigmoid, unit range"])  # fmt: skip

@@ -13,7 +13,7 @@ from fastddpm.kernels.machine_code import read_amdgcn, read_cubin
 from fastddpm.nets.fused_body import Pending, fused_body, is_fusable
 from tests.kernels.cases import pretend_on_gpu
 from tests.kernels.norm_cases import TERMS, check_norm, norm_case, norm_float64
-from tests.test_unet import OPTIONS, inputs, make
+from tests.nets.test_unet import OPTIONS, inputs, make
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

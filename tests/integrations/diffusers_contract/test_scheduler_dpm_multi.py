@@ -11,7 +11,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from tests.diffusers_contract.common import (
+from tests.integrations.diffusers_contract.common import (
     OURS,
     CommonContract,
     close,

@@ -18,7 +18,7 @@ from tests import tiny
 pytest.importorskip("onnx", reason="needs onnx")
 pytest.importorskip("onnxruntime", reason="needs onnxruntime")
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_only.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_only.py"
 
 
 def run(arguments, folder):

@@ -766,7 +766,7 @@ class TestInfo:
 
     def test_a_folder_in_shards(self, tmp_path, capsys):
         from fastddpm.cli import app
-        from tests.test_diffusers_folders import folder, shard
+        from tests.checkpoints.test_diffusers_folders import folder, shard
 
         network = foreign_network("diffusers", num_classes=4)
         shard(folder(tmp_path, network), foreign_state("diffusers", network))
