@@ -7,7 +7,10 @@ if TYPE_CHECKING:
     from fastddpm.checkpoints import Checkpoint as Checkpoint
     from fastddpm.checkpoints import CheckpointError as CheckpointError
     from fastddpm.checkpoints import load_checkpoint as load_checkpoint
+    from fastddpm.checkpoints.convert import convert_checkpoint as convert_checkpoint
+    from fastddpm.engines.compare import CompileError as CompileError
     from fastddpm.export import OnnxSampler as OnnxSampler
+    from fastddpm.export import export_onnx as export_onnx
     from fastddpm.integrations import accelerate as accelerate
     from fastddpm.integrations.diffusers_schedulers import FastDDIMScheduler as FastDDIMScheduler
     from fastddpm.integrations.diffusers_schedulers import FastDDPMScheduler as FastDDPMScheduler
@@ -22,17 +25,22 @@ if TYPE_CHECKING:
     from fastddpm.process.spec import ModelSpec as ModelSpec
     from fastddpm.process.table import DynamicThreshold as DynamicThreshold
     from fastddpm.process.table import StepTable as StepTable
+    from fastddpm.sampler import Batch as Batch
     from fastddpm.sampler import Preview as Preview
     from fastddpm.sampler import Sampler as Sampler
     from fastddpm.step.state import State as State
     from fastddpm.step.step import Step as Step
+    from fastddpm.train.config import TrainConfig as TrainConfig
+    from fastddpm.train.loop import Trainer as Trainer
 
 __version__ = "0.1.0"
 
 # Names are imported when first used: PyTorch takes seconds, and `fastddpm --help` needs none of it.
 _HOME = {
+    "Batch": "sampler",
     "Checkpoint": "checkpoints",
     "CheckpointError": "checkpoints",
+    "CompileError": "engines.compare",
     "DynamicThreshold": "process.table",
     "FastDDIMScheduler": "integrations.diffusers_schedulers",
     "FastDDPMScheduler": "integrations.diffusers_schedulers",
@@ -46,9 +54,13 @@ _HOME = {
     "State": "step.state",
     "Step": "step.step",
     "StepTable": "process.table",
+    "TrainConfig": "train.config",
+    "Trainer": "train.loop",
     "UNet": "nets.unet",
     "UNetConfig": "nets.unet",
     "accelerate": "integrations",
+    "convert_checkpoint": "checkpoints.convert",
+    "export_onnx": "export.exporter",
     "load_checkpoint": "checkpoints",
     "make_table": "process.solvers",
 }

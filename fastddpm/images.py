@@ -60,7 +60,7 @@ def to_pil(x: Tensor, to_bytes: ToBytes = "round", mapping: ToUnit = "clamp") ->
 
 def check_output(output: object) -> None:
     """Raise ValueError unless `output` is a form that `to_output` knows."""
-    if output not in get_args(Output):
+    if not isinstance(output, str) or output not in get_args(Output):
         raise ValueError(f"sample: output must be unit, raw, uint8 or pil, got {output!r}; pick one")
 
 

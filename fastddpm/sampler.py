@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import torch
@@ -141,7 +141,8 @@ class Sampler:
         engine: EngineName = "auto",
         precision: Precision = "fp32",
         graph_steps: int | None = None,
-        **flags: object,
+        flags: Mapping[str, object] | None = None,
+        **more: object,
     ) -> Sampler:
         """Load a checkpoint that ships with the package ("mnist"), one on disk, or one on the Hugging Face Hub.
 
@@ -153,16 +154,20 @@ class Sampler:
             precision: the network's arithmetic.
             graph_steps: steps that a CUDA graph holds.
             flags: what the file does not determine, under its project's own names; see `load_checkpoint`.
+            more: flags as keyword arguments, instead.
 
         Returns:
             A sampler.
 
         Raises:
             CheckpointError: there is no such checkpoint, it cannot be read, or a flag is missing, unknown or wrong.
+            TypeError: flags are given in both forms.
             ValueError: the device is not available.
         """
         target = pick_device(device)
-        checkpoint = load_checkpoint(name_or_path, **flags)
+        if flags and more:
+            raise TypeError(f"from_pretrained: {', '.join(more)} must be among the flags, got both; put them there")
+        checkpoint = load_checkpoint(name_or_path, **(flags or more))
         sampler = cls(
             checkpoint.network,
             checkpoint.schedule,

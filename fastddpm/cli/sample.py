@@ -22,13 +22,19 @@ def sample(
     classes: Annotated[
         str,
         typer.Option(
-            help="`all`: each class in turn; `none`; or classes such as `3,1,4`, in turn.", rich_help_panel=WHAT
+            "--class-labels",
+            "--classes",
+            help="`all`: each class in turn; `none`; or classes such as `3,1,4`, in turn.",
+            rich_help_panel=WHAT,
         ),
     ] = "all",
     guidance: Annotated[
         float,
         typer.Option(
-            help="Scale of classifier-free guidance. 1: none; 1.5 to 4: clearer, less varied.", rich_help_panel=WHAT
+            "--guidance-scale",
+            "--guidance",
+            help="Scale of classifier-free guidance. 1: none; 1.5 to 4: clearer, less varied.",
+            rich_help_panel=WHAT,
         ),
     ] = 1.0,
     seed: Annotated[
@@ -121,7 +127,7 @@ def sample(
     flags = parse_flags(flag)
     if not any((grid, folder, npz, gif)):
         grid = Path("samples/grid.png")
-    sampler = Sampler.from_pretrained(model, device=device, engine=engine, precision=precision, **flags)
+    sampler = Sampler.from_pretrained(model, device=device, engine=engine, precision=precision, flags=flags)
     clip: Literal["spec"] | DynamicThreshold = "spec" if threshold is None else DynamicThreshold(threshold)
     method = Method(solver, steps, timesteps, eta=eta, clip=clip)
     job = Job(sampler, model, flags, n, method, classes, guidance, seed, first_id, batch_size, engine, precision, quiet)
