@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 _ENGINES = {"eager": "eager", "compiled": "compiled", "graph": "cuda_graph"}
 _LOW = ("bf16", "tf32")
 
@@ -54,6 +56,13 @@ COMPILES = frozenset(
 """Those whose first run has a compiler in it."""
 PACKAGED = frozenset(name for name in PEERS if name.startswith("fastddpm-compiled"))
 """Those whose compiled form another process finds on disk, on a CPU."""
+
+
+def cannot(name: str, device: str) -> str:
+    """Why a peer cannot be measured on this machine, or nothing."""
+    if device == "cpu" and precision_of(name) == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "left out: this processor has no instructions for bfloat16"
+    return ""
 
 
 def precision_of(name: str) -> str:

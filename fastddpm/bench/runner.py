@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 
 from fastddpm.bench import extras
-from fastddpm.bench.entrants import COMPILES, PACKAGED, precision_of
+from fastddpm.bench.entrants import COMPILES, PACKAGED, cannot, precision_of
 from fastddpm.bench.figures import BatchResult, PeerResult, Quantiles, WorkloadResult
 from fastddpm.bench.job import make_job
 from fastddpm.bench.lineup import ANSWER_S, LIMITS, Lineup
@@ -17,6 +17,8 @@ from fastddpm.bench.settings import Deadline, Settings
 from fastddpm.bench.timing import in_turn
 from fastddpm.bench.workloads import Workload
 
+LEAST_ROUNDS_S = 10.0
+"""Rounds are not cut below this, however late it is; three are made in any case."""
 NO_TIME = "left out: no time was left for it; --minutes gives more"
 
 OnEvent = Callable[[str, int, str, str], None]
@@ -41,15 +43,32 @@ def run(
     Yields:
         The result of each workload when it is there.
     """
-    deadline = Deadline(settings.seconds)
+    deadline, pace = Deadline(settings.seconds), Pace()
     with tempfile.TemporaryDirectory(prefix="fastddpm-bench-") as scratch:
         environment = _caches(Path(scratch)) if settings.cold else {}
         for i, workload in enumerate(workloads):
             folder = Path(scratch) / workload.name
             folder.mkdir()
             ahead_s = sum(_cold_s(later, settings) * len(later.batches) for later in workloads[i + 1 :])
-            one = WorkloadRun(workload, settings, deadline, ahead_s, on_event)
+            one = WorkloadRun(workload, settings, deadline, ahead_s, on_event, pace)
             yield one.measure(folder, environment, on_result)
+
+
+class Pace:
+    """How much slower than estimated peers get ready here: learnt from those that did, never below 1."""
+
+    def __init__(self) -> None:
+        self._taken = self._estimated = 0.0
+
+    def learn(self, name: str, seconds: float) -> None:
+        """A peer got ready."""
+        self._taken += seconds
+        self._estimated += _estimate(name)
+
+    @property
+    def factor(self) -> float:
+        """What estimates are to be multiplied by."""
+        return max(1.0, self._taken / self._estimated) if self._estimated else 1.0
 
 
 class WorkloadRun:
@@ -61,6 +80,7 @@ class WorkloadRun:
         deadline: of the whole run.
         ahead_s: seconds that later workloads need.
         on_event: is told what is going on.
+        pace: of the machine.
     """
 
     def __init__(
@@ -70,7 +90,9 @@ class WorkloadRun:
         deadline: Deadline,
         ahead_s: float = 0.0,
         on_event: OnEvent = lambda *_: None,
+        pace: Pace | None = None,
     ) -> None:
+        self.pace = pace or Pace()
         self.workload, self.settings, self.deadline, self.ahead_s = workload, settings, deadline, ahead_s
         self.say = functools.partial(on_event, workload.name)
         self.result = WorkloadResult(workload.name, workload.title)
@@ -100,16 +122,23 @@ class WorkloadRun:
     def _measure_batch(self, lineup: Lineup, one: BatchResult, ahead_s: float) -> None:
         lineup.open_limits()
         for peer in one.peers:
+            peer.note = cannot(peer.peer, self.settings.device)
+            if peer.note:
+                self.say(one.batch, peer.peer, peer.note)
+                continue
             seconds = self._allowed(peer.peer, ahead_s + self.settings.rounds_s)
             if seconds > 0:
                 lineup.make_ready(peer, one.batch, one.steps, seconds)
+                if peer.ready_s is not None:
+                    self.pace.learn(peer.peer, peer.ready_s)
             else:
                 peer.note = NO_TIME
                 self.say(one.batch, peer.peer, NO_TIME)
         lineup.judge(one)
         self.result.flop = self.result.flop or lineup.flops("reference", *self.workload.everyone)
         self.result.lucidrains_flop = self.result.lucidrains_flop or lineup.flops("lucidrains")
-        peaks = self._time(lineup, one)
+        spare = self.deadline.left - self.pace.factor * ahead_s
+        peaks = self._time(lineup, one, min(self.settings.rounds_s, max(LEAST_ROUNDS_S, spare)))
         is_first = one.batch == self.workload.batches[0]
         if self.settings.looks:
             extras.look(lineup, one, self.deadline, ahead_s, is_first)
@@ -118,14 +147,19 @@ class WorkloadRun:
         self._summarise(one, peaks)
 
     def _allowed(self, name: str, ahead_s: float) -> float:
-        """Seconds in which a peer may get ready; 0 if it is left out."""
-        left = self.deadline.left
-        if name in self.workload.more and left - ahead_s < _estimate(name):
-            return 0.0
-        return min(self.settings.allowance_s, left, max(left - ahead_s, _estimate(name)))
+        """Seconds in which a peer may get ready; 0 if it is left out.
 
-    def _time(self, lineup: Lineup, one: BatchResult) -> list[dict[str, float]]:
-        """Rounds in which each peer runs once; returns the machine's limits in each of them."""
+        Those that always take part may have all that is left. The others get what is spare when all that is still to
+        come takes as much longer than estimated as what is done did.
+        """
+        left = self.deadline.left
+        if name not in self.workload.more:
+            return max(0.0, min(self.settings.allowance_s, left))
+        spare = left - self.pace.factor * ahead_s
+        return min(self.settings.allowance_s, spare) if spare >= self.pace.factor * _estimate(name) else 0.0
+
+    def _time(self, lineup: Lineup, one: BatchResult, seconds: float) -> list[dict[str, float]]:
+        """Rounds in which each peer runs once, within `seconds`; returns the machine's limits in each of them."""
         timed = {peer.peer: peer for peer in one.peers if peer.equality is not None and peer.equality.holds}
         precisions = sorted({peer.precision for peer in timed.values()})
         peaks: list[dict[str, float]] = []
@@ -145,7 +179,7 @@ class WorkloadRun:
                 return None
 
         measures = {name: functools.partial(measure, peer) for name, peer in timed.items()}
-        taken = in_turn(measures, self.settings.rounds, seconds=self.settings.rounds_s, before=measure_limits)
+        taken = in_turn(measures, self.settings.rounds, seconds=seconds, before=measure_limits)
         for name, seconds in taken.items():
             timed[name].seconds = seconds
         one.rounds = max((len(seconds) for seconds in taken.values()), default=0)
@@ -166,9 +200,9 @@ class WorkloadRun:
 
 def _estimate(name: str) -> float:
     """Seconds that a peer takes to get ready when nothing is compiled yet, on two cores."""
-    if name.startswith("openvino"):
+    if name.startswith(("openvino", "onnxruntime")):
         return 20.0
-    return 90.0 if name in COMPILES or name in PACKAGED else 15.0
+    return 60.0 if name in COMPILES or name in PACKAGED else 6.0
 
 
 def _cold_s(workload: Workload, settings: Settings) -> float:

@@ -86,9 +86,9 @@ _UPDATE = Workload("update", "the update alone, [B, 3, 32, 32]", (1,), (1000,),
                    ("reference", "fastddpm-eager", "diffusers", "fastddpm-compiled"))  # fmt: skip
 _MNIST = Workload("mnist", "the shipped 28×28 model", (1, 16, 64), (20, 10, 4), _CORE,
                   (*_MORE[:2], "lucidrains", "diffusers-compiled"), "mnist",
-                  lucidrains=_MNIST_UNET, cold_s=90)  # fmt: skip
+                  lucidrains=_MNIST_UNET, cold_s=110)  # fmt: skip
 _CIFAR10_NET = Workload("cifar10", "the U-Net of google/ddpm-cifar10-32, random weights", (1, 8), (5, 2), _CORE, _MORE,
-                        unet={**_GOOGLE, **_CIFAR10}, lucidrains=_CIFAR10_UNET, cold_s=150)  # fmt: skip
+                        unet={**_GOOGLE, **_CIFAR10}, lucidrains=_CIFAR10_UNET, cold_s=170)  # fmt: skip
 _CELEBAHQ_NET = Workload("celebahq256", "the U-Net of google/ddpm-celebahq-256, random weights", (1,), (2,), _CORE[1:],
                          ("openvino-bf16", "fastddpm-compiled-bf16"),
                          unet={**_GOOGLE, **_CELEBAHQ}, variance="fixed_small", cold_s=330)  # fmt: skip

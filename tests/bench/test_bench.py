@@ -298,13 +298,31 @@ def test_who_is_not_needed_takes_part_where_time_is_left(model, asked, seconds, 
         assert bool(peers["openvino"].seconds) is timed and (peers["openvino"].note == runner.NO_TIME) is not timed
 
 
-def test_a_peer_may_take_what_later_ones_do_not_need(model):
+def test_who_always_takes_part_may_have_all_that_is_left(model):
     run = runner.WorkloadRun(workload(model, "reference", more=("openvino",)), settings(), Deadline(100.0))
-    assert run._allowed("reference", ahead_s=30.0) == pytest.approx(70.0, abs=1.0)
-    assert run._allowed("reference", ahead_s=95.0) == 15.0  # at least what it usually takes
+    assert run._allowed("reference", ahead_s=95.0) == pytest.approx(100.0, abs=1.0)
     assert run._allowed("openvino", ahead_s=95.0) == 0.0
+    assert run._allowed("openvino", ahead_s=30.0) == pytest.approx(70.0, abs=1.0)
     hurried = runner.WorkloadRun(workload(model, "reference"), settings(allowance_s=2.0), Deadline(100.0))
     assert hurried._allowed("reference", ahead_s=30.0) == 2.0
+
+
+def test_a_slow_machine_keeps_more_time_for_what_comes(model):
+    """What got ready took three times as long as usual, and so will the rest."""
+    run = runner.WorkloadRun(workload(model, "reference", more=("openvino",)), settings(), Deadline(100.0))
+    run.pace.learn("reference", 3 * runner._estimate("reference"))
+    assert run.pace.factor == 3.0
+    assert run._allowed("openvino", ahead_s=30.0) == 0.0
+    run.pace.learn("fastddpm-compiled", 0.1)  # quicker than usual is no promise
+    assert run.pace.factor == 1.0
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_processor_without_bf16(model, asked, monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    ((result,),) = [list(runner.run([workload(model, "reference", "fastddpm-eager-bf16")], settings(looks=False)))]
+    note = result.batches[0].peers[1].note
+    assert ("no instructions for bfloat16" in note) is not has_bf16
 
 
 def test_workloads_after_the_time_is_up_are_a_line(model, asked):
