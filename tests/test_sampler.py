@@ -480,3 +480,45 @@ def test_a_strided_convention_leaves_uneven_timesteps_alone():
     for timesteps, same in (([999, 500, 10], True), ("10,15,20", True), ([999, 666, 333, 0], False)):
         rows = [sampler.table(timesteps=timesteps, clip=None).rows for sampler in (strided, plain)]
         assert torch.equal(*rows) == same
+
+
+class TestStream:
+    def test_its_batches_are_the_sample(self):
+        sampler = tiny_sampler()
+        options = {"solver": "ddpm", "steps": 5, "class_labels": [0, 1, 2, 0, 1], "seed": 3, "batch_size": 2}
+        batches = list(sampler.stream(5, sample_ids=range(10, 15), output="uint8", **options))
+        assert [batch.ids.tolist() for batch in batches] == [[10, 11], [12, 13], [14]]
+        whole = sampler.sample(5, sample_ids=range(10, 15), output="uint8", **options)
+        assert torch.equal(torch.cat([batch.pictures for batch in batches]), whole)
+        for batch in batches:
+            assert batch.run.engine == "eager" and batch.run.steps == 5 and batch.run.seconds > 0 and batch.run.why
+
+    def test_what_is_not_asked_for_is_not_drawn(self):
+        seen = []
+        stream = tiny_sampler().stream(6, steps=4, class_labels=0, batch_size=2, callback=seen.append)
+        assert not seen
+        next(stream)
+        assert len(seen) == 4
+        stream.close()
+        assert len(seen) == 4
+
+    def test_all_is_checked_before_the_first_batch(self):
+        with pytest.raises(ValueError, match="n must be at least 1"):
+            tiny_sampler().stream(0)
+        with pytest.raises(ValueError, match="output must be unit"):
+            tiny_sampler().stream(1, output=torch.zeros(3))
+
+    def test_a_consumer_s_surroundings_are_its_own(self):
+        """What surrounds a batch's work is gone while the caller looks at it."""
+        with torch.enable_grad():
+            for _ in tiny_sampler().stream(4, steps=2, class_labels=0, batch_size=2):
+                assert torch.is_grad_enabled()
+
+    def test_batches_may_be_left_and_mixed(self):
+        """Two runs side by side, one of them never finished."""
+        sampler = tiny_sampler()
+        options = {"steps": 4, "class_labels": 1, "batch_size": 2, "progress": False}
+        one, other = sampler.stream(6, **options), sampler.stream(6, seed=1, **options)
+        first, second = next(one).pictures, next(other).pictures
+        assert torch.equal(first, sampler.sample(2, **options))
+        assert torch.equal(second, sampler.sample(2, seed=1, **options))
