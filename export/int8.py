@@ -20,7 +20,7 @@ from fastddpm.export.source import CPU, Source
 from fastddpm.process.method import Method
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
-from fastddpm.step.request import make_request
+from fastddpm.step.request import RunOptions, make_request
 
 if TYPE_CHECKING:
     import onnx
@@ -58,9 +58,9 @@ def calibration(
     labels = None if spec.num_classes is None else torch.arange(n) % spec.num_classes
     if labels is not None and spec.null_class is not None:
         labels[:: max(2, n // 2)] = spec.null_class
-    batch = make_request(spec, CPU, n, None, labels, 1.0, None, None, n)
+    batch = make_request(spec, CPU, n, RunOptions(class_labels=labels, batch_size=n))
     times, seen = spec.times_fed(short.timesteps), []
-    with stepper.undisturbed(), stepper.begin(short, batch, 0, previews=True, eager=True) as runner:
+    with stepper.undisturbed(), stepper.begin(short, batch, previews=True, eager=True) as runner:
         for i in range(short.S):
             values: dict[str, Tensor | None] = {
                 "x": runner.state.x,

@@ -119,14 +119,12 @@ class OnnxSampler:
         what = self.facts["what"]
         if what != "network":
             self._check_settled(options)
-        size = run.batch_size or (None if what == "network" else self.session.batch)
-        request = make_request(
-            self.spec, self.device, n, run.sample_ids, run.class_labels, run.guidance_scale, run.x_T, run.noise, size
-        )
-        seed_bits(run.seed)
+        if what != "network" and run.batch_size is None:
+            run = dataclasses.replace(run, batch_size=self.session.batch)
+        request = make_request(self.spec, self.device, n, run)
         if what != "network":
             self._check(request, run.noise, run.callback, output, n)
-        course, begin = self._course(method, run.seed)
+        course, begin = self._course(method)
         check_noise(run.noise, course.S, n, self.spec.shape)
         loop = Loop(begin, course, self.spec.shape, self.device, run.noise, run.callback, torch.no_grad)
         with StepProgress(course.S * request.parts, n, run.progress) as bar:
@@ -135,22 +133,21 @@ class OnnxSampler:
             return _from_unit(drawn, output, self.spec.to_bytes)
         return to_output(drawn, output, self.spec.to_bytes, self.spec.to_unit)
 
-    def _course(self, method: Method, seed: int) -> tuple[Course, Begin]:
+    def _course(self, method: Method) -> tuple[Course, Begin]:
         """The steps of a run, and what starts a batch of it."""
         if self.facts["what"] == "network":
             table = method.table(self.schedule, self.spec)
             stepper = Stepper(self.network, self.spec, self.schedule.T, self.device, "fp32", _eager)
-            return Course.of(table), functools.partial(stepper.begin, table, seed=seed)
+            return Course.of(table), functools.partial(stepper.begin, table)
         timesteps, noisy = self.facts["timesteps"], set(self.facts["noisy_rows"])
         takes = "noise" in self.session.inputs
         course = Course(timesteps, [takes and i in noisy for i in range(len(timesteps))], takes)
-        return course, functools.partial(self._begin, course, seed)
+        return course, functools.partial(self._begin, course)
 
     @contextlib.contextmanager
     def _begin(
         self,
         course: Course,
-        seed: int,
         batch: Request,
         *,
         x_T: Tensor | None = None,
@@ -158,7 +155,7 @@ class OnnxSampler:
         **_: object,
     ) -> Iterator[Runner]:
         """A batch of a step's or a chain's file at its start; see `Stepper.begin`."""
-        state, feeds = self._start(batch, seed, x_T), self._feeds(batch, seed)
+        state, feeds = self._start(batch, x_T), self._feeds(batch)
         if self.facts["what"] == "chain":
             yield ChainRunner(self.session, state, feeds, len(batch.ids))
             return
@@ -167,11 +164,11 @@ class OnnxSampler:
         self._loops = {size: loop}
         yield OnnxRunner(loop, state, feeds, course)
 
-    def _start(self, batch: Request, seed: int, x_T: Tensor | None) -> State:
+    def _start(self, batch: Request, x_T: Tensor | None) -> State:
         """The samples of a batch before their first step."""
         clock = torch.zeros_like(batch.ids)
         places = Places(clock, clock + len(self.facts["timesteps"]))
-        return State.create(self.spec.shape, batch.ids, seed, places, x_T=batch.x_T if x_T is None else x_T)
+        return State.create(self.spec.shape, batch.ids, batch.seed, places, x_T=batch.x_T if x_T is None else x_T)
 
     def _check_settled(self, options: Mapping[str, Any]) -> None:
         """Refuse what was settled when the file was written."""
@@ -209,10 +206,10 @@ class OnnxSampler:
                 "sample: callback must be left out, got one: this step does not give x̂_0; export a network"
             )
 
-    def _feeds(self, batch: Request, seed: int) -> dict[str, np.ndarray]:
+    def _feeds(self, batch: Request) -> dict[str, np.ndarray]:
         """What a batch is, as arrays, padded to the file's batch: names that the file does not take are left out."""
         n = len(batch.ids)
-        feeds = {"sample_id": batch.ids.numpy(), "seed": np.full(n, seed_bits(seed), dtype=np.int64)}
+        feeds = {"sample_id": batch.ids.numpy(), "seed": np.full(n, seed_bits(batch.seed), dtype=np.int64)}
         if batch.labels is not None:
             feeds["y"] = batch.labels.numpy()
         if self.facts["guidance"]:

@@ -17,17 +17,16 @@ from fastddpm.engines.choose import Engine, EngineName
 from fastddpm.engines.compare import CompileError
 from fastddpm.engines.devices import pick_device
 from fastddpm.engines.loop import Course, Loop
-from fastddpm.engines.options import Preview, SampleOptions, split_options
+from fastddpm.engines.options import SampleOptions, split_options
 from fastddpm.engines.precision import Precision, check_precision
 from fastddpm.engines.stepper import Stepper
 from fastddpm.images import Output, check_output, to_output
 from fastddpm.process.method import Method, MethodOptions
-from fastddpm.process.noise import seed_bits
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
 from fastddpm.step.network import Foreign, Network
-from fastddpm.step.request import Request, check_noise, make_request
+from fastddpm.step.request import Preview, Request, RunOptions, check_noise, make_request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -244,7 +243,8 @@ class Sampler:
             )
         labels = None if self.spec.num_classes is None else torch.zeros(batch_size, dtype=torch.int64)
         scale = 2.0 if guided else 1.0
-        request = make_request(self.spec, self.device, batch_size, None, labels, scale, None, None, batch_size)
+        run = RunOptions(class_labels=labels, guidance_scale=scale, batch_size=batch_size)
+        request = make_request(self.spec, self.device, batch_size, run)
         with self.stepper.undisturbed():
             self.stepper.refresh()
             return self.stepper.compile(
@@ -323,14 +323,10 @@ class Sampler:
         check_output(output)
         method, run = split_options(options)
         with self.stepper.undisturbed():
-            request = make_request(
-                self.spec, self.device, n, run.sample_ids, run.class_labels, run.guidance_scale, run.x_T, run.noise,
-                run.batch_size,
-            )  # fmt: skip
-            seed_bits(run.seed)
+            request = make_request(self.spec, self.device, n, run)
             table = method.table(self.schedule, self.spec)
             check_noise(run.noise, table.S, n, self.spec.shape)
-        begin = functools.partial(self.stepper.begin, table, seed=run.seed)
+        begin = functools.partial(self.stepper.begin, table)
         loop = Loop(
             begin, Course.of(table), self.spec.shape, self.device, run.noise, run.callback, self.stepper.undisturbed
         )

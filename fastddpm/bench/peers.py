@@ -20,7 +20,7 @@ from fastddpm.bench.peaks import Peaks
 from fastddpm.kernels.philox import X_T_COUNTER
 from fastddpm.process.reference import p_sample_loop
 from fastddpm.sampler import Sampler
-from fastddpm.step.request import make_request
+from fastddpm.step.request import RunOptions, make_request
 
 OUTSIDE_STEPS = 200
 
@@ -131,10 +131,10 @@ def steps_of(sampler: Sampler, batch: int, timesteps: Sequence[int], labels: Ten
         Makes the steps, from the same start each time, and returns the final state, which the next call overwrites.
     """
     stepper, table = sampler.stepper, sampler.table(solver="ddpm", timesteps=timesteps)
-    request = make_request(sampler.spec, sampler.device, batch, None, labels, 1.0, None, None, batch)
+    request = make_request(sampler.spec, sampler.device, batch, RunOptions(SEED, class_labels=labels, batch_size=batch))
     under_way = contextlib.ExitStack()  # the batch is never given back
     with stepper.undisturbed():
-        runner = under_way.enter_context(stepper.begin(table, request, SEED, to_come=1 << 20))
+        runner = under_way.enter_context(stepper.begin(table, request, to_come=1 << 20))
         start = runner.state.copy()
 
     def run() -> Tensor:

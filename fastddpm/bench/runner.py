@@ -158,8 +158,8 @@ class WorkloadRun:
         spare = left - self.pace.factor * ahead_s
         return min(self.settings.allowance_s, spare) if spare >= self.pace.factor * _estimate(name) else 0.0
 
-    def _time(self, lineup: Lineup, one: BatchResult, seconds: float) -> list[dict[str, float]]:
-        """Rounds in which each peer runs once, within `seconds`; returns the machine's limits in each of them."""
+    def _time(self, lineup: Lineup, one: BatchResult, within_s: float) -> list[dict[str, float]]:
+        """Rounds in which each peer runs once, within `within_s`; returns the machine's limits in each of them."""
         timed = {peer.peer: peer for peer in one.peers if peer.equality is not None and peer.equality.holds}
         precisions = sorted({peer.precision for peer in timed.values()})
         peaks: list[dict[str, float]] = []
@@ -179,7 +179,7 @@ class WorkloadRun:
                 return None
 
         measures = {name: functools.partial(measure, peer) for name, peer in timed.items()}
-        taken = in_turn(measures, self.settings.rounds, seconds=seconds, before=measure_limits)
+        taken = in_turn(measures, self.settings.rounds, seconds=within_s, before=measure_limits)
         for name, seconds in taken.items():
             timed[name].seconds = seconds
         one.rounds = max((len(seconds) for seconds in taken.values()), default=0)

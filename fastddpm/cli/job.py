@@ -30,10 +30,9 @@ from fastddpm.images import (
     to_uint8,
 )
 from fastddpm.process.method import Method
-from fastddpm.process.noise import seed_bits
 from fastddpm.process.table import DynamicThreshold
 from fastddpm.sampler import Batch, Preview, Sampler
-from fastddpm.step.request import default_batch_size, make_request
+from fastddpm.step.request import RunOptions, default_batch_size, make_request
 
 MOST_PICTURES = 10**7
 MOST_BYTES = 64 << 30
@@ -175,13 +174,10 @@ class Job:
         size = self.n * torch.Size(self.sampler.spec.shape).numel()
         if outputs.npz is not None and size > MOST_BYTES:
             raise ValueError(f"--npz must hold at most {MOST_BYTES >> 30} GiB, got {size / 2**30:.0f}; use --folder")
-        seed_bits(self.seed)
         steps = self.sampler.table(self.method).S
         ids = list(range(self.first_id, self.first_id + min(self.n, len(self._cycle() or [0]))))
-        make_request(
-            self.sampler.spec, self.sampler.device, len(ids), ids, self.labels(ids), self.guidance, None, None,
-            self.batch_size,
-        )  # fmt: skip
+        run = RunOptions(self.seed, ids, self.labels(ids), self.guidance, self.batch_size)
+        make_request(self.sampler.spec, self.sampler.device, len(ids), run)
         outputs.check(self.sampler.spec.shape, self.n)
         return steps
 

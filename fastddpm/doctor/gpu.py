@@ -16,7 +16,7 @@ from fastddpm.doctor.engines import PICTURES, RUNS, compare_runs, small_sampler
 from fastddpm.doctor.surroundings import ProblemError
 from fastddpm.engines.gpu import Gpu, Graph, capture_cuda_graph
 from fastddpm.sampler import Sampler
-from fastddpm.step.request import make_request
+from fastddpm.step.request import RunOptions, make_request
 
 STEPS = 30
 EFFORT = cases.Effort(rounds=10, calls=20)
@@ -48,10 +48,10 @@ def check_no_waiting(device: torch.device) -> str:
     """The loops of the engines never wait for the GPU: anything that would is an error while they run."""
     samplers = {"eager": small_sampler(device), "cuda_graph": _replaying(device)[0]}
     for name, sampler in samplers.items():
-        request = make_request(sampler.spec, device, PICTURES, None, None, 1.0, None, None, PICTURES)
+        request = make_request(sampler.spec, device, PICTURES, RunOptions(batch_size=PICTURES))
         table = sampler.table(**RUNS[0])
         sampler.sample(PICTURES, progress=False, **RUNS[0])
-        with sampler.stepper.undisturbed(), sampler.stepper.begin(table, request, 0) as runner:
+        with sampler.stepper.undisturbed(), sampler.stepper.begin(table, request) as runner:
             torch.cuda.set_sync_debug_mode("error")
             try:
                 left = table.S

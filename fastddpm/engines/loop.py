@@ -11,12 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastddpm.engines.options import Preview
 from fastddpm.engines.runner import Runner
 from fastddpm.kernels.p_sample import COLUMNS
 from fastddpm.process.noise import NoiseFunction, NoiseSource
 from fastddpm.process.table import StepTable
-from fastddpm.step.request import Request
+from fastddpm.step.request import Preview, Request
 
 
 @dataclasses.dataclass(frozen=True)

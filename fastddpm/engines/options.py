@@ -10,27 +10,7 @@ from torch import Tensor
 
 from fastddpm.process.method import Method, MethodOptions
 from fastddpm.process.noise import NoiseSource
-
-
-@dataclasses.dataclass(frozen=True)
-class Preview:
-    """What a callback sees after a step.
-
-    Attributes:
-        step: steps done, 1 … steps.
-        steps: steps of the run.
-        timestep: the training timestep that was just left.
-        sample_ids: int64 [B], the samples of this batch.
-        x: float32 [B, C, H, W], the state, in the network's value range.
-        x_start: float32 [B, C, H, W], the estimate x̂_0 of this step.
-    """
-
-    step: int
-    steps: int
-    timestep: int
-    sample_ids: Tensor
-    x: Tensor
-    x_start: Tensor
+from fastddpm.step.request import Preview, RunOptions
 
 
 class SampleOptions(MethodOptions, total=False):
@@ -46,21 +26,6 @@ class SampleOptions(MethodOptions, total=False):
     noise: NoiseSource | None
     callback: Callable[[Preview], None] | None
     progress: bool | None
-
-
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """What is asked of a run besides the method; `Sampler.sample` explains the attributes."""
-
-    seed: int = 0
-    sample_ids: Sequence[int] | Tensor | None = None
-    class_labels: int | Sequence[int] | Tensor | None = None
-    guidance_scale: float | Sequence[float] | Tensor = 1.0
-    batch_size: int | None = None
-    x_T: Tensor | None = None
-    noise: NoiseSource | None = None
-    callback: Callable[[Preview], None] | None = None
-    progress: bool | None = None
 
 
 _METHOD = {field.name for field in dataclasses.fields(Method)}

@@ -86,7 +86,6 @@ class Stepper:
         self,
         table: StepTable,
         batch: Request,
-        seed: int,
         *,
         x_T: Tensor | None = None,
         noise: bool = False,
@@ -100,7 +99,6 @@ class Stepper:
         Args:
             table: the run.
             batch: the samples.
-            seed: of the run.
             x_T: float32 [B, C, H, W] to start from instead of the batch's own or seeded noise.
             noise: whether each step will be handed its z.
             previews: whether somebody wants to see x̂_0.
@@ -114,7 +112,7 @@ class Stepper:
         Raises:
             CompileError: the engine is not "auto" and the step does not compile.
         """
-        with self._call(table, batch, seed, x_T=x_T, noise=noise, previews=previews) as call:
+        with self._call(table, batch, x_T=x_T, noise=noise, previews=previews) as call:
             if eager:
                 runner: Runner = StepRunner(call.step, call)
             else:
@@ -126,7 +124,7 @@ class Stepper:
 
     def compile(self, table: StepTable, batch: Request) -> float | None:
         """Compile the step for such batches; see `Engine.compile`."""
-        with self._call(table, batch, 0) as call:
+        with self._call(table, batch) as call:
             return self.engine.compile(call)
 
     @contextlib.contextmanager
@@ -134,7 +132,6 @@ class Stepper:
         self,
         table: StepTable,
         batch: Request,
-        seed: int,
         *,
         x_T: Tensor | None = None,
         noise: bool = False,
@@ -145,7 +142,7 @@ class Stepper:
             state = State.create(
                 self.spec.shape,
                 batch.ids,
-                seed,
+                batch.seed,
                 places,
                 x_T=batch.x_T if x_T is None else x_T,
                 labels=batch.labels if labelled else None,

@@ -96,7 +96,7 @@ def sample(pipe: Any, network: Network, x_T: Tensor, run: Run) -> Tensor:  # noq
         return draw(x_T.shape, run.generator, x_T)
 
     loop = Loop(
-        functools.partial(stepper.begin, table, seed=0), Course.of(table, steps.draws or None), spec.shape,
+        functools.partial(stepper.begin, table), Course.of(table, steps.draws or None), spec.shape,
         x_T.device, noise, undisturbed=stepper.undisturbed,
     )  # fmt: skip
     ((_, x, _),) = loop.batches(batch, _Watch(pipe.progress_bar(range(table.S))))

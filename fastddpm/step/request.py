@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fastddpm.common.arguments import integers, numbers, whole
-from fastddpm.process.noise import NoiseSource, id_bits
+from fastddpm.process.noise import NoiseSource, id_bits, seed_bits
 from fastddpm.process.spec import ModelSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """What a callback sees after a step.
+
+    Attributes:
+        step: steps done, 1 … steps.
+        steps: steps of the run.
+        timestep: the training timestep that was just left.
+        sample_ids: int64 [B], the samples of this batch.
+        x: float32 [B, C, H, W], the state, in the network's value range.
+        x_start: float32 [B, C, H, W], the estimate x̂_0 of this step.
+    """
+
+    step: int
+    steps: int
+    timestep: int
+    sample_ids: Tensor
+    x: Tensor
+    x_start: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What is asked of a run besides the method; `Sampler.sample` explains the attributes."""
+
+    seed: int = 0
+    sample_ids: Sequence[int] | Tensor | None = None
+    class_labels: int | Sequence[int] | Tensor | None = None
+    guidance_scale: float | Sequence[float] | Tensor = 1.0
+    batch_size: int | None = None
+    x_T: Tensor | None = None
+    noise: NoiseSource | None = None
+    callback: Callable[[Preview], None] | None = None
+    progress: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +61,7 @@ class Request:
         noise: float32 [S, n, C, H, W], z of each step, or None.
         batch_size: samples that run together.
         fills: whether short batches are filled up, so that the arithmetic is always that of `batch_size` samples.
+        seed: of the run, in [0, 2**64).
     """
 
     ids: Tensor
@@ -34,6 +71,7 @@ class Request:
     noise: Tensor | None
     batch_size: int
     fills: bool = False
+    seed: int = 0
 
     def filled(self) -> Request:
         """A batch with its last sample repeated up to `batch_size`, if that was asked for; otherwise as it is."""
@@ -46,7 +84,7 @@ class Request:
             return None if values is None else values.index_select(axis, index.to(values.device))
 
         filled = (fill(self.labels), fill(self.guidance), fill(self.x_T), fill(self.noise, 1))
-        return Request(self.ids[index], *filled, size, self.fills)
+        return Request(self.ids[index], *filled, size, self.fills, self.seed)
 
     @property
     def parts(self) -> int:
@@ -65,6 +103,7 @@ class Request:
                 None if self.noise is None else self.noise[:, cut].contiguous(),
                 self.batch_size,
                 self.fills,
+                self.seed,
             )
 
 
@@ -73,29 +112,15 @@ def default_batch_size(device: torch.device) -> int:
     return 64 if device.type == "cpu" else 256
 
 
-def make_request(
-    spec: ModelSpec,
-    device: torch.device,
-    n: int,
-    sample_ids: Sequence[int] | Tensor | None,
-    class_labels: int | Sequence[int] | Tensor | None,
-    guidance_scale: float | Sequence[float] | Tensor,
-    x_T: Tensor | None,
-    noise: NoiseSource | None,
-    batch_size: int | None,
-) -> Request:
-    """Check the per-sample arguments of `Sampler.sample` and bring them into one form.
+def make_request(spec: ModelSpec, device: torch.device, n: int, run: RunOptions) -> Request:
+    """Check what is asked of a run, sample by sample, and bring it into one form.
 
     Args:
         spec: the network's conventions.
         device: where supplied noise goes.
-        n: as in `Sampler.sample`, and so are the rest.
-        sample_ids: ids.
-        class_labels: classes.
-        guidance_scale: scales.
-        x_T: states to start from.
-        noise: supplied noise; only a tensor is kept, cut to batches with the rest.
-        batch_size: samples that run together, short batches being filled up. None is all n with a torch.Generator, and
+        n: samples.
+        run: the rest, as in `Sampler.sample`. Of the noise only a tensor is kept, cut to batches with the rest. With a
+            batch size short batches are filled up; without one, all n run together with a torch.Generator, and
             otherwise parts of like size, of at most 64 samples on the CPU and 256 on a GPU.
 
     Returns:
@@ -108,16 +133,17 @@ def make_request(
     n = whole("sample", "n", n)
     if not 1 <= n < 2**63:
         raise ValueError(f"sample: n must be at least 1 and below 2**63, got {n}; ask for at least one picture")
-    ids = torch.arange(n) if sample_ids is None else id_bits(sample_ids)
+    ids = torch.arange(n) if run.sample_ids is None else id_bits(run.sample_ids)
     if len(ids) != n:
         raise ValueError(f"sample: sample_ids must have n = {n} entries, got {len(ids)}; make the two agree")
-    batch_size = None if batch_size is None else whole("sample", "batch_size", batch_size)
+    batch_size = None if run.batch_size is None else whole("sample", "batch_size", run.batch_size)
     if batch_size is not None and batch_size < 1:
         raise ValueError(
             f"sample: batch_size must be a positive int, got {batch_size}; leave it out to choose by device"
         )
-    labels = _labels(spec, n, class_labels)
-    guidance = _guidance(spec, n, guidance_scale, class_labels is not None)
+    labels = _labels(spec, n, run.class_labels)
+    guidance = _guidance(spec, n, run.guidance_scale, run.class_labels is not None)
+    x_T, noise = run.x_T, run.noise
     if x_T is not None and (not isinstance(x_T, Tensor) or tuple(x_T.shape) != (n, *spec.shape)):
         got = tuple(x_T.shape) if isinstance(x_T, Tensor) else type(x_T).__name__
         raise ValueError(f"sample: x_T must be a tensor {(n, *spec.shape)}, got {got}; it is the state to start from")
@@ -126,7 +152,8 @@ def make_request(
     supplied = noise.to(device, torch.float32) if isinstance(noise, Tensor) else None
     if supplied is not None and (supplied.ndim != 5 or supplied.shape[1] != n):
         supplied = None  # `check_noise` says what is wrong with it
-    return Request(ids, labels, guidance, x_T, supplied, size, batch_size is not None)
+    seed_bits(run.seed)
+    return Request(ids, labels, guidance, x_T, supplied, size, batch_size is not None, run.seed)
 
 
 def _labels(spec: ModelSpec, n: int, class_labels: int | Sequence[int] | Tensor | None) -> Tensor | None:

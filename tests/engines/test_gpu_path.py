@@ -14,7 +14,7 @@ from fastddpm.engines import choose
 from fastddpm.engines.choose import Engine
 from fastddpm.engines.compare import CompileError
 from fastddpm.engines.gpu import Gpu, compile_in_place
-from fastddpm.step.request import make_request
+from fastddpm.step.request import RunOptions, make_request
 from tests.engines.common import like
 from tests.engines.recorder import Recorder, Untouched
 from tests.networks import tiny_sampler
@@ -188,9 +188,9 @@ def test_a_graph_with_a_history_serves_runs_without_and_the_leanest_is_taken(cap
 def test_nothing_is_launched_between_replays():
     sampler = gpu_sampler()
     sampler.sample(3, class_labels=0, solver="ddpm", steps=5)
-    request = make_request(sampler.spec, CPU, 3, None, torch.tensor([0, 1, 2]), 1.0, None, None, 3)
+    request = make_request(sampler.spec, CPU, 3, RunOptions(class_labels=[0, 1, 2], batch_size=3))
     table = sampler.table(solver="ddpm", steps=11)
-    with sampler.stepper.undisturbed(), sampler.stepper.begin(table, request, 0) as runner:
+    with sampler.stepper.undisturbed(), sampler.stepper.begin(table, request) as runner:
         before = {name: value.data_ptr() for name, value in runner.state.tensors()}
         left = table.S
         with Untouched():
@@ -324,9 +324,9 @@ def test_the_loop_never_waits_for_the_gpu(engine):
     plain = tiny_sampler()
     sampler = Sampler(plain.model, plain.schedule, plain.spec, device="cuda", engine=engine, graph_steps=K)
     sampler.sample(3, class_labels=0, solver="ddpm", steps=5)
-    request = make_request(sampler.spec, sampler.device, 3, None, torch.tensor([0, 1, 2]), 1.0, None, None, 3)
+    request = make_request(sampler.spec, sampler.device, 3, RunOptions(class_labels=[0, 1, 2], batch_size=3))
     table = sampler.table(solver="ddpm", steps=11)
-    with sampler.stepper.undisturbed(), sampler.stepper.begin(table, request, 0) as runner:
+    with sampler.stepper.undisturbed(), sampler.stepper.begin(table, request) as runner:
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
         torch.cuda.set_sync_debug_mode("error")
         try:

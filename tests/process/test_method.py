@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fastddpm import Method
-from fastddpm.engines.options import RunOptions, SampleOptions, split_options
+from fastddpm.engines.options import SampleOptions, split_options
 from fastddpm.process.method import MethodOptions
 from fastddpm.process.table import DynamicThreshold
+from fastddpm.step.request import RunOptions
 from tests.networks import tiny_sampler
 
 
