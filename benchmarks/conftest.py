@@ -10,7 +10,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import tape
-from fastddpm.bench.machine import describe
+from fastddpm.bench.hardware import describe
 from fastddpm.engines.devices import pick_device
 
 _HERE = Path(__file__).parent

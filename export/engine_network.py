@@ -14,11 +14,11 @@ from torch import Tensor
 from fastddpm import __version__
 from fastddpm.engines import cache
 from fastddpm.engines.weights import Weights
-from fastddpm.export.convert import require_onnx
 from fastddpm.export.exporter import export_onnx
 from fastddpm.export.modules import as_module
 from fastddpm.export.session import OnnxSession, Provider
 from fastddpm.export.source import Source
+from fastddpm.export.tracing import require_onnx
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from fastddpm.step.network import Foreign, as_network

@@ -10,13 +10,13 @@ import torch
 
 from fastddpm import __version__
 from fastddpm.engines.options import split_options
-from fastddpm.export.convert import DEFAULT_OPSET, require_onnx
 from fastddpm.export.facts import facts_of
 from fastddpm.export.form import Exported, NoisePlace, Precision, Range, What, make_form
 from fastddpm.export.levels import build
 from fastddpm.export.model_file import set_metadata, write_model
 from fastddpm.export.source import Exportable, Source
 from fastddpm.export.tensorrt import check_tensorrt
+from fastddpm.export.tracing import DEFAULT_OPSET, require_onnx
 from fastddpm.files import check_replaceable, check_writable
 from fastddpm.process.method import Method, MethodOptions
 

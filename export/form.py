@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fastddpm.export.convert import check_opset
 from fastddpm.export.modules import EXAMPLE_BATCH
+from fastddpm.export.tracing import check_opset
 from fastddpm.process.spec import ModelSpec
 
 What = Literal["network", "step", "chain"]

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from fastddpm.export import graph as graphs
-from fastddpm.export.convert import convert
 from fastddpm.export.form import Form
 from fastddpm.export.model_file import detach, is_large
-from fastddpm.export.modules import Ask, Network, Pictures, Update, example, step_of
+from fastddpm.export.modules import Ask, Pictures, Update, Whole, example, step_of
 from fastddpm.export.normals import first_noise, step_noise
 from fastddpm.export.peephole import shorten_update
 from fastddpm.export.source import Source
+from fastddpm.export.tracing import trace
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
 from fastddpm.step.step import Step
@@ -32,7 +32,7 @@ def build(source: Source, table: StepTable | None, form: Form) -> tuple[onnx.Mod
     past = "x_self_cond" if table is None else "history"
     names = ("x", "t" if table is None else "step", *labels, *((past,) if spec.self_condition else ()))
     step = None if table is None else step_of(network, spec, table)
-    module = Network(network) if step is None or table is None else Ask(step, spec, table)
+    module = Whole(network) if step is None or table is None else Ask(step, spec, table)
     traced = _trace(module, names, ("out",), spec, form, many=2 if form.guided else 1)
     if form.precision != "fp32":
         traced = _reduce(traced, source, table, form, names)
@@ -68,7 +68,7 @@ def _trace(
 ) -> onnx.ModelProto:
     """One part; `many` times the form's batch where that is fixed."""
     arguments = example(spec, inputs, form.examples * many)
-    return convert(module, arguments, outputs, dynamic=form.dynamic, opset=form.opset, label=label)
+    return trace(module, arguments, outputs, dynamic=form.dynamic, opset=form.opset, label=label)
 
 
 def _network_model(traced: onnx.ModelProto, names: Sequence[str], spec: ModelSpec, form: Form) -> onnx.ModelProto:

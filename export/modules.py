@@ -20,7 +20,7 @@ EXAMPLE_BATCH = 3
 """Samples of a traced example: more than one, or the tracer takes the batch for a constant."""
 
 
-class Network(nn.Module):
+class Whole(nn.Module):
     """(x, t[, y][, x_self_cond]) → output, as the network has it."""
 
     def __init__(self, model: nn.Module) -> None:

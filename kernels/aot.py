@@ -99,7 +99,7 @@ VARIANTS = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class Compiled:
     """What one compiled kernel is made of.
 
     Attributes:
@@ -131,7 +131,7 @@ class Measured:
         return asdict(self)
 
 
-def measure(variant: Variant, target: str) -> Measured:
+def measure(variant: Variant, target: str) -> Compiled:
     """Compile one variant for one target and read its machine code.
 
     Args:
@@ -159,7 +159,7 @@ def measure(variant: Variant, target: str) -> Measured:
     scalars = len(re.findall(r"tt\.load .* : !tt\.ptr<", compiled.asm["ttgir"]))
     narrow = sorted((bits for bits in widths if bits < 128), reverse=True)[scalars:]
     wide = [bits for bits in widths if bits >= 128]
-    return Measured(
+    return Compiled(
         kernel=variant.kernel,
         variant=variant.name,
         target=target,
@@ -172,7 +172,7 @@ def measure(variant: Variant, target: str) -> Measured:
     )
 
 
-def missed_bars(variant: Variant, measured: Measured) -> list[str]:
+def missed_bars(variant: Variant, measured: Compiled) -> list[str]:
     """The static bars that one compiled variant misses, a line each; empty when it meets them all."""
     bars = [
         ("spill_bytes", measured.spill_bytes, 0),

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .aot import TARGETS, VARIANTS, Measured, Variant, measure, missed_bars
+from .aot import TARGETS, VARIANTS, Compiled, Variant, measure, missed_bars
 
 _WIDTH = 100
 
@@ -31,7 +31,7 @@ DEFAULT_ELEMENTS = 64 * 3 * 32 * 32
 """A batch of 64 CIFAR-10 pictures."""
 
 
-def bound_microseconds(measured: Measured, elements: int, bandwidth: float, issue_rate: float) -> tuple[float, float]:
+def bound_microseconds(measured: Compiled, elements: int, bandwidth: float, issue_rate: float) -> tuple[float, float]:
     """The least time that memory and instruction issue allow, each taken alone.
 
     Args:
@@ -47,7 +47,7 @@ def bound_microseconds(measured: Measured, elements: int, bandwidth: float, issu
     return by_memory, measured.sass_per_element * elements / (issue_rate * 1e6)
 
 
-def build_table(rows: Sequence[Measured], elements: int, bandwidth: float, issue_rate: float) -> Table:
+def build_table(rows: Sequence[Compiled], elements: int, bandwidth: float, issue_rate: float) -> Table:
     """The report as a table, one line per compiled kernel."""
     table = Table(
         box=SIMPLE_HEAD,
@@ -92,7 +92,7 @@ def build_table(rows: Sequence[Measured], elements: int, bandwidth: float, issue
     return table
 
 
-def measure_all(variants: Sequence[Variant], targets: Sequence[str]) -> list[tuple[Variant, Measured]]:
+def measure_all(variants: Sequence[Variant], targets: Sequence[str]) -> list[tuple[Variant, Compiled]]:
     """Compile every variant for every target, with a bar on terminals.
 
     Most of the time goes into processes that take the machine code apart, of which as many run as there are cores.

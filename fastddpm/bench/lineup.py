@@ -14,8 +14,8 @@ import torch
 
 from fastddpm.bench.entrants import PACKAGED
 from fastddpm.bench.figures import BatchResult, Equality, PeerResult
+from fastddpm.bench.hardware import memory_available
 from fastddpm.bench.job import Job
-from fastddpm.bench.machine import memory_available
 from fastddpm.bench.process import AnyWorker, LocalWorker, WorkerError, WorkerProcess
 from fastddpm.bench.settings import Settings
 

@@ -29,7 +29,7 @@ def write(
     Args:
         folder: where.
         results: of the workloads.
-        machine: as `fastddpm.bench.machine.describe` gives it.
+        machine: as `fastddpm.bench.hardware.describe` gives it.
         settings: of the run.
         memory: the curve of a long run into a folder.
 

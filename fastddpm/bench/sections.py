@@ -17,9 +17,9 @@ import torch
 from fastddpm.bench import cases, kernels, profiling, report, runner, summary
 from fastddpm.bench.entrants import COMPILES, precision_of
 from fastddpm.bench.figures import PeerResult, WorkloadResult, as_json
+from fastddpm.bench.hardware import describe
 from fastddpm.bench.job import make_job
 from fastddpm.bench.lineup import Lineup
-from fastddpm.bench.machine import describe
 from fastddpm.bench.peaks import Peaks
 from fastddpm.bench.settings import Settings
 from fastddpm.bench.workloads import ON_GPU, Workload

@@ -36,7 +36,7 @@ def write(folder: Path, results: Sequence[WorkloadResult], machine: Mapping[str,
     Args:
         folder: where.
         results: of the workloads.
-        machine: as `fastddpm.bench.machine.describe` gives it.
+        machine: as `fastddpm.bench.hardware.describe` gives it.
         device: "cpu" or "cuda".
 
     Returns:

@@ -125,8 +125,8 @@ def _measure(chosen: list[Workload], settings: Settings, out: Path, pictures: in
     from rich.console import Console
 
     from fastddpm.bench import bars, plots, report, runner, summary
+    from fastddpm.bench.hardware import describe
     from fastddpm.bench.live import WIDE, View
-    from fastddpm.bench.machine import describe
 
     machine = describe(settings.threads)
     facts: dict[str, Any] = {**dataclasses.asdict(settings), "workloads": [workload.name for workload in chosen]}

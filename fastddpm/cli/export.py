@@ -111,8 +111,8 @@ def export(
 
     - `fastddpm export mnist step.onnx --what step --tensorrt --batch 8`
     """
-    from fastddpm.export.convert import DEFAULT_OPSET  # late: PyTorch takes seconds to import, --help should not
     from fastddpm.export.exporter import export_onnx
+    from fastddpm.export.tracing import DEFAULT_OPSET  # late: PyTorch takes seconds to import, --help should not
     from fastddpm.files import check_replaceable
     from fastddpm.process.table import DynamicThreshold
     from fastddpm.sampler import Sampler

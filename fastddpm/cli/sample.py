@@ -119,7 +119,7 @@ def sample(
 
     - `fastddpm sample mnist -n 10000 --folder digits --solver ddpm --steps 250`
     """
-    from fastddpm.cli.job import Job, Outputs  # late: PyTorch takes seconds to import, --help should not
+    from fastddpm.cli.drawing import Drawing, Outputs  # late: PyTorch takes seconds to import, --help should not
     from fastddpm.process.method import Method
     from fastddpm.process.table import DynamicThreshold
     from fastddpm.sampler import Sampler
@@ -130,8 +130,10 @@ def sample(
     sampler = Sampler.from_pretrained(model, device=device, engine=engine, precision=precision, flags=flags)
     clip: Literal["spec"] | DynamicThreshold = "spec" if threshold is None else DynamicThreshold(threshold)
     method = Method(solver, steps, timesteps, eta=eta, clip=clip)
-    job = Job(sampler, model, flags, n, method, classes, guidance, seed, first_id, batch_size, engine, precision, quiet)
-    lines = job.run(Outputs(grid, folder, npz, gif))
+    drawing = Drawing(
+        sampler, model, flags, n, method, classes, guidance, seed, first_id, batch_size, engine, precision, quiet
+    )
+    lines = drawing.run(Outputs(grid, folder, npz, gif))
     if not quiet:
         say("\n".join(lines))
         if sampler.engine.used:

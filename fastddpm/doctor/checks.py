@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 
-from fastddpm.doctor import engines, gpu, kernels, machine
+from fastddpm.doctor import engines, gpu, installation, kernels
 from fastddpm.doctor.surroundings import ProblemError, check_device
 
 
@@ -55,10 +55,10 @@ class Result:
 
 
 CHECKS = (
-    Check("versions", machine.check_versions),
+    Check("versions", installation.check_versions),
     Check("device", check_device),
-    Check("compilers", machine.check_compilers),
-    Check("cache", machine.check_cache),
+    Check("compilers", installation.check_compilers),
+    Check("cache", installation.check_cache),
     Check("noise", kernels.check_noise),
     Check("p_sample", kernels.check_p_sample),
     Check("q_sample", kernels.check_q_sample),

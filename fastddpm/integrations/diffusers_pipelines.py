@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastddpm.engines.choose import EngineName
 from fastddpm.integrations.diffusers_noise import Generator
-from fastddpm.integrations.pipeline_network import Network, check_unet
+from fastddpm.integrations.pipeline_network import PipelineNetwork, check_unet
 from fastddpm.integrations.pipeline_run import Run, check_scheduler, sample
 
 __all__ = ["AcceleratedDDIMPipeline", "AcceleratedDDPMPipeline", "AcceleratedLDMPipeline", "accelerate_pipeline"]
@@ -34,7 +34,7 @@ class _AcceleratedPipeline:
     def __init__(self, pipe: Any, engine: EngineName = "auto") -> None:  # noqa: ANN401 - diffusers is not typed
         """Wrap a pipeline, which stays as it is."""
         self.__dict__["pipe"] = pipe
-        self.__dict__["_network"] = Network(engine)
+        self.__dict__["_network"] = PipelineNetwork(engine)
         check_scheduler(pipe.scheduler)
         check_unet(pipe.unet)
 

@@ -19,7 +19,7 @@ from fastddpm.nets.unet import UNet
 from fastddpm.process.spec import ModelSpec
 
 
-class Network:
+class PipelineNetwork:
     """Our U-Net with a UNet2DModel's weights, kept until those change."""
 
     def __init__(self, engine: EngineName) -> None:
@@ -31,7 +31,7 @@ class Network:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are empty; what was made is made anew."""
-        return Network, (self._engine,)
+        return PipelineNetwork, (self._engine,)
 
     def of(self, unet: Any, spec: ModelSpec, T: int, device: torch.device) -> Stepper:  # noqa: ANN401
         """What makes the network's steps.

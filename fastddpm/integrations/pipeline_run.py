@@ -19,7 +19,7 @@ from fastddpm.integrations.diffusers_schedulers import (
     FastDDPMScheduler,
     FastDPMSolverMultistepScheduler,
 )
-from fastddpm.integrations.pipeline_network import Network, check_unet
+from fastddpm.integrations.pipeline_network import PipelineNetwork, check_unet
 from fastddpm.integrations.scheduler_tables import ancestral_table, ddim_table, multistep_tables
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
@@ -61,7 +61,7 @@ class _Steps:
 
 
 @torch.no_grad()
-def sample(pipe: Any, network: Network, x_T: Tensor, run: Run) -> Tensor:  # noqa: ANN401 - diffusers is not typed
+def sample(pipe: Any, network: PipelineNetwork, x_T: Tensor, run: Run) -> Tensor:  # noqa: ANN401 - diffusers is not typed
     """Sample with the scheduler that the pipeline has now.
 
     Args:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastddpm.bench import bars, machine, memory, plots, report, summary, workloads
+from fastddpm.bench import bars, hardware, memory, plots, report, summary, workloads
 from fastddpm.bench.entrants import LABELS, PEERS, precision_of
 from fastddpm.bench.figures import (
     ATOL,
@@ -165,7 +165,7 @@ def results():
 
 def test_files_hold_hardware_versions_and_figures(tmp_path, results):
     curve = memory.MemoryCurve(100, 10, [0.0, 1.0, 2.0], [10, 50, 100], [10**8] * 3)
-    written = report.write(tmp_path, results, machine.describe(1), {"cold": False}, curve)
+    written = report.write(tmp_path, results, hardware.describe(1), {"cold": False}, curve)
     values = json.loads((tmp_path / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert values["machine"]["versions"]["torch"] == torch.__version__.split("+")[0] or values["machine"]["versions"]
     peer = values["workloads"][0]["batches"][0]["peers"][0]

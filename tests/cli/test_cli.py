@@ -241,7 +241,7 @@ def test_gif_shows_the_way_to_the_pictures(fastddpm, place, model):
 
 
 def test_long_runs_make_short_gifs(fastddpm, place, plain_model, tmp_path):
-    from fastddpm.cli.job import GIF_FRAMES, Animation
+    from fastddpm.cli.drawing import GIF_FRAMES, Animation
 
     animation = Animation(1000)
     assert len(animation._parts) == GIF_FRAMES and max(animation._parts) == 1000

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from fastddpm.doctor import checks, engines, kernels, machine, surroundings
+from fastddpm.doctor import checks, engines, installation, kernels, surroundings
 from fastddpm.doctor.checks import CHECKS, Check, examine
 from fastddpm.doctor.surroundings import ProblemError, about_gpu, check_device, why_no_gpu
 from fastddpm.engines import cache as packages
@@ -104,17 +104,17 @@ def test_nan_is_no_pass():
 
 
 def test_missing_compilers_are_named(monkeypatch):
-    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(installation.shutil, "which", lambda name: None)
     with pytest.raises(ProblemError, match="no compiler for C and C.*install gcc and g"):
-        machine.check_compilers(CPU)
+        installation.check_compilers(CPU)
 
 
 def test_a_damaged_package_is_named(cache):  # noqa: F811
     path = packages.find_or_make("some-key", lambda new: new.write_bytes(b"a package"))
-    assert "1 files" in machine.check_cache(CPU)
+    assert "1 files" in installation.check_cache(CPU)
     path.write_bytes(b"a pockage")
     with pytest.raises(ProblemError, match="1 of 1 files .* are damaged, some-key"):
-        machine.check_cache(CPU)
+        installation.check_cache(CPU)
     assert failed("cache") == ["cache"] and path.exists()
 
 

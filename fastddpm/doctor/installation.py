@@ -8,7 +8,7 @@ import shutil
 
 import torch
 
-from fastddpm.bench.machine import versions
+from fastddpm.bench.hardware import versions
 from fastddpm.doctor.surroundings import ProblemError
 from fastddpm.engines.cache import cache_folder, no_cache, packages
 from fastddpm.kernels._cache import is_damaged

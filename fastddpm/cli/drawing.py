@@ -1,4 +1,4 @@
-"""Job: what `fastddpm sample` was asked for, checked before any work, then drawn batch by batch into files."""
+"""Drawing: what `fastddpm sample` was asked for, checked before any work, then drawn batch by batch into files."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _check_fits(path: Path, shape: tuple[int, int, int], shown: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Drawing:
     """The options of one `fastddpm sample`; see there."""
 
     sampler: Sampler

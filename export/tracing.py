@@ -46,7 +46,7 @@ def check_opset(opset: int) -> None:
         )
 
 
-def convert(
+def trace(
     module: nn.Module,
     arguments: Mapping[str, Tensor],
     outputs: Sequence[str],
