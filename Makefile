@@ -22,6 +22,7 @@ INSTALL := $(BIN)/python -m pip install -qq -c $(PINS)
 # How far the environment has got. BUSY exists while something is being installed: a run that finds it starts afresh.
 BASE := $(VENV)/.installed
 TEST := $(VENV)/.installed-test
+DOCS := $(VENV)/.installed-docs
 BUSY := $(VENV)/.installing
 
 # An environment cannot be moved (its scripts hold absolute paths), nor does it outlive the Python it was made from.
@@ -31,11 +32,11 @@ test ! -e $(BUSY) && grep -qF "`pwd -P`/$(VENV)" $(BIN)/activate 2>/dev/null \
 	&& $(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 endef
 ifneq ($(shell $(SOUND) && echo sound),sound)
-.PHONY: $(BASE) $(TEST)
+.PHONY: $(BASE) $(TEST) $(DOCS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help sample test test-all lint types bench gpu train install clean
+.PHONY: help sample test test-all lint types bench gpu train docs install clean
 
 help: ## show this list
 	@echo "fastddpm: make TARGET, where TARGET is one of"
@@ -71,10 +72,14 @@ train: $(BASE) ## train on MNIST: make train DATA=<folder with the idx files>
 	@$(BIN)/fastddpm train "$(DATA)" --out runs/mnist --channels 32,64,96 --layers 1 --head-channels 32 \
 		--scale-shift --epochs 8 --weights fp16
 
+docs: $(DOCS) ## build the documentation into site/; what mkdocs warns about is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "wrote site/index.html"
+
 install: $(BASE) ## only make .venv and install the package there
 
 clean: ## remove what building, testing and sampling left behind (.venv stays)
-	@rm -rf build dist *.egg-info samples $(RESULTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov
+	@rm -rf build dist site *.egg-info samples $(RESULTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov
 	@find fastddpm kernels export benchmarks tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(BASE): pyproject.toml $(PINS)
@@ -87,7 +92,7 @@ $(BASE): pyproject.toml $(PINS)
 	@$(SOUND) || rm -rf $(VENV)
 	@if [ ! -d $(VENV) ]; then echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV); fi
 	@touch $(BUSY)
-	@rm -f $(TEST)
+	@rm -f $(TEST) $(DOCS)
 	@echo "Installing fastddpm and its dependencies into $(VENV), pinned by $(PINS) (a minute or two the first time)"
 	@$(INSTALL) setuptools
 	@$(INSTALL) --no-build-isolation -e .
@@ -99,5 +104,12 @@ $(TEST): $(BASE)
 	@echo "Installing what the tests need into $(VENV)"
 	@$(INSTALL) --no-build-isolation -e '.[test]'
 	@$(INSTALL) --no-deps denoising-diffusion-pytorch
+	@rm -f $(BUSY)
+	@touch $@
+
+$(DOCS): $(BASE)
+	@touch $(BUSY)
+	@echo "Installing what the documentation needs into $(VENV)"
+	@$(INSTALL) --no-build-isolation -e '.[docs]'
 	@rm -f $(BUSY)
 	@touch $@

@@ -170,18 +170,21 @@ def pins() -> dict[str, Version]:
     return found
 
 
-def declared() -> list[Requirement]:
-    """What pyproject.toml asks for in `pip install .[test]`, the package itself left out."""
+def declared(*extras: str) -> list[Requirement]:
+    """What pyproject.toml asks for with these extras, the package itself left out."""
     texts = [*PROJECT["dependencies"]]
-    for extra in ("bench", "test"):
+    for extra in extras:
         texts += PROJECT["optional-dependencies"][extra]
     return [r for r in map(Requirement, texts) if r.name != "fastddpm"]
 
 
-def closure() -> dict[str, Requirement]:
+TEST, DOCS = ("bench", "test"), ("docs",)  # what `make test` and `make docs` install
+
+
+def closure(*extras: str) -> dict[str, Requirement]:
     """Every distribution that the declared ones need here, each with one requirement that asks for it."""
     seen: dict[str, Requirement] = {}
-    todo = declared()
+    todo = declared(*extras)
     while todo:
         asked = todo.pop()
         if asked.marker and not any(asked.marker.evaluate({"extra": e}) for e in ("", *asked.extras)):
@@ -198,19 +201,26 @@ def closure() -> dict[str, Requirement]:
     return seen
 
 
-def test_every_dependency_is_pinned() -> None:
-    assert sorted(set(closure()) - set(pins())) == []
+@pytest.fixture(params=[TEST, DOCS], ids=["test", "docs"])
+def needed(request: pytest.FixtureRequest) -> dict[str, Requirement]:
+    if request.param is DOCS and importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("make docs has not installed mkdocs here")
+    return closure(*request.param)
 
 
-def test_pins_are_what_is_installed() -> None:
+def test_every_dependency_is_pinned(needed: dict[str, Requirement]) -> None:
+    assert sorted(set(needed) - set(pins())) == []
+
+
+def test_pins_are_what_is_installed(needed: dict[str, Requirement]) -> None:
     wanted = pins()
-    installed = {name: Version(metadata.version(name)) for name in closure()}
+    installed = {name: Version(metadata.version(name)) for name in needed}
     # A local part such as +cpu tells builds of one version apart, and the pins leave the build open.
     different = {n: (str(v), str(wanted[n])) for n, v in installed.items() if Version(v.public) != wanted[n]}
     assert different == {}
 
 
-@pytest.mark.parametrize("requirement", declared(), ids=lambda r: r.name)
+@pytest.mark.parametrize("requirement", declared(*TEST, *DOCS), ids=lambda r: r.name)
 def test_lower_bound_admits_the_pin(requirement: Requirement) -> None:
     assert [s.operator for s in requirement.specifier] == [">="], "one honest lower bound, nothing else"
     assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])

@@ -10,16 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.pages import blocks
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.S | re.M)
-
-
-COMMANDS = [line.split("   #")[0].strip() for block in blocks("sh") for line in block.splitlines() if line.strip()]
+COMMANDS = [command for block in blocks(ROOT / "README.md", "sh") for command in block.commands]
+PYTHON = [block.text for block in blocks(ROOT / "README.md", "python")]
 
 
 def test_the_two_commands_come_first():
@@ -63,14 +62,14 @@ def test_command(command, place):
             assert (place / path).exists()
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[-1][:30])
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[-1][:30])
 def test_python(code, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_network_of_one_s_own_may_have_any_shape(tmp_path):
-    [code] = [code for code in blocks("python") if "ModelSpec(shape=(3, 16, 16))" in code]
+    [code] = [code for code in PYTHON if "ModelSpec(shape=(3, 16, 16))" in code]
     test_python(code.replace("3, 16, 16", "3, 7, 9"), tmp_path)
 
 
