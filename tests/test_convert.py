@@ -259,13 +259,13 @@ class TestForeignNetworks:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"kind": "another"}, "foreign must be of kind lucidrains and module denoising_diffusion_pytorch or"),
-            ({"module": "os"}, "got 'lucidrains' and 'os'; update fastddpm"),
+            ({"kind": "another"}, "Foreign: kind must be one of lucidrains, got 'another'; correct it"),
+            ({"module": "os"}, "Foreign: module must be one of denoising_diffusion_pytorch, .*, got 'os'"),
             ({"arguments": {"dim": 8, "nonsense": 1}}, "must know nonsense, but does not; update the package"),
             ({"arguments": {"dim": "x"}}, "the arguments of its U-Net must fit each other"),
             ({"arguments": {"dim": 8, "channels": 1}}, "foreign and spec must agree, got 1 channels"),
             ({"arguments": {"dim": 16, "dim_mults": [1, 2]}}, "weights do not fit the configuration"),
-            ({"more": 1}, "foreign must hold kind, module and arguments"),
+            ({"more": 1}, "Foreign: must hold nothing but kind, module, arguments, got more"),
         ],
     )
     def test_damaged_entries(self, lucid, tmp_path, change, message):
