@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from fastddpm.engines.weights import weights_hash
 from fastddpm.export.form import Form
-from fastddpm.export.model_file import FORMAT, licence_of, weights_hash
+from fastddpm.export.model_file import FORMAT, licence_of
 from fastddpm.process.table import StepTable
 from fastddpm.sampler import Sampler
 

@@ -9,12 +9,11 @@ import os
 import platform
 import shutil
 import subprocess
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastddpm.kernels._cache import cache_folder as cache_folder
-from fastddpm.kernels._cache import find, keep, private_folder, sealed
+from fastddpm.kernels._cache import find, keep, sealed, unsealed
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno")
 
@@ -80,7 +79,7 @@ def _candidates(source: Path, key: str) -> Iterator[Path]:
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise NativeError("no C compiler; install gcc")
-    new = private_folder() / f"{key}.{uuid.uuid4().hex[:8]}.so"  # two threads may be at it
+    new = unsealed(key, ".so")
     command = [compiler, *_FLAGS, str(source), "-o", str(new)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
