@@ -1,5 +1,6 @@
 """Files of other projects: every structure that their names allow, and all that can be wrong with a file or a flag."""
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -650,7 +651,8 @@ def test_folder_without_weights(tmp_path):
 
 # ------------------------------------------------------------------ anything
 
-ENTRIES = [name for name in diffusers_unet.DEFAULTS] + ["_class_name", "beta_schedule", "trained_betas", "steps_offset"]
+ENTRIES = [field.name for field in dataclasses.fields(diffusers_unet.UNet2DConfig)]
+ENTRIES += ["_class_name", "beta_schedule", "trained_betas", "steps_offset"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 70) | st.floats() | st.sampled_from(["conv", "DownBlock2D", "x"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),

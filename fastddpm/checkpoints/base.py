@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,26 @@ class CheckpointError(ValueError):
         """Replace what would break the line or steer a terminal, and shorten what would flood it."""
         text = "".join(character if character.isprintable() else "�" for character in message)
         super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}")
+
+
+@contextlib.contextmanager
+def blamed_on(source: str) -> Iterator[None]:
+    """Values in the block are a file's: what is wrong with them is said of it.
+
+    Args:
+        source: What messages start with.
+
+    Raises:
+        CheckpointError: If the block raises one, or an error of values: something is missing, or out of range.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{source}: {error} is missing; give the whole of it") from error
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def check_file(path: Path) -> None:

@@ -94,6 +94,11 @@ class Flags:
         """Remember for `settings` what the loader read elsewhere."""
         self._settings[name] = (value, origin)
 
+    def note_all(self, values: Mapping[str, object], given: Collection[str], origin: str) -> None:
+        """The same for several: those that are `given` are of this origin, the others defaults."""
+        for name, value in values.items():
+            self.note(name, value, origin if name in given else "default")
+
     def given(self, names: Collection[str]) -> dict[str, object]:
         """Those of `names` that are given, unchecked."""
         return {name: value for name, value in self._values.items() if name in names}

@@ -52,9 +52,14 @@ class Record:
     Hints may be int, float, bool, str, a Literal, a class, a tuple of hints (at least one where their number is open),
     one or the other of several, and numbers `Annotated` with `Within`.
 
+    Attributes:
+        REMEDY: How errors end that say what a field must be.
+
     Raises:
         RecordError: If a field is not of its type and range.
     """
+
+    REMEDY = "correct it"
 
     def __post_init__(self) -> None:
         check_record(self)
@@ -111,7 +116,8 @@ def check_record(record: DataclassInstance) -> None:
         value = getattr(record, name)
         if not _fits(value, hint):
             expected = f"{name} must be {_wording(hint)}"
-            raise RecordError(f"{type(record).__name__}: {expected}, got {reprlib.repr(value)}; correct it")
+            remedy = getattr(record, "REMEDY", Record.REMEDY)
+            raise RecordError(f"{type(record).__name__}: {expected}, got {reprlib.repr(value)}; {remedy}")
 
 
 @functools.cache
