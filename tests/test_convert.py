@@ -259,7 +259,10 @@ class TestForeignNetworks:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"kind": "another"}, "Foreign: kind must be one of lucidrains, got 'another'; correct it"),
+            (
+                {"kind": "another"},
+                "Foreign: kind must be 'lucidrains', got 'another'; update fastddpm, or write it again",
+            ),
             ({"module": "os"}, "Foreign: module must be one of denoising_diffusion_pytorch, .*, got 'os'"),
             ({"arguments": {"dim": 8, "nonsense": 1}}, "must know nonsense, but does not; update the package"),
             ({"arguments": {"dim": "x"}}, "the arguments of its U-Net must fit each other"),

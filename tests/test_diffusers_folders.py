@@ -82,9 +82,12 @@ def test_every_option_says_what_the_library_says(library, options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"time_embedding_type": "learned"}, "time_embedding_type must be one of positional, got 'learned'; nothing else is supp"),
+        (
+            {"time_embedding_type": "learned"},
+            "time_embedding_type must be 'positional', got 'learned'; nothing else is",
+        ),
         ({"class_embed_type": "identity"}, "class_embed_type must be null, got 'identity'"),
-        ({"mid_block_type": None}, "mid_block_type must be one of UNetMidBlock2D, got None"),
+        ({"mid_block_type": None}, "mid_block_type must be 'UNetMidBlock2D', got None"),
         ({"down_block_types": ["SkipDownBlock2D"] * 2}, "down_block_types must be among .* got 'SkipDownBlock2D'"),
         ({"up_block_types": ["UpBlock2D", "AttnSkipUpBlock2D"]}, "up_block_types .* got 'AttnSkipUpBlock2D'"),
         ({"norm_num_groups": None}, "norm_num_groups must be an integer, got None"),

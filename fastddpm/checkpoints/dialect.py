@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastddpm.checkpoints.base import Checkpoint, CheckpointError
+from fastddpm.checkpoints.base import Checkpoint, CheckpointError, blamed_on
 from fastddpm.checkpoints.flags import Flags
 from fastddpm.checkpoints.networks import choose_network, find_networks, training_of
 from fastddpm.checkpoints.renaming import Names, load_renamed
@@ -83,16 +83,9 @@ class UNetDialect:
             )
         flags = Flags(source, given, self.flags, self.presets)
         name, state = choose_network(find_networks(values, *self.entries), flags)
-        try:
+        with blamed_on(flags.source):
             config = self.config(state, flags)
             schedule, spec = self.process(config, state, flags)
-        except CheckpointError:
-            raise
-        except LookupError as error:
-            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(f"{flags.source}: {what}; give the whole state dict") from error
-        except (ValueError, TypeError, OverflowError) as error:
-            raise CheckpointError(f"{flags.source}: {error}") from error
         weights = {key: value for key, value in state.items() if key not in self.constants}
         network = load_renamed(config, self.names(config), weights, flags.source)
         training = training_of(values, name)

@@ -64,7 +64,9 @@ class DDPMConfig(Record):
         elif len(self.trained_betas) == T:
             schedule = NoiseSchedule.from_betas(self.trained_betas, dtype=torch.float32)
         else:
-            raise ValueError(f"trained_betas must be {T} numbers or null, got {len(self.trained_betas)}; mend the file")
+            raise ValueError(
+                f"trained_betas must be a list of {T} numbers or null, got {len(self.trained_betas)}; mend the file"
+            )
         return schedule.rescale_zero_terminal_snr() if self.rescale_betas_zero_snr else schedule
 
     def conventions(self) -> dict[str, Any]:
@@ -113,7 +115,7 @@ class DPMSolverConfig(DDPMConfig):
     use_lu_lambdas: Literal[False] | None = False
     use_flow_sigmas: Literal[False] | None = False
     use_dynamic_shifting: Literal[False] | None = False
-    lambda_min_clipped: Annotated[float, Within(-math.inf, -math.inf)] | Literal["-Infinity"] | None = -math.inf
+    lambda_min_clipped: Annotated[float, Within(-math.inf, -math.inf)] | Literal["-Infinity"] | None = None
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
 
     def conventions(self) -> dict[str, Any]:
@@ -182,14 +184,16 @@ def read_scheduler(path: Path, flags: Flags) -> tuple[NoiseSchedule, dict[str, A
             raise CheckpointError(f"{flags.source}: {', '.join(extra)} stand in {file}; leave the flags out")
         values, source, origin = read_json(file), str(file), "file"
         kind = _kind(values.get("_class_name"), file)
-        flags.note("scheduler", values["_class_name"], "flag" if "scheduler" in flags else origin)
     else:
         flags.require(*_NEEDED)
         values, source, origin = flags.given(SCHEDULER_FLAGS), flags.source, "flag"
         kind = "DDPMScheduler"
     with blamed_on(source):
         config = read_record(SCHEDULERS[kind], values, more=True)
-        flags.note_all(vars(config), values, origin)
+        told = {name: value for name, value in vars(config).items() if name != "lambda_min_clipped"}
+        flags.note_all(told, values, origin)
+        if file is not None:
+            flags.note("scheduler", values["_class_name"], "flag" if "scheduler" in flags else origin)
         return config.schedule(), config.conventions()
 
 

@@ -94,10 +94,10 @@ class Flags:
         """Remember for `settings` what the loader read elsewhere."""
         self._settings[name] = (value, origin)
 
-    def note_all(self, values: Mapping[str, object], given: Collection[str], origin: str) -> None:
-        """The same for several: those that are `given` are of this origin, the others defaults."""
-        for name, value in values.items():
-            self.note(name, value, origin if name in given else "default")
+    def note_all(self, defaults: Mapping[str, object], given: Mapping[str, object], origin: str) -> None:
+        """The same for several, of which those that are `given` are of this origin."""
+        for name, default in defaults.items():
+            self.note(name, given.get(name, default), origin if name in given else "default")
 
     def given(self, names: Collection[str]) -> dict[str, object]:
         """Those of `names` that are given, unchecked."""

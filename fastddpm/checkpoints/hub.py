@@ -16,6 +16,7 @@ from fastddpm.checkpoints import diffusers, native
 from fastddpm.checkpoints.base import CheckpointError
 from fastddpm.checkpoints.diffusers_scheduler import SCHEDULER_NAME
 from fastddpm.checkpoints.diffusers_weights import check_variant, choose_weights, missing_weights, shards_of
+from fastddpm.common.wording import first_line
 
 _ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<file>(?:/[\w.+=-]+)*)(?:@(?P<revision>[\w./-]+))?"
@@ -154,7 +155,7 @@ def _download(wanted: HubId, files: Sequence[str]) -> Path:
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, a cache that cannot be written
             raise
         raise CheckpointError(
-            f"{wanted}: fetching it from the Hub failed ({_first_line(error)}); run the same again, it goes on"
+            f"{wanted}: fetching it from the Hub failed ({first_line(error)}); run the same again, it goes on"
         ) from error
 
 
@@ -188,7 +189,3 @@ def _unreachable(wanted: HubId, offline: bool) -> str:
     why = "HF_HUB_OFFLINE is set" if offline else "the Hugging Face Hub cannot be reached"
     remedy = "unset it" if offline else "connect to the network"
     return f"no checkpoint at {wanted}; {why}, and the cache has no such repository: {remedy}, or give a path on disk"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -150,7 +150,7 @@ def _wording(hint: Any) -> str:  # noqa: ANN401 - hints have no type of their ow
     if origin in (Union, UnionType):
         return " or ".join(map(_wording, inner))
     if origin is Literal:
-        return f"one of {', '.join(map(str, inner))}"
+        return repr(inner[0]) if len(inner) == 1 else f"one of {', '.join(map(str, inner))}"
     if origin is tuple:
         count = "a list, each" if inner[-1] is ... else f"a list of {len(inner)}, each"
         return f"{count} {' and '.join(dict.fromkeys(_wording(part) for part in inner if part is not ...))}"

@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from fastddpm.common.wording import first_line
 from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError, check_step, not_one_graph
 from fastddpm.engines.fast_layers import with_fast_layers
@@ -198,10 +199,9 @@ def load_step(path: Path, key: str) -> StepFunction:
         # would flatten the arguments first, which takes longer than a small update.
         loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CompileError(
-            f"engine: the compiled step {path} must load, got {reason}; see that {tempfile.gettempdir()} has room, or "
-            "use engine='eager'"
+            f"engine: the compiled step {path} must load, got {first_line(error)}; see that "
+            f"{tempfile.gettempdir()} has room, or use engine='eager'"
         ) from error
     _page_out(key)
 

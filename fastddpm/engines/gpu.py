@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastddpm.common.wording import first_line
 from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError, check_step, not_one_graph
 from fastddpm.engines.runner import Runner, StepFunction, StepRunner
@@ -220,9 +221,9 @@ class Gpu:
             one = self._capture(steps(1))
             many = self._capture(steps(self.graph_steps)) if own.noise is None and self.graph_steps > 1 else None
         except RuntimeError as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CompileError(
-                f"engine: the step must be one that a CUDA graph can hold, got {reason}; use engine='compiled'"
+                f"engine: the step must be one that a CUDA graph can hold, got {first_line(error)}; "
+                "use engine='compiled'"
             ) from error
         return _Slot(own.state, own.noise, arguments, one, many, _addresses(call))
 
