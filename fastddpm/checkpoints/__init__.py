@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fastddpm.checkpoints import diffusers, diffusers_weights, hub, lucidrains, native, openai, pesser, w86763777
 from fastddpm.checkpoints.base import Checkpoint, CheckpointError
@@ -142,7 +141,7 @@ def _relative(values: object) -> str | None:
     return None
 
 
-def _describe(values: Any) -> str:  # noqa: ANN401 - whatever a file holds
+def _describe(values: object) -> str:
     if any(name.startswith("down_blocks.") for state in state_dicts(values).values() for name in state):
         return "the weights of diffusers without their config.json, which must lie beside them in a folder"
     if not isinstance(values, Mapping):

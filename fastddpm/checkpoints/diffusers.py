@@ -127,7 +127,8 @@ def _unet_config(path: Path, flags: Flags) -> UNetConfig:
         if "image_size" in flags or "sample_size" in flags:
             size = flags.size(("image_size", "sample_size"), len(config.block_out_channels))
             config = dataclasses.replace(config, sample_size=size)
-        return config.structure()
+        structure = config.structure()
+    return structure
 
 
 def _check_sample_size(size: int | tuple[int, int] | None, flags: Flags) -> None:

@@ -194,7 +194,8 @@ def read_scheduler(path: Path, flags: Flags) -> tuple[NoiseSchedule, dict[str, A
         flags.note_all(told, values, origin)
         if file is not None:
             flags.note("scheduler", values["_class_name"], "flag" if "scheduler" in flags else origin)
-        return config.schedule(), config.conventions()
+        schedule = config.schedule()
+    return schedule, config.conventions()
 
 
 def conventions_of(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,7 +215,8 @@ def conventions_of(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     elsewhere = {"num_train_timesteps", "lambda_min_clipped", *(name for name in config if "beta" in name)}
     with blamed_on(kind):
         given = {name: value for name, value in config.items() if name not in elsewhere}
-        return read_record(SCHEDULERS[kind], given, more=True).conventions()
+        found = read_record(SCHEDULERS[kind], given, more=True)
+    return found.conventions()
 
 
 def _kind(name: object, file: Path) -> str:

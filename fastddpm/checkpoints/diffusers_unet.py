@@ -161,7 +161,8 @@ def unet_config(given: Mapping[str, Any], source: str, sample_size: int | None =
         CheckpointError: If an option is missing, wrong or not supported; it is named.
     """
     with blamed_on(source):
-        return read_record(UNet2DConfig, given, more=True).structure(sample_size)
+        structure = read_record(UNet2DConfig, given, more=True).structure(sample_size)
+    return structure
 
 
 def _renamed_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -209,26 +210,10 @@ def _names(config: UNetConfig) -> Names:
         return f"{block}.{'attentions' if kind == 'attention' else 'resnets'}.{i}"
 
     return Names(
-        fixed={
-            "time_mlp.0": "time_embedding.linear_1",
-            "time_mlp.2": "time_embedding.linear_2",
-            "label_embedding": "class_embedding",
-            "stem": "conv_in",
-            "norm_out": "conv_norm_out",
-            "conv_out": "conv_out",
-        },
-        block={
-            "norm1": "norm1",
-            "conv1": "conv1",
-            "time": "time_emb_proj",
-            "norm2": "norm2",
-            "conv2": "conv2",
-            "skip": "conv_shortcut",
-        },
-        norm="group_norm",
-        qkv=("to_q", "to_k", "to_v"),
-        out="to_out.0",
-        down_conv="conv",
-        up_conv="conv",
-        place=place,
-    )
+        fixed={"time_mlp.0": "time_embedding.linear_1", "time_mlp.2": "time_embedding.linear_2",
+               "label_embedding": "class_embedding", "stem": "conv_in", "norm_out": "conv_norm_out",
+               "conv_out": "conv_out"},
+        block={"norm1": "norm1", "conv1": "conv1", "time": "time_emb_proj", "norm2": "norm2", "conv2": "conv2",
+               "skip": "conv_shortcut"},
+        norm="group_norm", qkv=("to_q", "to_k", "to_v"), out="to_out.0", down_conv="conv", up_conv="conv", place=place,
+    )  # fmt: skip

@@ -147,7 +147,8 @@ def _rounded_schedule(exact: NoiseSchedule, weights: dict[str, Tensor], source: 
     if odd:
         raise CheckpointError(f"{source}: {_ARRAY}{odd[0]} must hold {exact.T} float32 numbers; write it again")
     with blamed_on(source):
-        return RoundedSchedule.of(exact, arrays)
+        schedule = RoundedSchedule.of(exact, arrays)
+    return schedule
 
 
 def check_agreement(unet: UNetConfig, spec: ModelSpec) -> None:

@@ -191,29 +191,12 @@ def _names(config: UNetConfig) -> Names:
         return f"output_blocks.{entry + i}.{1 if kind == 'attention' else 0}"
 
     return Names(
-        fixed={
-            "time_mlp.0": "time_embed.0",
-            "time_mlp.2": "time_embed.2",
-            "label_embedding": "label_emb",
-            "stem": "input_blocks.0.0",
-            "norm_out": "out.0",
-            "conv_out": "out.2",
-        },
-        block={
-            "norm1": "in_layers.0",
-            "conv1": "in_layers.2",
-            "time": "emb_layers.1",
-            "norm2": "out_layers.0",
-            "conv2": "out_layers.3",
-            "skip": "skip_connection",
-        },
-        norm="norm",
-        qkv=("qkv",),
-        out="proj_out",
-        down_conv="op",
-        up_conv="conv",
-        place=place,
-    )
+        fixed={"time_mlp.0": "time_embed.0", "time_mlp.2": "time_embed.2", "label_embedding": "label_emb",
+               "stem": "input_blocks.0.0", "norm_out": "out.0", "conv_out": "out.2"},
+        block={"norm1": "in_layers.0", "conv1": "in_layers.2", "time": "emb_layers.1", "norm2": "out_layers.0",
+               "conv2": "out_layers.3", "skip": "skip_connection"},
+        norm="norm", qkv=("qkv",), out="proj_out", down_conv="op", up_conv="conv", place=place,
+    )  # fmt: skip
 
 
 DIALECT = UNetDialect(

@@ -112,28 +112,12 @@ def _names(config: UNetConfig) -> Names:
         return f"{part}.{level}.{'attn' if kind == 'attention' else 'block'}.{i}"
 
     return Names(
-        fixed={
-            "time_mlp.0": "temb.dense.0",
-            "time_mlp.2": "temb.dense.1",
-            "stem": "conv_in",
-            "norm_out": "norm_out",
-            "conv_out": "conv_out",
-        },
-        block={
-            "norm1": "norm1",
-            "conv1": "conv1",
-            "time": "temb_proj",
-            "norm2": "norm2",
-            "conv2": "conv2",
-            "skip": "nin_shortcut",
-        },
-        norm="norm",
-        qkv=("q", "k", "v"),
-        out="proj_out",
-        down_conv="conv",
-        up_conv="conv",
-        place=place,
-    )
+        fixed={"time_mlp.0": "temb.dense.0", "time_mlp.2": "temb.dense.1", "stem": "conv_in", "norm_out": "norm_out",
+               "conv_out": "conv_out"},
+        block={"norm1": "norm1", "conv1": "conv1", "time": "temb_proj", "norm2": "norm2", "conv2": "conv2",
+               "skip": "nin_shortcut"},
+        norm="norm", qkv=("q", "k", "v"), out="proj_out", down_conv="conv", up_conv="conv", place=place,
+    )  # fmt: skip
 
 
 DIALECT = UNetDialect(

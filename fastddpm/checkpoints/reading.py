@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ _GLOBAL = re.compile(r"GLOBAL (\S+)")
 _REFUSED = ("Unsupported global", "Unsupported operand", "Unsupported class", "not allowed", "Trying to")
 
 
-def read_file(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
+def read_file(path: Path) -> object:
     """Read a PyTorch file (zip or the older pickle format), or a safetensors file by its suffix.
 
     Only tensors, numbers, strings and containers of them are built; nothing that the file asks for is called.
@@ -48,7 +47,8 @@ def read_file(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats that were once written with other defaults
-            return torch.load(path, map_location="cpu", weights_only=True)
+            values: object = torch.load(path, map_location="cpu", weights_only=True)
+            return values
     except pickle.UnpicklingError as error:
         text = str(error)
         if any(phrase in text for phrase in _REFUSED):

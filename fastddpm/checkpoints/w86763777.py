@@ -92,28 +92,13 @@ def _names(config: UNetConfig) -> Names:
         return f"{prefix}.attn" if kind == "attention" else prefix
 
     return Names(
-        fixed={
-            "time_mlp.0": "time_embedding.timembedding.1",
-            "time_mlp.2": "time_embedding.timembedding.3",
-            "stem": "head",
-            "norm_out": "tail.0",
-            "conv_out": "tail.2",
-        },
-        block={
-            "norm1": "block1.0",
-            "conv1": "block1.2",
-            "time": "temb_proj.1",
-            "norm2": "block2.0",
-            "conv2": "block2.3",
-            "skip": "shortcut",
-        },
-        norm="group_norm",
-        qkv=("proj_q", "proj_k", "proj_v"),
-        out="proj",
-        down_conv="main",
-        up_conv="main",
+        fixed={"time_mlp.0": "time_embedding.timembedding.1", "time_mlp.2": "time_embedding.timembedding.3",
+               "stem": "head", "norm_out": "tail.0", "conv_out": "tail.2"},
+        block={"norm1": "block1.0", "conv1": "block1.2", "time": "temb_proj.1", "norm2": "block2.0",
+               "conv2": "block2.3", "skip": "shortcut"},
+        norm="group_norm", qkv=("proj_q", "proj_k", "proj_v"), out="proj", down_conv="main", up_conv="main",
         place=place,
-    )
+    )  # fmt: skip
 
 
 DIALECT = UNetDialect(
