@@ -44,7 +44,7 @@ def blamed_on(source: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except KeyError as error:
-        raise CheckpointError(f"{source}: {error} is missing; give the whole of it") from error
+        raise CheckpointError(f"{source}: {error} is missing; give the whole file") from error
     except (ValueError, TypeError, IndexError, OverflowError) as error:
         raise CheckpointError(f"{source}: {error}") from error
 

@@ -143,7 +143,7 @@ class RunFolder:
         }
         return TrainState(step, {part: check_weights(shapes, named, str(path)) for part, named in parts.items()})
 
-    def append_metrics(self, line: Mapping[str, object]) -> None:
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add a line; lines of the same step or later ones, which a kill has undone, are dropped.
 
         Raises:
