@@ -161,28 +161,24 @@ def _download(wanted: HubId, files: Sequence[str]) -> Path:
 
 def _cached(wanted: HubId) -> Path:
     """What the cache has of a repository: its folder, or the one file."""
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    missing = CheckpointError(_unreachable(wanted, constants.HF_HUB_OFFLINE))
     try:
         root = Path(snapshot_download(wanted.repo, revision=wanted.revision, local_files_only=True))
-    except errors.LocalEntryNotFoundError as error:
+    except Exception as error:
         # A copy that is known to lack files, which is what fetching only some of them makes.
         partial = getattr(error, "snapshot_path", None)
         if partial is None:
-            raise CheckpointError(_unreachable(wanted, constants.HF_HUB_OFFLINE)) from error
+            raise missing from error
         root = Path(partial)
-    except Exception as error:
-        raise CheckpointError(_unreachable(wanted, constants.HF_HUB_OFFLINE)) from error
-    if wanted.file is not None:
-        if not (root / wanted.file).is_file():
-            raise CheckpointError(_unreachable(wanted, constants.HF_HUB_OFFLINE))
-        return root / wanted.file
-    if not any((root / name).is_file() for name in _CONFIGS):
-        there = sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES)
-        if len(there) != 1:
-            raise CheckpointError(_unreachable(wanted, constants.HF_HUB_OFFLINE))
-        return there[0]
-    return root
+    if wanted.file is None and any((root / name).is_file() for name in _CONFIGS):
+        return root
+    named = [root / wanted.file] if wanted.file else [path for path in root.rglob("*") if path.suffix in _SUFFIXES]
+    found = [path for path in named if path.is_file()]
+    if len(found) != 1:
+        raise missing
+    return found[0]
 
 
 def _unreachable(wanted: HubId, offline: bool) -> str:
