@@ -259,19 +259,13 @@ class TestForeignNetworks:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (
-                {"kind": "another"},
-                "Foreign: kind must be 'lucidrains', got 'another'; update fastddpm, or write it again",
-            ),
-            ({"module": "os"}, "Foreign: module must be one of denoising_diffusion_pytorch, .*, got 'os'"),
+            ({"kind": "another"}, "foreign must be of kind lucidrains and module denoising_diffusion_pytorch or"),
+            ({"module": "os"}, "got 'lucidrains' and 'os'; update fastddpm"),
             ({"arguments": {"dim": 8, "nonsense": 1}}, "must know nonsense, but does not; update the package"),
             ({"arguments": {"dim": "x"}}, "the arguments of its U-Net must fit each other"),
             ({"arguments": {"dim": 8, "channels": 1}}, "foreign and spec must agree, got 1 channels"),
-            (
-                {"arguments": {"dim": 16, "dim_mults": [1, 2]}},
-                "weights do not fit: .*; take both files from the same checkpoint",
-            ),
-            ({"more": 1}, "Foreign: must hold nothing but kind, module, arguments, got more"),
+            ({"arguments": {"dim": 16, "dim_mults": [1, 2]}}, "weights do not fit"),
+            ({"more": 1}, "foreign must hold kind, module and arguments"),
         ],
     )
     def test_damaged_entries(self, lucid, tmp_path, change, message):

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from safetensors import safe_open
@@ -21,7 +21,6 @@ from fastddpm.checkpoints.base import Checkpoint, CheckpointError, blamed_on, ch
 from fastddpm.checkpoints.flags import Flags, classes_of
 from fastddpm.checkpoints.lucidrains_package import Module, PackageUNet
 from fastddpm.checkpoints.lucidrains_schedule import BUFFERS, RoundedSchedule
-from fastddpm.common.records import Record
 from fastddpm.files import write_json, write_tensors
 from fastddpm.nets.unet import UNet, UNetConfig
 from fastddpm.process.schedule import NoiseSchedule
@@ -32,20 +31,10 @@ WEIGHTS_NAME = "model.safetensors"
 FORMAT = "fastddpm"
 FORMAT_VERSION = 1
 FLAGS = ("null_class", "image_size")
+_LUCIDRAINS = "lucidrains"
 _ARRAY = "schedule."
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Foreign(Record):
-    """What config.json holds of a network that another package makes."""
-
-    REMEDY = "update fastddpm, or write it again"
-
-    kind: Literal["lucidrains"]
-    module: Module
-    arguments: Mapping[str, Any]
 
 
 def detect(path: Path) -> bool:
@@ -83,7 +72,7 @@ def load(path: Path, given: Mapping[str, object] | None = None) -> Checkpoint:
         flags = Flags(str(path), given or {}, FLAGS)
         network: UNet | PackageUNet
         if "foreign" in config:
-            network, rows = _foreign_network(config["foreign"], spec)
+            network, rows = _foreign_network(config["foreign"], spec, path)
             spec = _resized(spec, flags, len(network.arguments.get("dim_mults", ())))
         else:
             unet = UNetConfig.from_dict(config["unet"])
@@ -118,16 +107,24 @@ def _own_network(config: UNetConfig) -> UNet:
         return UNet(config)
 
 
-def _foreign_network(entry: object, spec: ModelSpec) -> tuple[PackageUNet, int | None]:
+def _foreign_network(entry: object, spec: ModelSpec, path: Path) -> tuple[PackageUNet, int | None]:
     """Another package's network, without weights, and the rows of its class embedding.
 
     Raises:
-        CheckpointError: If the package is missing.
-        ValueError: If the entry is not one that `save` writes, or the network does not fit the conventions.
+        CheckpointError: If the entry is not one that `save` writes, or the package is missing.
+        ValueError: If the network does not fit the conventions.
     """
-    foreign = Foreign.from_dict(entry)
-    network = PackageUNet(foreign.module, foreign.arguments)
-    channels, classes = foreign.arguments.get("channels", 3), network.classes
+    if not isinstance(entry, dict) or entry.keys() != {"kind", "module", "arguments"}:
+        raise CheckpointError(f"{path / CONFIG_NAME}: foreign must hold kind, module and arguments; write it again")
+    if entry["kind"] != _LUCIDRAINS or entry["module"] not in get_args(Module):
+        raise CheckpointError(
+            f"{path / CONFIG_NAME}: foreign must be of kind {_LUCIDRAINS} and module {' or '.join(get_args(Module))}, "
+            f"got {entry['kind']!r} and {entry['module']!r}; update fastddpm"
+        )
+    if not isinstance(entry["arguments"], dict) or not all(isinstance(name, str) for name in entry["arguments"]):
+        raise CheckpointError(f"{path / CONFIG_NAME}: the arguments of foreign must be named values; write it again")
+    network = PackageUNet(entry["module"], entry["arguments"])
+    channels, classes = entry["arguments"].get("channels", 3), network.classes
     if channels != spec.shape[0] or (classes is None) != (spec.num_classes is None):
         raise ValueError(
             f"foreign and spec must agree, got {channels} channels and {classes} classes but spec.shape {spec.shape} "
@@ -199,7 +196,8 @@ def save(
         structure: dict[str, Any] = {"unet": network.config.to_dict()}
         own: Mapping[str, Tensor] = network.state_dict()
     elif isinstance(network, PackageUNet):
-        structure = {"foreign": Foreign("lucidrains", network.module, network.arguments).to_dict()}
+        arguments = dict(network.arguments)
+        structure = {"foreign": {"kind": _LUCIDRAINS, "module": network.module, "arguments": arguments}}
         # As copies: parts of one tensor cannot be stored.
         own = {name: value.clone() for name, value in network.weights().items()}
     else:
