@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastddpm.files import write_text
+from fastddpm.files import atomic_path
 from fastddpm.kernels._cache import cache_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,6 +129,12 @@ def report(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(path: Path, text: str) -> None:
+    """Write a text, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, 1 where a section failed, 2 where an option is wrong."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=(__doc__ or "").splitlines()[0])
@@ -152,8 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the section would go on without us
     outcomes = run([name for name in SHARES if name in chosen], given.out.absolute(), given.minutes, given.dry)
     table = report(outcomes)
-    write_text(given.out / "summary.json", json.dumps([dataclasses.asdict(one) for one in outcomes], indent=2))
-    write_text(given.out / "summary.txt", table)
+    write(given.out / "summary.json", json.dumps([dataclasses.asdict(one) for one in outcomes], indent=2))
+    write(given.out / "summary.txt", table)
     print("\n" + table, end="", flush=True)
     return 0 if all(one.ok for one in outcomes) else FAILED
 

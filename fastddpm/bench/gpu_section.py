@@ -19,8 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastddpm.bench.gpu import ROOT, SHARES
-from fastddpm.files import write_text
+from fastddpm.bench.gpu import ROOT, SHARES, write
 
 PROCESSES = 8
 """That test or compile side by side."""
@@ -59,8 +58,8 @@ class Section:
     def keep(self, ok: bool, says: str, text: str, **values: Any) -> None:  # noqa: ANN401 - JSON
         """Write what is known now."""
         found = {"section": self.name, "dry": self.dry, "ok": ok, "says": says, **values}
-        write_text(self.out / f"{self.name}.txt", text)
-        write_text(self.out / f"{self.name}.json", json.dumps(found, indent=2))
+        write(self.out / f"{self.name}.txt", text)
+        write(self.out / f"{self.name}.json", json.dumps(found, indent=2))
 
 
 def doctor(section: Section) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.checkpoints.base import check_weights
-from fastddpm.nets.blocks import Attention, ResBlock, Stage, as_stages
+from fastddpm.nets.blocks import Attention, ResBlock, Stage
 from fastddpm.nets.unet import UNet, UNetConfig
 
 Part = Literal["down", "mid", "up"]
@@ -136,11 +136,11 @@ def _pieces(network: UNet, names: Names) -> dict[str, _Piece]:
         else:
             layer(ours, theirs)
     levels = len(network.config.channels)
-    for level, module in enumerate(as_stages(network.down)):
-        stage("down", f"down.{level}", level, module)
+    for level, module in enumerate(network.down):
+        stage("down", f"down.{level}", level, cast(Stage, module))
     stage("mid", "mid", levels - 1, network.mid)
-    for i, module in enumerate(as_stages(network.up)):
-        stage("up", f"up.{i}", levels - 1 - i, module)
+    for i, module in enumerate(network.up):
+        stage("up", f"up.{i}", levels - 1 - i, cast(Stage, module))
     for kind in ("weight", "bias"):
         theirs_all = tuple(f"{name}.{kind}" for name in projections)
         pieces[f"time_projection.{kind}"] = _Piece(theirs_all, tuple(network.projection_widths))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -200,8 +200,3 @@ class Stage(nn.Module):
     def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Each ResBlock with the attention that follows it (the identity where there is none)."""
         return list(zip(self.blocks, self.attentions, strict=True))
-
-
-def as_stages(modules: nn.ModuleList) -> list[Stage]:
-    """The stages that a list of modules holds."""
-    return [cast(Stage, module) for module in modules]

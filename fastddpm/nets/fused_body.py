@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastddpm.kernels._dispatch import runs_triton
 from fastddpm.kernels.group_norm import add_group_norm_unchecked
-from fastddpm.nets.blocks import Attention, Downsample, ResBlock, Upsample, as_stages, resample
+from fastddpm.nets.blocks import Attention, Downsample, ResBlock, Stage, Upsample, resample
 
 if TYPE_CHECKING:
     from fastddpm.nets.unet import UNet
@@ -98,7 +98,7 @@ def fused_body(network: UNet, x: Tensor, projections: Tensor, index: Tensor | No
     rows = _Rows(projections.contiguous(), index)
     h = Pending(_convolved(network.stem, 2.0 * x - 1.0 if network.config.center_input else x), network.stem.bias)
     skips = [h]
-    for stage in as_stages(network.down):
+    for stage in _stages(network.down):
         for block, attention in stage.pairs():
             h = _attended(attention, _res_block(block, h, rows))
             skips.append(h)
@@ -107,12 +107,16 @@ def fused_body(network: UNet, x: Tensor, projections: Tensor, index: Tensor | No
             skips.append(h)
     for block, attention in network.mid.pairs():
         h = _attended(attention, _res_block(block, h, rows))
-    for stage in as_stages(network.up):
+    for stage in _stages(network.up):
         for block, attention in stage.pairs():
             h = _attended(attention, _res_block(block, h.beside(skips.pop().total), rows))
         if stage.resample is not None:
             h = _resampled(stage.resample, h, rows)
     return Pending(_convolved(network.conv_out, h.normed(network.norm_out, keep=False)), network.conv_out.bias).total
+
+
+def _stages(modules: nn.ModuleList) -> list[Stage]:
+    return [cast(Stage, module) for module in modules]
 
 
 def _convolved(convolution: nn.Conv2d, x: Tensor) -> Tensor:

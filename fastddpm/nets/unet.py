@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastddpm.nets.blocks import Attention, Downsample, ResBlock, Stage, Upsample, as_stages, timestep_embedding
+from fastddpm.nets.blocks import Attention, Downsample, ResBlock, Stage, Upsample, timestep_embedding
 from fastddpm.nets.config import UNetConfig
 from fastddpm.nets.fused_body import fused_body, is_fusable
 
@@ -164,7 +165,7 @@ class UNet(nn.Module):
         rows = iter(torch.split(projections, self.projection_widths, dim=1))
         h = self.stem(2.0 * x - 1.0 if self.config.center_input else x)
         skips = [h]
-        for stage in as_stages(self.down):
+        for stage in _stages(self.down):
             for block, attention in stage.pairs():
                 h = attention(self._run(block, h, next(rows)))
                 skips.append(h)
@@ -173,7 +174,7 @@ class UNet(nn.Module):
                 skips.append(h)
         for block, attention in self.mid.pairs():
             h = attention(self._run(block, h, next(rows)))
-        for stage in as_stages(self.up):
+        for stage in _stages(self.up):
             for block, attention in stage.pairs():
                 h = attention(self._run(block, torch.cat((h, skips.pop()), dim=1), next(rows)))
             if stage.resample is not None:
@@ -198,6 +199,10 @@ class UNet(nn.Module):
         if self.gradient_checkpointing and self.training:
             return torch.as_tensor(checkpoint(block, h, row, use_reentrant=False))
         return torch.as_tensor(block(h, row))
+
+
+def _stages(modules: nn.ModuleList) -> list[Stage]:
+    return [cast(Stage, module) for module in modules]
 
 
 def _down_stages(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
