@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm import __version__
 from fastddpm.engines import cache
 from fastddpm.engines.weights import Weights
 from fastddpm.export.exporter import export_onnx
@@ -82,9 +79,8 @@ class EngineNetwork(Foreign):
                 path.with_name(f"{path.name}.data").unlink(missing_ok=True)
 
     def _key(self) -> str:
-        parts = [__version__, torch.__version__, cache.source_digest(), self._spec.to_dict(), self._weights.digest]
-        text = json.dumps([*parts, self._network.identity()], sort_keys=True)
-        return f"onnx-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+        network, weights = self._network.identity(), self._weights.digest
+        return cache.key_of("onnx", spec=self._spec.to_dict(), network=network, weights=weights)
 
 
 def engine_network(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from fastddpm.engines.weights import weights_hash
 from fastddpm.export.form import Form
-from fastddpm.export.model_file import FORMAT, licence_of, weights_hash
+from fastddpm.export.model_file import FORMAT, licence_of
 from fastddpm.export.source import Source
 from fastddpm.process.table import StepTable
 

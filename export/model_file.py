@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from fastddpm.checkpoints import CheckpointError
 from fastddpm.common.interrupts import hold_interrupt
-from fastddpm.files import check_replaceable, temporary_folder
+from fastddpm.files import check_replaceable, sync, temporary_folder
 
 if TYPE_CHECKING:
     import onnx
@@ -28,22 +25,6 @@ LIMIT = 2**31 - 2**20
 """A protobuf file ends at 2 GiB: larger models keep their weights in a file of their own."""
 _INLINE = 1024
 _ALIGNMENT = 4096
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and values of all parameters and buffers, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.view(-1).view(dtype=_bytes_dtype()).numpy().data if value.numel() else b"")
-    return digest.hexdigest()
-
-
-def _bytes_dtype() -> Any:  # noqa: ANN401 - torch.dtype, imported late with the rest of torch
-    import torch
-
-    return torch.uint8
 
 
 def licence_of(path: Path | None) -> str | None:
@@ -189,18 +170,12 @@ def _written_together(target: Path) -> Iterator[Path]:
         OSError: a file cannot be written; it names the one that was asked for.
     """
     check_replaceable(target)
-    try:
-        with temporary_folder(target) as folder:
-            yield folder
-            for file in folder.iterdir():
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-            with hold_interrupt(), _locked(target.parent):
-                _put(folder, target)
-    except OSError as error:
-        if error.strerror is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(target)) from error
+    with temporary_folder(target) as folder:
+        yield folder
+        for file in folder.iterdir():
+            sync(file)
+        with hold_interrupt(), _locked(target.parent):
+            _put(folder, target)
 
 
 def _put(folder: Path, target: Path) -> None:

@@ -12,7 +12,6 @@ import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,25 +40,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     check_replaceable(target)
-    make_folder(target.parent)
-    temporary, lock = _temporary(target), None
-    try:
-        lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        _lock(lock)
-        permissions = stat.S_IMODE(os.fstat(lock).st_mode)
+    with _temporary(target) as temporary:
+        permissions = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.chmod(permissions)  # some writers put a file of their own there, which only its owner may read
         os.replace(temporary, target)
-    except OSError as error:  # name the file that was asked for, not the temporary one
-        if error.strerror is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(target)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-        if lock is not None:
-            os.close(lock)
 
 
 @contextlib.contextmanager
@@ -75,30 +61,46 @@ def temporary_folder(target: Path) -> Iterator[Path]:
         The folder, which is empty.
 
     Raises:
-        OSError: If a folder cannot be made.
+        OSError: If a folder cannot be made, or a file in it not be written; it names `target`.
     """
-    make_folder(target.absolute().parent)
-    folder, lock = _temporary(target.absolute().with_suffix("")), None
-    try:
-        folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY)
-        _lock(lock)
+    with _temporary(target.absolute(), folder=True) as folder:
         yield folder
+
+
+@contextlib.contextmanager
+def _temporary(target: Path, *, folder: bool = False) -> Iterator[Path]:
+    """An empty file or folder beside `target` that is locked, and gone when the block ends; errors name `target`.
+
+    Its name is hidden, short whatever the target's own is, and has its suffix if it is a file.
+    """
+    make_folder(target.parent)
+    suffix = "" if folder or len(target.suffix) >= 16 else target.suffix
+    temporary, lock = target.with_name(f".fastddpm.{uuid.uuid4().hex[:8]}.tmp{suffix}"), None
+    try:
+        if folder:
+            temporary.mkdir()
+        lock = os.open(temporary, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with contextlib.suppress(OSError):  # some file systems know no locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield temporary
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True) if folder else temporary.unlink(missing_ok=True)
         if lock is not None:
             os.close(lock)
 
 
-def _temporary(target: Path) -> Path:
-    """A new hidden name in the folder of `target`, short whatever the target's own is, and with its suffix."""
-    suffix = target.suffix if len(target.suffix) < 16 else ""
-    return target.with_name(f".fastddpm.{uuid.uuid4().hex[:8]}.tmp{suffix}")
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk.
 
-
-def _lock(handle: int) -> None:
-    with contextlib.suppress(OSError):  # some file systems know no locks
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def check_replaceable(target: Path) -> None:
@@ -205,7 +207,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
+def write_json(path: str | os.PathLike[str], values: Mapping[str, object]) -> None:
     """Write `values` as indented JSON, atomically.
 
     Raises:

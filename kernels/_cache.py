@@ -169,6 +169,11 @@ def find(key: str, suffix: str) -> Path | None:
     return None
 
 
+def unsealed(key: str, suffix: str) -> Path:
+    """A new name in this process' own folder, for what two threads may be making at once."""
+    return private_folder() / f"{key}.{uuid.uuid4().hex[:8]}{suffix}"
+
+
 def sealed(file: Path, key: str, suffix: str) -> Path:
     """A file in this process' own folder, renamed to what it is called in the cache.
 

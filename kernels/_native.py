@@ -9,12 +9,11 @@ import os
 import platform
 import shutil
 import subprocess
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastddpm.kernels._cache import cache_folder as cache_folder
-from fastddpm.kernels._cache import find, keep, private_folder, sealed
+from fastddpm.kernels._cache import find, keep, sealed, unsealed
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno")
 
@@ -34,6 +33,11 @@ def processor() -> str:
         text = platform.processor()
     text += "".join(platform.libc_ver())
     return f"{platform.machine()}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+
+
+def compiler() -> str | None:
+    """Where the C compiler is, or None."""
+    return shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
 
 
 def load(source: Path, functions: tuple[str, ...]) -> ctypes.CDLL:
@@ -77,14 +81,14 @@ def _candidates(source: Path, key: str) -> Iterator[Path]:
     kept = find(key, ".so")
     if kept is not None:
         yield kept
-    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    cc = compiler()
+    if cc is None:
         raise NativeError("no C compiler; install gcc")
-    new = private_folder() / f"{key}.{uuid.uuid4().hex[:8]}.so"  # two threads may be at it
-    command = [compiler, *_FLAGS, str(source), "-o", str(new)]
+    new = unsealed(key, ".so")
+    command = [cc, *_FLAGS, str(source), "-o", str(new)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
-        raise NativeError(f"from {compiler}: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+        raise NativeError(f"from {cc}: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
     own = sealed(new, key, ".so")
     yield keep(own)
     yield own  # for a cache on a disk that nothing may be executed from

@@ -8,7 +8,7 @@ from fastddpm.nets.unet import UNet, UNetConfig
 
 NAMES = {
     "openai": openai._names,
-    "pesser": lambda config: pesser._names(),
+    "pesser": pesser._names,
     "w86763777": w86763777._names,
     "diffusers": diffusers_unet._names,
 }

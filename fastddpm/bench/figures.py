@@ -244,11 +244,9 @@ class WorkloadResult:
 
 def as_json(value: object) -> Any:  # noqa: ANN401 - plain data
     """Dataclasses as dictionaries, properties that people look for included."""
-    if isinstance(value, PeerResult):
-        fields = {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {**fields, "compile_s": value.compile_s}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        more = {"compile_s": value.compile_s} if isinstance(value, PeerResult) else {}
+        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)} | more
     if isinstance(value, dict):
         return {str(key): as_json(entry) for key, entry in value.items()}
     return [as_json(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import re
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastddpm.engines.devices import versions
 
 PACKAGES = ("fastddpm", "torch", "triton", "numpy", "diffusers", "denoising-diffusion-pytorch", "onnx", "onnxruntime",
             "onnxruntime-gpu", "openvino")  # fmt: skip
@@ -29,7 +30,7 @@ def describe(threads: int) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         "commit": commit(),
     }
 
@@ -59,17 +60,6 @@ def memory_available() -> int | None:
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that are there."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def commit() -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastddpm.bench.twins import NoTwinError, random_checkpoint, twin_folder
 from fastddpm.bench.workloads import Workload
 from fastddpm.checkpoints import load_checkpoint
+from fastddpm.common.records import Record
 from fastddpm.process.noise import normals
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
@@ -30,7 +31,7 @@ class Half(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Job(Record):
     """A workload as plain JSON data.
 
     Attributes:
@@ -63,11 +64,6 @@ class Job:
     device: str = "cpu"
     steps_only: bool = False
     dry: bool = False
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Job:
-        """From JSON."""
-        return cls(**{**values, "shape": tuple(values["shape"])})
 
     def without_network(self) -> Job:
         """The same shapes around a network that costs nothing."""

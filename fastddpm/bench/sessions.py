@@ -6,7 +6,6 @@ Their packages are imported here and nowhere else.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import importlib.util
 import json
 import subprocess
@@ -18,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from fastddpm.bench.foreign import common_noise, diffusers_module, scheduler_loop, to_pictures
 from fastddpm.bench.job import Job
 from fastddpm.bench.peers import MissingError, Peer
+from fastddpm.files import atomic_path
 
 
 class _Bare(nn.Module):
@@ -47,8 +48,7 @@ def exported(job: Job) -> Path:
         RuntimeError: it cannot be made.
     """
     path = Path(job.scratch) / "network.onnx"
-    with open(Path(job.scratch) / "onnx.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(Path(job.scratch) / "onnx.lock"):
         if not path.exists():
             for package in ("onnx", "onnxscript"):
                 if importlib.util.find_spec(package) is None:
@@ -70,14 +70,12 @@ def export(job: Job, path: Path) -> None:
     if job.classes is not None:
         example, names = (*example, torch.tensor([0, 1])), ["x", "t", "y"]
     batch = torch.export.Dim("batch", min=1, max=4096)
-    partial = path.with_name("partial.onnx")
-    with warnings.catch_warnings():
+    with atomic_path(path) as partial, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network, example, str(partial), input_names=names, output_names=["out"], dynamo=True, verbose=False,
             external_data=False, dynamic_shapes={name: {0: batch} for name in names},
         )  # fmt: skip
-    partial.replace(path)
 
 
 class SessionPeer(Peer):

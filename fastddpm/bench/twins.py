@@ -16,7 +16,6 @@ from fastddpm.nets.unet import UNet, UNetConfig
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec, Variance
 
-_KNOWN_SPEC = ("fixed_small", "fixed_large", "learned_range")
 _PREDICTIONS = {"eps": "epsilon", "x_start": "sample", "v": "v_prediction"}
 
 

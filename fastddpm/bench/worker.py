@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fastddpm.bench.entrants import PEERS
+from fastddpm.common.wording import first_line
 
 
 class Worker:
@@ -38,13 +39,9 @@ class Worker:
         try:
             return {"ok": True, **kinds[request["do"]](request)}
         except Exception as error:  # whatever a library raises is a line in the report
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            is_missing = type(error).__name__ == "MissingError"
-            return {
-                "ok": False,
-                "missing": is_missing,
-                "error": line if is_missing else f"{type(error).__name__}: {line}",
-            }
+            line, name = first_line(error, 300), type(error).__name__
+            is_missing = name == "MissingError"
+            return {"ok": False, "missing": is_missing, "error": line if is_missing else f"{name}: {line}"}
 
     def release(self) -> None:
         """Let go of the peer, for the next one in the same process."""

@@ -77,7 +77,6 @@ _MORE = ("fastddpm-compiled-bf16", "openvino-bf16", "lucidrains", "diffusers-com
 _ON_GPU = ("fastddpm-eager", "fastddpm-compiled", "fastddpm-graph", "diffusers", "diffusers-reduced")
 GPU_PEERS = ("reference", *(f"{name}-{precision}" for precision in ("tf32", "bf16") for name in _ON_GPU),
              "reference-tf32")  # fmt: skip
-ALL_PEERS = (*_CORE, *_MORE)
 
 _MNIST_UNET = {"dim": 32, "dim_mults": [1, 2, 3], "channels": 1}
 _CIFAR10_UNET = {"dim": 128, "dim_mults": [1, 2, 2, 2], "channels": 3}

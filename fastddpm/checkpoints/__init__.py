@@ -1,14 +1,14 @@
-"""Loaders for trained checkpoints, one module per dialect: detect → spec → weights."""
+"""Loaders for trained checkpoints, one module per dialect: detect → config → names → spec."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fastddpm.checkpoints import diffusers, diffusers_weights, hub, lucidrains, native, openai, pesser, w86763777
 from fastddpm.checkpoints.base import Checkpoint, CheckpointError
+from fastddpm.checkpoints.dialect import Dialect
 from fastddpm.checkpoints.networks import state_dicts
 from fastddpm.checkpoints.reading import read_file
 
@@ -17,7 +17,12 @@ __all__ = ["SHIPPED", "Checkpoint", "CheckpointError", "load_checkpoint"]
 _PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 SHIPPED = ("mnist",)
 _PARTS = (native.CONFIG_NAME, native.WEIGHTS_NAME, diffusers.INDEX_NAME, diffusers_weights.STEM)
-_FILES = (openai, pesser, w86763777, lucidrains)
+_FILES = (
+    openai.DIALECT,
+    pesser.DIALECT,
+    w86763777.DIALECT,
+    Dialect(lucidrains.NAME, lucidrains.REASON, lucidrains.detect, lucidrains.load),
+)
 # What networks that are not supported have among their keys: pieces of names, all of which must be there.
 _RELATIVES = {
     "a latent diffusion model": ("model.diffusion_model.",),
@@ -119,12 +124,11 @@ def _load_file(path: Path, flags: Mapping[str, object]) -> Checkpoint:
         raise CheckpointError(f"{path} holds {relative}, which is not supported; give another file")
     found = [dialect for dialect in _FILES if dialect.detect(values)]
     if len(found) > 1:
-        reasons = " and ".join(f"{dialect.NAME} ({dialect.REASON})" for dialect in found)
+        reasons = " and ".join(f"{dialect.name} ({dialect.reason})" for dialect in found)
         raise CheckpointError(f"{path} could be {reasons}; keep one network in the file")
     if found:
-        checkpoint: Checkpoint = found[0].load(path, values, flags)
-        return checkpoint
-    known = "; ".join(f"{dialect.NAME}: {dialect.REASON}" for dialect in _FILES)
+        return found[0].load(path, values, flags)
+    known = "; ".join(f"{dialect.name}: {dialect.reason}" for dialect in _FILES)
     raise CheckpointError(f"{path} is of no kind that fastddpm reads ({known}), got {_describe(values)}; give another")
 
 
@@ -137,7 +141,7 @@ def _relative(values: object) -> str | None:
     return None
 
 
-def _describe(values: Any) -> str:  # noqa: ANN401 - whatever a file holds
+def _describe(values: object) -> str:
     if any(name.startswith("down_blocks.") for state in state_dicts(values).values() for name in state):
         return "the weights of diffusers without their config.json, which must lie beside them in a folder"
     if not isinstance(values, Mapping):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,26 @@ class CheckpointError(ValueError):
         """Replace what would break the line or steer a terminal, and shorten what would flood it."""
         text = "".join(character if character.isprintable() else "�" for character in message)
         super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}")
+
+
+@contextlib.contextmanager
+def blamed_on(source: str) -> Iterator[None]:
+    """Values in the block are a file's: what is wrong with them is said of it.
+
+    Args:
+        source: What messages start with.
+
+    Raises:
+        CheckpointError: If the block raises one, or an error of values: something is missing, or out of range.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{source}: {error} is missing; give the whole file") from error
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def check_file(path: Path) -> None:
@@ -59,9 +79,9 @@ class Checkpoint:
     spec: ModelSpec
     dialect: str
     path: Path
-    training: Mapping[str, Any]
+    training: Mapping[str, object]
     reason: str = ""
-    settings: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, tuple[object, str]] = dataclasses.field(default_factory=dict)
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -80,33 +100,36 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
 
 
 def check_weights(
-    shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], source: str
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Mapping[str, Tensor],
+    source: str,
+    remedy: Callable[[list[str]], str] = lambda names: "take both files from the same checkpoint",
 ) -> dict[str, Tensor]:
     """The weights as float32, in the order of `shapes`.
 
     Args:
         shapes: Which tensors there must be, and their shapes.
-        weights: Tensors of any floating-point type.
+        weights: Tensors of any floating-point type; those of 1×1 convolutions may stand for linear layers'.
         source: The file's name for messages.
+        remedy: The names of the first tensors that do not fit → how to mend it.
 
     Raises:
         CheckpointError: If names or shapes differ, or a value is not a finite number.
     """
-    problems = [f"{name} is missing" for name in shapes if name not in weights]
-    problems += [f"{name} is unknown" for name in weights if name not in shapes]
-    problems += [
-        f"{name} has shape {list(weights[name].shape)}, expected {list(shape)}"
-        for name, shape in shapes.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    problems += [f"{name} holds {value.dtype}" for name, value in weights.items() if not value.is_floating_point()]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"{source}: weights do not fit the configuration: {'; '.join(problems[:3])}{more}; "
-            "take both files from the same checkpoint"
-        )
-    converted = {name: weights[name].to(torch.float32) for name in shapes}
+    odd = {name: "is missing" for name in shapes if name not in weights}
+    odd |= {name: "is left over" for name in weights if name not in shapes}
+    for name, shape in shapes.items():
+        if name in weights:
+            found = tuple(weights[name].shape)
+            if found != (*shape, *(1,) * (len(found) - len(shape))):
+                odd[name] = f"must have shape {list(shape)}, got {list(found)}"
+            elif not weights[name].is_floating_point():
+                odd[name] = f"must hold floats, got {weights[name].dtype}"
+    if odd:
+        first, more = list(odd)[:3], f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        named = "; ".join(f"{name} {odd[name]}" for name in first)
+        raise CheckpointError(f"{source}: weights do not fit: {named}{more}; {remedy(first)}")
+    converted = {name: weights[name].to(torch.float32).reshape(shape) for name, shape in shapes.items()}
     broken = [name for name, value in converted.items() if not bool(torch.isfinite(value).all())]
     if broken:
         noun = "tensor holds" if len(broken) == 1 else "tensors hold"

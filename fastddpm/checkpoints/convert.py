@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -76,7 +76,7 @@ def check_destination(target: Path, force: bool) -> None:
     check_writable(target)
 
 
-def write_folder(target: Path, checkpoint: Checkpoint, dtype: Dtype, training: Mapping[str, Any]) -> None:
+def write_folder(target: Path, checkpoint: Checkpoint, dtype: Dtype, training: Mapping[str, object]) -> None:
     """Write beside the target first, and put it in place when it is whole.
 
     Raises:
@@ -84,14 +84,8 @@ def write_folder(target: Path, checkpoint: Checkpoint, dtype: Dtype, training: M
     """
     target = Path(os.path.realpath(target))  # a link to a folder stands for the folder
     with temporary_folder(target) as temporary:
-        native.save(
-            temporary,
-            checkpoint.network,
-            checkpoint.schedule,
-            checkpoint.spec,
-            dtype=_DTYPES[dtype],
-            training=training,
-        )
+        parts = checkpoint.network, checkpoint.schedule, checkpoint.spec
+        native.save(temporary, *parts, dtype=_DTYPES[dtype], training=training)
         if target.is_dir() and any(target.iterdir()):
             # In this order, so that a folder left half-way is no checkpoint at all, rather than two mixed.
             (target / native.CONFIG_NAME).unlink(missing_ok=True)
@@ -113,10 +107,10 @@ def _check_range(checkpoint: Checkpoint, dtype: Dtype) -> None:
             )
 
 
-def _history(checkpoint: Checkpoint, source: str | os.PathLike[str], flags: Mapping[str, object]) -> dict[str, Any]:
+def _history(checkpoint: Checkpoint, source: str | os.PathLike[str], flags: Mapping[str, object]) -> dict[str, object]:
     """How the copy came about, as JSON: where from, and with which flags."""
     given = {name: _plain(value) for name, value in flags.items() if not name.startswith("_")}
-    origin: dict[str, Any] = {"dialect": checkpoint.dialect, "name": Path(source).name, "flags": given}
+    origin: dict[str, object] = {"dialect": checkpoint.dialect, "name": Path(source).name, "flags": given}
     return {**checkpoint.training, "converted_from": origin}
 
 

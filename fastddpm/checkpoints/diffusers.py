@@ -5,16 +5,18 @@ config.json and scheduler_config.json determine everything. What they leave out 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_channels
-from fastddpm.checkpoints.diffusers_scheduler import SCHEDULER_FLAGS, Scheduler, read_scheduler
-from fastddpm.checkpoints.diffusers_unet import DEFAULTS, load_network, network_from, unet_config
+from fastddpm.checkpoints.base import Checkpoint, CheckpointError, blamed_on, check_channels
+from fastddpm.checkpoints.diffusers_scheduler import SCHEDULER_FLAGS, read_scheduler
+from fastddpm.checkpoints.diffusers_unet import UNet2DConfig, load_network, network_from
 from fastddpm.checkpoints.diffusers_weights import check_variant, read_weights
 from fastddpm.checkpoints.flags import Flags, classes_of
 from fastddpm.checkpoints.native import read_json
+from fastddpm.common.records import read_record
 from fastddpm.nets.unet import UNetConfig
 from fastddpm.process.spec import ModelSpec
 
@@ -68,12 +70,12 @@ def load(path: Path, given: Mapping[str, object]) -> Checkpoint:
     check_pipeline(path)
     folder = _network_folder(path, flags)
     config = _unet_config(folder / CONFIG_NAME, flags)
-    scheduler = read_scheduler(path, flags)
-    spec = _spec(config, scheduler, flags)
+    schedule, conventions = read_scheduler(path, flags)
+    spec = _spec(config, conventions, flags)
     state, weights = read_weights(folder, check_variant(flags.given(["variant"]).get("variant"), source))
     flags.note("weights", str(weights.relative_to(path)), "file")
     network = load_network(config, state, f"{weights}, taken for {NAME} ({reason})")
-    return Checkpoint(network, scheduler.schedule, spec, NAME, path, {}, reason, flags.settings())
+    return Checkpoint(network, schedule, spec, NAME, path, {}, reason, flags.settings())
 
 
 def check_pipeline(path: Path) -> None:
@@ -118,35 +120,33 @@ def _unet_config(path: Path, flags: Flags) -> UNetConfig:
     if values.get("_class_name") != "UNet2DModel":
         got = values.get("_class_name")
         raise CheckpointError(f"{path}: the network must be a UNet2DModel, got {got}, which is not supported")
-    _check_sample_size(values.get("sample_size"), flags)
-    for name, default in DEFAULTS.items():
-        if name != "sample_size":
-            flags.note(name, values.get(name, default), "file" if name in values else "default")
-    if "image_size" not in flags and "sample_size" not in flags:
-        return unet_config(values, str(path))
-    widths = values.get("block_out_channels", DEFAULTS["block_out_channels"])
-    size = flags.size(("image_size", "sample_size"), len(widths) if isinstance(widths, list) else 1)
-    return unet_config({**values, "sample_size": size}, str(path))
+    with blamed_on(str(path)):
+        config = read_record(UNet2DConfig, values, more=True)
+        _check_sample_size(config.sample_size, flags)
+        flags.note_all({name: vars(config)[name] for name in vars(config) if name != "sample_size"}, values, "file")
+        if "image_size" in flags or "sample_size" in flags:
+            size = flags.size(("image_size", "sample_size"), len(config.block_out_channels))
+            config = dataclasses.replace(config, sample_size=size)
+        structure = config.structure()
+    return structure
 
 
-def _check_sample_size(size: object, flags: Flags) -> None:
+def _check_sample_size(size: int | tuple[int, int] | None, flags: Flags) -> None:
     """Ask for the size of pictures where the configuration has none, and compare where both say it."""
     if size is None:
         if "image_size" not in flags:
             flags.require("sample_size")
         return
-    pair = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    pair = size if isinstance(size, tuple) else (size, size)
     if "sample_size" in flags and flags.size(("sample_size",), 1) != pair:
         raise flags.wrong("sample_size", f"{size}, as {CONFIG_NAME} has it (image_size= draws pictures of another)")
     flags.note("sample_size", size, "file")
 
 
-def _spec(config: UNetConfig, scheduler: Scheduler, flags: Flags) -> ModelSpec:
-    try:
-        conventions: dict[str, Any] = {**scheduler.conventions, **classes_of(config.num_classes, flags)}
-        spec = ModelSpec((config.in_channels, *config.sample_size), **conventions)
-    except ValueError as error:
-        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{flags.source}: {error}") from error
+def _spec(config: UNetConfig, conventions: dict[str, Any], flags: Flags) -> ModelSpec:
+    with blamed_on(flags.source):
+        classes = classes_of(config.num_classes, flags)
+        spec = ModelSpec((config.in_channels, *config.sample_size), **conventions, **classes)
     wanted = config.in_channels * (2 if spec.learned_variance else 1)
     check_channels(flags.source, config.in_channels, config.out_channels, config.in_channels, 2 * config.in_channels)
     if config.out_channels != wanted:

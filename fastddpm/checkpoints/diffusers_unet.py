@@ -2,60 +2,118 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
-from fastddpm.checkpoints.base import CheckpointError
+from fastddpm.checkpoints.base import blamed_on
 from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
+from fastddpm.common.records import Record, Within, read_record
 from fastddpm.nets.unet import UNet, UNetConfig
 
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 _DOWN = {"DownBlock2D": (False, False), "AttnDownBlock2D": (True, None), "ResnetDownsampleBlock2D": (False, True)}
 _UP = {"UpBlock2D": (False, False), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, True)}
-# UNet2DModel's own defaults, for configurations that leave an entry out.
-DEFAULTS: dict[str, Any] = {
-    "sample_size": None,
-    "in_channels": 3,
-    "out_channels": 3,
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-    "mid_block_type": "UNetMidBlock2D",
-    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [224, 448, 672, 896],
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "downsample_padding": 1,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "dropout": 0.0,
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-    "attn_norm_num_groups": None,
-    "norm_eps": 1e-5,
-    "resnet_time_scale_shift": "default",
-    "add_attention": True,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-}
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "center_input_sample": (False, True),
-    "time_embedding_type": ("positional",),
-    "mid_block_type": ("UNetMidBlock2D",),
-    "downsample_padding": (0, 1),
-    "downsample_type": ("conv", "resnet", None),
-    "upsample_type": ("conv", "resnet", None),
-    "act_fn": ("silu", "swish"),
-    "resnet_time_scale_shift": ("default", "scale_shift"),
-    "class_embed_type": (None,),
-}
+_Side = Annotated[int, Within(1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet2DConfig(Record):
+    """What UNet2DModel's configuration holds, in the library's names and with its defaults; None is null."""
+
+    REMEDY = "nothing else is supported"
+
+    sample_size: _Side | tuple[_Side, _Side] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    center_input_sample: bool = False
+    time_embedding_type: Literal["positional"] = "positional"
+    time_embedding_dim: int | None = None
+    freq_shift: float = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    mid_block_type: Literal["UNetMidBlock2D"] = "UNetMidBlock2D"
+    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2
+    mid_block_scale_factor: float = 1
+    downsample_padding: Literal[0, 1] = 1
+    downsample_type: Literal["conv", "resnet"] | None = "conv"
+    upsample_type: Literal["conv", "resnet"] | None = "conv"
+    dropout: float = 0.0
+    act_fn: Literal["silu", "swish"] = "silu"
+    attention_head_dim: int | None = 8
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    add_attention: bool = True
+    class_embed_type: None = None
+    num_class_embeds: int | None = None
+
+    def structure(self, sample_size: int | None = None) -> UNetConfig:
+        """Our configuration.
+
+        Args:
+            sample_size: Height and width of a picture, where there is none.
+
+        Raises:
+            ValueError: An option is out of range, there is not one of each for every level, or a block is unknown.
+        """
+        size, channels = self.sample_size or sample_size, self.block_out_channels
+        if size is None:
+            raise ValueError("sample_size must be an integer or two, got null; give the pictures' height and width")
+        down = _levels("down_block_types", self.down_block_types, _DOWN, self.downsample_type)
+        up = list(reversed(_levels("up_block_types", self.up_block_types, _UP, self.upsample_type)))
+        if not len(down) == len(up) == len(channels):
+            raise ValueError(
+                "block_out_channels, down_block_types and up_block_types must have one entry per level, got "
+                f"{len(channels)}, {len(down)} and {len(up)}; mend the file"
+            )
+        default_norm, groups = self.resnet_time_scale_shift == "default", self.attn_norm_num_groups
+        return UNetConfig(
+            sample_size=size if isinstance(size, tuple) else (size, size),
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            channels=channels,
+            time_channels=self.time_embedding_dim or None,
+            layers=self.layers_per_block,
+            attention=tuple(attends for attends, _ in down),
+            up_attention=tuple(attends for attends, _ in up),
+            resblock_down=tuple(in_block for _, in_block in down),
+            resblock_up=tuple(in_block for _, in_block in up),
+            mid_attention=self.add_attention,
+            mid_attention_norm=default_norm or groups is not None,
+            mid_attention_groups=groups,
+            mid_scale=self.mid_block_scale_factor,
+            head_channels=self.attention_head_dim,  # null is one head at each width, which is our default
+            norm_groups=self.norm_num_groups,
+            norm_eps=self.norm_eps,
+            dropout=self.dropout,
+            scale_shift=not default_norm,
+            downsample_padding="asymmetric" if self.downsample_padding == 0 else "symmetric",
+            num_classes=self.num_class_embeds,
+            center_input=self.center_input_sample,
+            embedding="cos_sin" if self.flip_sin_to_cos else "sin_cos",
+            embedding_shift=self.freq_shift,
+        )
+
+
+def _levels(
+    name: str, blocks: Sequence[str], known: Mapping[str, tuple[bool, bool | None]], kind: str | None
+) -> list[tuple[bool, bool]]:
+    """For each level whether it has attention, and whether its change of resolution is a ResBlock."""
+    levels = []
+    for block in blocks:
+        block = block.removeprefix("UNetRes")  # the oldest files' names
+        if block not in known:
+            raise ValueError(f"{name} must be among {', '.join(known)}, got {block!r}, which is not supported")
+        attends, in_block = known[block]
+        levels.append((attends, kind == "resnet" if in_block is None else in_block))
+    return levels
 
 
 def network_from(
@@ -102,82 +160,9 @@ def unet_config(given: Mapping[str, Any], source: str, sample_size: int | None =
     Raises:
         CheckpointError: If an option is missing, wrong or not supported; it is named.
     """
-    values = {**DEFAULTS, **given}
-    for name, allowed in _ONLY.items():
-        if values[name] not in allowed:
-            raise CheckpointError(
-                f"{source}: {name} must be {' or '.join(map(repr, allowed))}, got {values[name]!r}: not supported"
-            )
-    if values["sample_size"] is None:
-        values["sample_size"] = sample_size
-    try:
-        return UNetConfig(**_structure(values, source))
-    except (TypeError, ValueError) as error:
-        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{source}: {error}") from error
-
-
-def _structure(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The arguments of our configuration."""
-    size, channels = values["sample_size"], _list(values, "block_out_channels", source)
-    down = _levels(values, "down_block_types", _DOWN, values["downsample_type"], source)
-    up = list(reversed(_levels(values, "up_block_types", _UP, values["upsample_type"], source)))
-    if not len(down) == len(up) == len(channels):
-        raise CheckpointError(
-            f"{source}: block_out_channels, down_block_types and up_block_types must have one entry per level, got "
-            f"{len(channels)}, {len(down)} and {len(up)}; mend the file"
-        )
-    default_norm = values["resnet_time_scale_shift"] == "default"
-    groups = values["attn_norm_num_groups"]
-    return {
-        "sample_size": tuple(size) if isinstance(size, (list, tuple)) else (size, size),
-        "in_channels": values["in_channels"],
-        "out_channels": values["out_channels"],
-        "channels": tuple(channels),
-        "time_channels": values["time_embedding_dim"] or None,
-        "layers": values["layers_per_block"],
-        "attention": tuple(attends for attends, _ in down),
-        "up_attention": tuple(attends for attends, _ in up),
-        "resblock_down": tuple(in_block for _, in_block in down),
-        "resblock_up": tuple(in_block for _, in_block in up),
-        "mid_attention": values["add_attention"],
-        "mid_attention_norm": default_norm or groups is not None,
-        "mid_attention_groups": groups,
-        "mid_scale": values["mid_block_scale_factor"],
-        "head_channels": values["attention_head_dim"],  # null is one head at each width, which is our default
-        "norm_groups": values["norm_num_groups"],
-        "norm_eps": values["norm_eps"],
-        "dropout": values["dropout"],
-        "scale_shift": not default_norm,
-        "downsample_padding": "asymmetric" if values["downsample_padding"] == 0 else "symmetric",
-        "num_classes": values["num_class_embeds"],
-        "center_input": values["center_input_sample"],
-        "embedding": "cos_sin" if values["flip_sin_to_cos"] else "sin_cos",
-        "embedding_shift": values["freq_shift"],
-    }
-
-
-def _levels(
-    values: Mapping[str, Any], name: str, known: Mapping[str, tuple[bool, bool | None]], kind: str | None, source: str
-) -> list[tuple[bool, bool]]:
-    """For each level whether it has attention, and whether its change of resolution is a ResBlock."""
-    levels = []
-    for block in _list(values, name, source):
-        block = block.removeprefix("UNetRes") if isinstance(block, str) else block  # the oldest files' names
-        if not isinstance(block, str) or block not in known:
-            raise CheckpointError(
-                f"{source}: {name} must be among {', '.join(known)}, got {block!r}, which is not supported"
-            )
-        attends, in_block = known[block]
-        levels.append((attends, kind == "resnet" if in_block is None else in_block))
-    return levels
-
-
-def _list(values: Mapping[str, Any], name: str, source: str) -> list[Any]:
-    if not isinstance(values[name], (list, tuple)) or not values[name]:
-        raise CheckpointError(
-            f"{source}: {name} must be a list with one entry per level, got {values[name]!r}; mend it"
-        )
-    return list(values[name])
+    with blamed_on(source):
+        structure = read_record(UNet2DConfig, given, more=True).structure(sample_size)
+    return structure
 
 
 def _renamed_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -225,26 +210,10 @@ def _names(config: UNetConfig) -> Names:
         return f"{block}.{'attentions' if kind == 'attention' else 'resnets'}.{i}"
 
     return Names(
-        fixed={
-            "time_mlp.0": "time_embedding.linear_1",
-            "time_mlp.2": "time_embedding.linear_2",
-            "label_embedding": "class_embedding",
-            "stem": "conv_in",
-            "norm_out": "conv_norm_out",
-            "conv_out": "conv_out",
-        },
-        block={
-            "norm1": "norm1",
-            "conv1": "conv1",
-            "time": "time_emb_proj",
-            "norm2": "norm2",
-            "conv2": "conv2",
-            "skip": "conv_shortcut",
-        },
-        norm="group_norm",
-        qkv=("to_q", "to_k", "to_v"),
-        out="to_out.0",
-        down_conv="conv",
-        up_conv="conv",
-        place=place,
-    )
+        fixed={"time_mlp.0": "time_embedding.linear_1", "time_mlp.2": "time_embedding.linear_2",
+               "label_embedding": "class_embedding", "stem": "conv_in", "norm_out": "conv_norm_out",
+               "conv_out": "conv_out"},
+        block={"norm1": "norm1", "conv1": "conv1", "time": "time_emb_proj", "norm2": "norm2", "conv2": "conv2",
+               "skip": "conv_shortcut"},
+        norm="group_norm", qkv=("to_q", "to_k", "to_v"), out="to_out.0", down_conv="conv", up_conv="conv", place=place,
+    )  # fmt: skip

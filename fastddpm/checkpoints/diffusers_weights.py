@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -132,7 +131,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return state
 
 
-def _shard_names(weight_map: Any) -> list[str]:  # noqa: ANN401 - raw JSON
+def _shard_names(weight_map: object) -> list[str]:
     """The files of an index in order, or none if they are not plain names of files beside it."""
     if not isinstance(weight_map, dict):
         return []

@@ -94,6 +94,11 @@ class Flags:
         """Remember for `settings` what the loader read elsewhere."""
         self._settings[name] = (value, origin)
 
+    def note_all(self, defaults: Mapping[str, object], given: Mapping[str, object], origin: str) -> None:
+        """The same for several, of which those that are `given` are of this origin."""
+        for name, default in defaults.items():
+            self.note(name, given.get(name, default), origin if name in given else "default")
+
     def given(self, names: Collection[str]) -> dict[str, object]:
         """Those of `names` that are given, unchecked."""
         return {name: value for name, value in self._values.items() if name in names}

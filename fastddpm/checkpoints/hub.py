@@ -16,6 +16,7 @@ from fastddpm.checkpoints import diffusers, native
 from fastddpm.checkpoints.base import CheckpointError
 from fastddpm.checkpoints.diffusers_scheduler import SCHEDULER_NAME
 from fastddpm.checkpoints.diffusers_weights import check_variant, choose_weights, missing_weights, shards_of
+from fastddpm.common.wording import first_line
 
 _ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<file>(?:/[\w.+=-]+)*)(?:@(?P<revision>[\w./-]+))?"
@@ -154,41 +155,33 @@ def _download(wanted: HubId, files: Sequence[str]) -> Path:
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, a cache that cannot be written
             raise
         raise CheckpointError(
-            f"{wanted}: fetching it from the Hub failed ({_first_line(error)}); run the same again, it goes on"
+            f"{wanted}: fetching it from the Hub failed ({first_line(error)}); run the same again, it goes on"
         ) from error
 
 
 def _cached(wanted: HubId) -> Path:
     """What the cache has of a repository: its folder, or the one file."""
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    missing = CheckpointError(_unreachable(wanted, constants.HF_HUB_OFFLINE))
     try:
         root = Path(snapshot_download(wanted.repo, revision=wanted.revision, local_files_only=True))
-    except errors.LocalEntryNotFoundError as error:
+    except Exception as error:
         # A copy that is known to lack files, which is what fetching only some of them makes.
         partial = getattr(error, "snapshot_path", None)
         if partial is None:
-            raise CheckpointError(_unreachable(wanted, constants.HF_HUB_OFFLINE)) from error
+            raise missing from error
         root = Path(partial)
-    except Exception as error:
-        raise CheckpointError(_unreachable(wanted, constants.HF_HUB_OFFLINE)) from error
-    if wanted.file is not None:
-        if not (root / wanted.file).is_file():
-            raise CheckpointError(_unreachable(wanted, constants.HF_HUB_OFFLINE))
-        return root / wanted.file
-    if not any((root / name).is_file() for name in _CONFIGS):
-        there = sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES)
-        if len(there) != 1:
-            raise CheckpointError(_unreachable(wanted, constants.HF_HUB_OFFLINE))
-        return there[0]
-    return root
+    if wanted.file is None and any((root / name).is_file() for name in _CONFIGS):
+        return root
+    named = [root / wanted.file] if wanted.file else [path for path in root.rglob("*") if path.suffix in _SUFFIXES]
+    found = [path for path in named if path.is_file()]
+    if len(found) != 1:
+        raise missing
+    return found[0]
 
 
 def _unreachable(wanted: HubId, offline: bool) -> str:
     why = "HF_HUB_OFFLINE is set" if offline else "the Hugging Face Hub cannot be reached"
     remedy = "unset it" if offline else "connect to the network"
     return f"no checkpoint at {wanted}; {why}, and the cache has no such repository: {remedy}, or give a path on disk"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

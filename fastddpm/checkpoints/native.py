@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_file, check_weights, load_weights
+from fastddpm.checkpoints.base import Checkpoint, CheckpointError, blamed_on, check_file, check_weights, load_weights
 from fastddpm.checkpoints.flags import Flags, classes_of
 from fastddpm.checkpoints.lucidrains_package import Module, PackageUNet
 from fastddpm.checkpoints.lucidrains_schedule import BUFFERS, RoundedSchedule
@@ -66,7 +66,7 @@ def load(path: Path, given: Mapping[str, object] | None = None) -> Checkpoint:
         raise CheckpointError(
             f"{path / CONFIG_NAME}: format_version must be {FORMAT_VERSION}, got {version!r}; update fastddpm"
         )
-    try:
+    with blamed_on(str(path / CONFIG_NAME)):
         schedule = NoiseSchedule.from_config(config["schedule"])
         spec = ModelSpec.from_dict(config["spec"])
         flags = Flags(str(path), given or {}, FLAGS)
@@ -82,12 +82,6 @@ def load(path: Path, given: Mapping[str, object] | None = None) -> Checkpoint:
         if "null_class" in flags and spec.null_class is None:
             spec = dataclasses.replace(spec, class_names=None, **classes_of(rows, flags))
         flags.agree(null_class=spec.null_class)
-    except CheckpointError:
-        raise
-    except KeyError as error:
-        raise CheckpointError(f"{path / CONFIG_NAME}: the entry {error} is missing; write the file again") from error
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path / CONFIG_NAME}: {error}") from error
     weights, source = read_safetensors(path / WEIGHTS_NAME), str(path / WEIGHTS_NAME)
     if isinstance(network, PackageUNet):
         schedule = _rounded_schedule(schedule, weights, source)
@@ -149,10 +143,9 @@ def _rounded_schedule(exact: NoiseSchedule, weights: dict[str, Tensor], source: 
     odd = [name for name, value in arrays.items() if value.shape != (exact.T,) or value.dtype != torch.float32]
     if odd:
         raise CheckpointError(f"{source}: {_ARRAY}{odd[0]} must hold {exact.T} float32 numbers; write it again")
-    try:
-        return RoundedSchedule.of(exact, arrays)
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+    with blamed_on(source):
+        schedule = RoundedSchedule.of(exact, arrays)
+    return schedule
 
 
 def check_agreement(unet: UNetConfig, spec: ModelSpec) -> None:

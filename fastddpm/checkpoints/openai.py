@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
-from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_channels
+from fastddpm.checkpoints.base import CheckpointError, check_channels
+from fastddpm.checkpoints.dialect import UNetDialect
 from fastddpm.checkpoints.flags import Flags, classes_of, level_sizes
-from fastddpm.checkpoints.networks import choose_network, find_networks, training_of
 from fastddpm.checkpoints.openai_presets import PRESETS, RELATIVES
 from fastddpm.checkpoints.reading import highest_index
-from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
+from fastddpm.checkpoints.renaming import Kind, Names, Part
 from fastddpm.nets.unet import UNetConfig
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec, Variance
 from fastddpm.process.timesteps import respace
 
-NAME = "openai"
-REASON = "keys time_embed and input_blocks"
-_ENTRIES = ("time_embed.0.weight", "input_blocks.0.0.weight")
 _GUIDED_ONLY = ("num_head_channels", "resblock_updown", "use_fp16")
 _REQUIRED = ("image_size", "diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart")
 # What the weights tell: accepted, and compared with them.
@@ -32,63 +28,9 @@ _HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_atten
 FLAGS = (*_REQUIRED, *_HEADS, "sigma_small", "timestep_respacing", "null_class", "model", *_DERIVED, *_TRAINING)
 
 
-def detect(values: object) -> bool:
-    """Whether the contents of a file are such weights."""
-    return bool(find_networks(values, *_ENTRIES))
-
-
-def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
-    """Make the network, its schedule and conventions from a file's contents and the flags.
-
-    Of several networks in the file it takes the averaged weights; the flag `model` picks another by its name.
-
-    Raises:
-        CheckpointError: If the weights are not whole, or flags are missing, unknown or wrong.
-    """
-    source = f"{path}, taken for {NAME} ({REASON})"
-    _refuse_presets(source, given.get("preset"))
-    flags = Flags(source, given, FLAGS, PRESETS)
-    name, state = choose_network(find_networks(values, *_ENTRIES), flags)
-    source = flags.source
-    _refuse_relatives(state, source)
-    learned = _learns_sigma(state, flags)
-    _require(flags, state, learned)
-    config = _config(state, flags)
-    try:
-        T = flags.integer("diffusion_steps")
-        spec = ModelSpec(
-            (config.in_channels, *config.sample_size),
-            prediction="x_start" if flags.boolean("predict_xstart") else "eps",
-            variance="learned_range" if learned else _fixed_variance(flags),
-            **classes_of(config.num_classes, flags),
-            time_scale=1000.0 / T if flags.boolean("rescale_timesteps") else 1.0,
-            respacing=flags.text("timestep_respacing", ""),
-            to_bytes="truncate",
-        )
-        if spec.respacing:
-            respace(T, spec.respacing)
-        schedule = _schedule(flags.choice("noise_schedule", ("linear", "cosine")), T)
-    except (ValueError, TypeError) as error:
-        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{source}: {error}") from error
-    network = load_renamed(config, _names(config), state, source)
-    training = training_of(values, name)
-    return Checkpoint(network, schedule, spec, NAME, path, training, REASON, flags.settings())
-
-
-def _schedule(name: str, T: int) -> NoiseSchedule:
-    if name == "cosine":
-        return NoiseSchedule.cosine(T)
-    return NoiseSchedule.linear(T, 1000.0 / T * 1e-4, 1000.0 / T * 0.02)
-
-
 def _fixed_variance(flags: Flags) -> Variance:
     """guided-diffusion has no flag for it and always takes the large one."""
     return "fixed_small" if flags.boolean("sigma_small", False) else "fixed_large"
-
-
-def _refuse_presets(source: str, preset: object) -> None:
-    if isinstance(preset, str) and preset in RELATIVES:
-        raise CheckpointError(f"{source}: {preset} is {RELATIVES[preset]}, which is not supported; give a U-Net")
 
 
 def _refuse_relatives(state: Mapping[str, Tensor], source: str) -> None:
@@ -162,51 +104,47 @@ def _layers(state: Mapping[str, Tensor], entries: int) -> int:
 
 def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
     """The structure, from the weights' names and shapes and the flags for the heads."""
+    _refuse_relatives(state, flags.source)
+    _require(flags, state, _learns_sigma(state, flags))
     entries = highest_index(state, "input_blocks.") + 1
     layers = _layers(state, entries)
     levels = max(1, entries // (layers + 1))
     firsts = [1 + level * (layers + 1) for level in range(levels)]
     size = flags.size(("image_size",), levels)
-    try:
-        stem, base = state["input_blocks.0.0.weight"].shape, state["time_embed.0.weight"].shape[1]
-        channels = tuple(state[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in firsts)
-        attention = tuple(f"input_blocks.{n}.1.qkv.weight" in state for n in firsts)
-        ups = highest_index(state, "output_blocks.") + 1
-        up_attention = tuple(f"output_blocks.{ups - 1 - level * (layers + 1)}.1.qkv.weight" in state
-                             for level in range(levels))  # fmt: skip
-        widths = state["input_blocks.1.0.emb_layers.1.weight"].shape[0], channels[0]
-        new_order = flags.boolean("use_new_attention_order", False)
-        up_heads = flags.integer("num_heads_upsample", -1, least=-1)
-        head_channels = flags.integer("num_head_channels", -1, least=-1)
-        config = UNetConfig(
-            sample_size=size,
-            in_channels=stem[1],
-            out_channels=state["out.2.weight"].shape[0],
-            channels=channels,
-            stem_channels=stem[0],
-            embedding_channels=base,
-            time_channels=state["time_embed.0.weight"].shape[0],
-            layers=layers,
-            attention=attention,
-            up_attention=up_attention,
-            num_heads=1 if head_channels != -1 else flags.integer("num_heads"),
-            up_num_heads=None if up_heads == -1 or head_channels != -1 else up_heads,
-            head_channels=None if head_channels == -1 else head_channels,
-            attention_order="qkv_heads" if new_order else "heads_qkv",
-            norm_groups=32,
-            norm_eps=1e-5,
-            scale_shift=widths[0] == 2 * widths[1],
-            resblock_updown=_resblock_updown(state),
-            conv_resample=levels == 1 or f"input_blocks.{layers + 1}.0.op.weight" in state,
-            num_classes=state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None,
-            embedding="cos_sin",
-            embedding_shift=0.0,
-        )
-    except (KeyError, IndexError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{flags.source}: {what}; give the whole state dict and the flags of training") from error
+    stem, base = state["input_blocks.0.0.weight"].shape, state["time_embed.0.weight"].shape[1]
+    channels = tuple(state[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in firsts)
+    attention = tuple(f"input_blocks.{n}.1.qkv.weight" in state for n in firsts)
+    ups = highest_index(state, "output_blocks.") + 1
+    up_attention = tuple(f"output_blocks.{ups - 1 - level * (layers + 1)}.1.qkv.weight" in state
+                         for level in range(levels))  # fmt: skip
+    widths = state["input_blocks.1.0.emb_layers.1.weight"].shape[0], channels[0]
+    new_order = flags.boolean("use_new_attention_order", False)
+    up_heads = flags.integer("num_heads_upsample", -1, least=-1)
+    head_channels = flags.integer("num_head_channels", -1, least=-1)
+    config = UNetConfig(
+        sample_size=size,
+        in_channels=stem[1],
+        out_channels=state["out.2.weight"].shape[0],
+        channels=channels,
+        stem_channels=stem[0],
+        embedding_channels=base,
+        time_channels=state["time_embed.0.weight"].shape[0],
+        layers=layers,
+        attention=attention,
+        up_attention=up_attention,
+        num_heads=1 if head_channels != -1 else flags.integer("num_heads"),
+        up_num_heads=None if up_heads == -1 or head_channels != -1 else up_heads,
+        head_channels=None if head_channels == -1 else head_channels,
+        attention_order="qkv_heads" if new_order else "heads_qkv",
+        norm_groups=32,
+        norm_eps=1e-5,
+        scale_shift=widths[0] == 2 * widths[1],
+        resblock_updown=_resblock_updown(state),
+        conv_resample=levels == 1 or f"input_blocks.{layers + 1}.0.op.weight" in state,
+        num_classes=state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None,
+        embedding="cos_sin",
+        embedding_shift=0.0,
+    )
     flags.agree(
         num_channels=base,
         num_res_blocks=layers,
@@ -218,6 +156,24 @@ def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
     )
     flags.agree_attention("attention_resolutions", attention, *level_sizes(size, levels))
     return config
+
+
+def _process(config: UNetConfig, state: Mapping[str, Tensor], flags: Flags) -> tuple[NoiseSchedule, ModelSpec]:
+    T, learned = flags.integer("diffusion_steps"), config.out_channels != config.in_channels
+    spec = ModelSpec(
+        (config.in_channels, *config.sample_size),
+        prediction="x_start" if flags.boolean("predict_xstart") else "eps",
+        variance="learned_range" if learned else _fixed_variance(flags),
+        **classes_of(config.num_classes, flags),
+        time_scale=1000.0 / T if flags.boolean("rescale_timesteps") else 1.0,
+        respacing=flags.text("timestep_respacing", ""),
+        to_bytes="truncate",
+    )
+    if spec.respacing:
+        respace(T, spec.respacing)
+    if flags.choice("noise_schedule", ("linear", "cosine")) == "cosine":
+        return NoiseSchedule.cosine(T), spec
+    return NoiseSchedule.linear(T, 1000.0 / T * 1e-4, 1000.0 / T * 0.02), spec
 
 
 def _names(config: UNetConfig) -> Names:
@@ -235,26 +191,22 @@ def _names(config: UNetConfig) -> Names:
         return f"output_blocks.{entry + i}.{1 if kind == 'attention' else 0}"
 
     return Names(
-        fixed={
-            "time_mlp.0": "time_embed.0",
-            "time_mlp.2": "time_embed.2",
-            "label_embedding": "label_emb",
-            "stem": "input_blocks.0.0",
-            "norm_out": "out.0",
-            "conv_out": "out.2",
-        },
-        block={
-            "norm1": "in_layers.0",
-            "conv1": "in_layers.2",
-            "time": "emb_layers.1",
-            "norm2": "out_layers.0",
-            "conv2": "out_layers.3",
-            "skip": "skip_connection",
-        },
-        norm="norm",
-        qkv=("qkv",),
-        out="proj_out",
-        down_conv="op",
-        up_conv="conv",
-        place=place,
-    )
+        fixed={"time_mlp.0": "time_embed.0", "time_mlp.2": "time_embed.2", "label_embedding": "label_emb",
+               "stem": "input_blocks.0.0", "norm_out": "out.0", "conv_out": "out.2"},
+        block={"norm1": "in_layers.0", "conv1": "in_layers.2", "time": "emb_layers.1", "norm2": "out_layers.0",
+               "conv2": "out_layers.3", "skip": "skip_connection"},
+        norm="norm", qkv=("qkv",), out="proj_out", down_conv="op", up_conv="conv", place=place,
+    )  # fmt: skip
+
+
+DIALECT = UNetDialect(
+    name="openai",
+    reason="keys time_embed and input_blocks",
+    entries=("time_embed.0.weight", "input_blocks.0.0.weight"),
+    flags=FLAGS,
+    config=_config,
+    process=_process,
+    names=_names,
+    presets=PRESETS,
+    relatives=RELATIVES,
+)

@@ -6,23 +6,19 @@ ermongroup/ddim trains the same network; its ckpt.pth is a list [model, optimize
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_channels
+from fastddpm.checkpoints.base import check_channels
+from fastddpm.checkpoints.dialect import UNetDialect
 from fastddpm.checkpoints.flags import Flags, level_sizes
-from fastddpm.checkpoints.networks import choose_network, find_networks, training_of
 from fastddpm.checkpoints.reading import highest_index
-from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
+from fastddpm.checkpoints.renaming import Kind, Names, Part
 from fastddpm.nets.unet import UNetConfig
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 
-NAME = "pesser"
-REASON = "keys temb.dense and down.0.block"
-_ENTRIES = ("temb.dense.0.weight", "down.0.block.0.norm1.weight")
 _SCHEDULES = ("quad", "linear", "warmup10", "warmup50", "const", "jsd", "sigmoid")
 _DIFFUSION = ("beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps", "model_var_type")
 _MODEL = ("resolution", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout")
@@ -39,69 +35,31 @@ PRESETS: dict[str, dict[str, object]] = {
 PRESETS |= {f"ema_{name}": flags for name, flags in PRESETS.items()}
 
 
-def detect(values: object) -> bool:
-    """Whether the contents of a file are such weights."""
-    return bool(find_networks(values, *_ENTRIES))
-
-
-def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
-    """Make the network, its schedule and conventions from a file's contents and the flags.
-
-    Of several networks in the file it takes the averaged weights; the flag `model` picks another by its name.
-
-    Raises:
-        CheckpointError: If the weights are not whole, or flags are missing, unknown or wrong.
-    """
-    source = f"{path}, taken for {NAME} ({REASON})"
-    flags = Flags(source, given, FLAGS, PRESETS)
-    name, state = choose_network(find_networks(values, *_ENTRIES), flags)
-    source = flags.source
-    flags.require(*(() if "image_size" in flags else ("resolution",)), *_DIFFUSION)
-    config = _config(state, flags)
-    try:
-        schedule = _schedule(flags)
-        variance = flags.choice("model_var_type", ("fixedlarge", "fixedsmall"))
-        spec = ModelSpec(
-            (config.in_channels, *config.sample_size),
-            variance="fixed_large" if variance == "fixedlarge" else "fixed_small",
-            prev_timestep="chain",
-            to_bytes="truncate",
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    network = load_renamed(config, _names(), state, source)
-    training = training_of(values, name)
-    return Checkpoint(network, schedule, spec, NAME, path, training, REASON, flags.settings())
-
-
 def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
     """The structure, from the weights' names and shapes."""
+    flags.require(*(() if "image_size" in flags else ("resolution",)), *_DIFFUSION)
     levels = highest_index(state, "down.") + 1
     size = flags.size(("image_size", "resolution"), levels)
     layers = highest_index(state, "down.0.block.") + 1
-    try:
-        ch, stem = state["temb.dense.0.weight"].shape[1], state["conv_in.weight"].shape
-        channels = tuple(state[f"down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
-        out = state["conv_out.weight"].shape[0]
-        config = UNetConfig(
-            sample_size=size,
-            in_channels=stem[1],
-            out_channels=out,
-            channels=channels,
-            stem_channels=stem[0],
-            embedding_channels=ch,
-            layers=layers,
-            attention=tuple(f"down.{i}.attn.0.q.weight" in state for i in range(levels)),
-            norm_groups=32,
-            norm_eps=1e-6,
-            conv_resample=levels == 1 or "down.0.downsample.conv.weight" in state,
-            downsample_padding="asymmetric",
-            embedding="sin_cos",
-            embedding_shift=1.0,
-        )
-    except (KeyError, IndexError, ValueError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{flags.source}: {what}; give the whole state dict") from error
+    ch, stem = state["temb.dense.0.weight"].shape[1], state["conv_in.weight"].shape
+    channels = tuple(state[f"down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
+    out = state["conv_out.weight"].shape[0]
+    config = UNetConfig(
+        sample_size=size,
+        in_channels=stem[1],
+        out_channels=out,
+        channels=channels,
+        stem_channels=stem[0],
+        embedding_channels=ch,
+        layers=layers,
+        attention=tuple(f"down.{i}.attn.0.q.weight" in state for i in range(levels)),
+        norm_groups=32,
+        norm_eps=1e-6,
+        conv_resample=levels == 1 or "down.0.downsample.conv.weight" in state,
+        downsample_padding="asymmetric",
+        embedding="sin_cos",
+        embedding_shift=1.0,
+    )
     check_channels(flags.source, stem[1], out, stem[1])
     flags.agree(
         in_channels=stem[1],
@@ -114,6 +72,17 @@ def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
     trained = flags.size(("resolution", "image_size"), levels)
     flags.agree_attention("attn_resolutions", config.attention, *level_sizes(trained, levels))
     return config
+
+
+def _process(config: UNetConfig, state: Mapping[str, Tensor], flags: Flags) -> tuple[NoiseSchedule, ModelSpec]:
+    variance = flags.choice("model_var_type", ("fixedlarge", "fixedsmall"))
+    spec = ModelSpec(
+        (config.in_channels, *config.sample_size),
+        variance="fixed_large" if variance == "fixedlarge" else "fixed_small",
+        prev_timestep="chain",
+        to_bytes="truncate",
+    )
+    return _schedule(flags), spec
 
 
 def _schedule(flags: Flags) -> NoiseSchedule:
@@ -134,7 +103,7 @@ def _schedule(flags: Flags) -> NoiseSchedule:
     return NoiseSchedule.from_betas(betas)
 
 
-def _names() -> Names:
+def _names(config: UNetConfig) -> Names:
     def place(part: Part, level: int, i: int, kind: Kind) -> str:
         if part == "mid":
             return f"mid.attn_{i + 1}" if kind == "attention" else f"mid.block_{i + 1}"
@@ -143,25 +112,21 @@ def _names() -> Names:
         return f"{part}.{level}.{'attn' if kind == 'attention' else 'block'}.{i}"
 
     return Names(
-        fixed={
-            "time_mlp.0": "temb.dense.0",
-            "time_mlp.2": "temb.dense.1",
-            "stem": "conv_in",
-            "norm_out": "norm_out",
-            "conv_out": "conv_out",
-        },
-        block={
-            "norm1": "norm1",
-            "conv1": "conv1",
-            "time": "temb_proj",
-            "norm2": "norm2",
-            "conv2": "conv2",
-            "skip": "nin_shortcut",
-        },
-        norm="norm",
-        qkv=("q", "k", "v"),
-        out="proj_out",
-        down_conv="conv",
-        up_conv="conv",
-        place=place,
-    )
+        fixed={"time_mlp.0": "temb.dense.0", "time_mlp.2": "temb.dense.1", "stem": "conv_in", "norm_out": "norm_out",
+               "conv_out": "conv_out"},
+        block={"norm1": "norm1", "conv1": "conv1", "time": "temb_proj", "norm2": "norm2", "conv2": "conv2",
+               "skip": "nin_shortcut"},
+        norm="norm", qkv=("q", "k", "v"), out="proj_out", down_conv="conv", up_conv="conv", place=place,
+    )  # fmt: skip
+
+
+DIALECT = UNetDialect(
+    name="pesser",
+    reason="keys temb.dense and down.0.block",
+    entries=("temb.dense.0.weight", "down.0.block.0.norm1.weight"),
+    flags=FLAGS,
+    config=_config,
+    process=_process,
+    names=_names,
+    presets=PRESETS,
+)

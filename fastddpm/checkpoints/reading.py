@@ -7,19 +7,19 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastddpm.checkpoints import native
 from fastddpm.checkpoints.base import CheckpointError, check_file
+from fastddpm.common.wording import first_line
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 _REFUSED = ("Unsupported global", "Unsupported operand", "Unsupported class", "not allowed", "Trying to")
 
 
-def read_file(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
+def read_file(path: Path) -> object:
     """Read a PyTorch file (zip or the older pickle format), or a safetensors file by its suffix.
 
     Only tensors, numbers, strings and containers of them are built; nothing that the file asks for is called.
@@ -47,7 +47,8 @@ def read_file(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats that were once written with other defaults
-            return torch.load(path, map_location="cpu", weights_only=True)
+            values: object = torch.load(path, map_location="cpu", weights_only=True)
+            return values
     except pickle.UnpicklingError as error:
         text = str(error)
         if any(phrase in text for phrase in _REFUSED):
@@ -59,7 +60,7 @@ def read_file(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
             ) from error
         raise CheckpointError(f"{path}: not a whole PyTorch file; fetch or write it again") from error
     except Exception as error:  # damaged archives surface as errors of many types
-        raise CheckpointError(f"{path}: not a whole PyTorch file ({_first_line(error)}); fetch it again") from error
+        raise CheckpointError(f"{path}: not a whole PyTorch file ({first_line(error)}); fetch it again") from error
 
 
 def as_state_dict(values: object) -> dict[str, Tensor] | None:
@@ -89,7 +90,3 @@ def highest_index(state: Mapping[str, Tensor], prefix: str) -> int:
     if largest > len(state):
         raise CheckpointError(f"a key starts with {prefix}{largest}, but there are only {len(state)}; the file is odd")
     return largest
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

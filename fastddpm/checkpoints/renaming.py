@@ -13,7 +13,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from fastddpm.checkpoints.base import CheckpointError, load_weights
+from fastddpm.checkpoints.base import check_weights
 from fastddpm.nets.blocks import Attention, ResBlock, Stage
 from fastddpm.nets.unet import UNet, UNetConfig
 
@@ -80,10 +80,17 @@ def load_renamed(
     with torch.device("meta"):
         network = UNet(config)
     pieces = _pieces(network, names)
-    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    _check(pieces, shapes, state, source, option)
-    weights = {ours: _fuse(piece, state, shapes[ours]) for ours, piece in pieces.items()}
-    load_weights(network, weights, source)
+    parts = {ours: _shapes(piece, tuple(network.get_parameter(ours).shape)) for ours, piece in pieces.items()}
+
+    def remedy(odd: list[str]) -> str:
+        options = " and ".join(dict.fromkeys(filter(None, map(option, odd))))
+        hint = f"check {options} in its configuration, or " if options else ""
+        return f"{hint}give the whole state dict of that network, and no other's"
+
+    theirs = check_weights({name: shape for part in parts.values() for name, shape in part}, state, source, remedy)
+    found = {ours: [theirs[name] for name, _ in part] for ours, part in parts.items()}
+    fused = {ours: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for ours, tensors in found.items()}
+    network.load_state_dict(fused, strict=True, assign=True)
     return network.eval()
 
 
@@ -140,43 +147,7 @@ def _pieces(network: UNet, names: Names) -> dict[str, _Piece]:
     return pieces
 
 
-def _check(
-    pieces: Mapping[str, _Piece],
-    shapes: Mapping[str, tuple[int, ...]],
-    state: Mapping[str, Tensor],
-    source: str,
-    option: Callable[[str], str | None],
-) -> None:
-    """Name the first few tensors that are missing, left over or of another shape, and what could mend it."""
-    wanted = {name: shape for ours, piece in pieces.items() for name, shape in _shapes(piece, shapes[ours])}
-    odd = {name: f"{name} is missing" for name in wanted if name not in state}
-    odd |= {name: f"{name} is left over" for name in state if name not in wanted}
-    for name, shape in wanted.items():
-        if name in state and not _has_shape(state[name], shape):
-            odd[name] = f"{name} must have shape {list(shape)}, got {list(state[name].shape)}"
-        elif name in state and not state[name].is_floating_point():
-            odd[name] = f"{name} must hold floats, got {state[name].dtype}"
-    if odd:
-        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        options = list(dict.fromkeys(found for found in map(option, list(odd)[:3]) if found))
-        remedy = "give the whole state dict of that network, and no other's"
-        if options:
-            remedy = f"check {' and '.join(options)} in its configuration, or {remedy}"
-        raise CheckpointError(f"{source}: weights do not fit: {'; '.join(list(odd.values())[:3])}{more}; {remedy}")
-
-
 def _shapes(piece: _Piece, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
     """The names of theirs that one of our tensors is made of, and the shapes they must have."""
     rows = piece.rows or (shape[0] // len(piece.theirs),) * len(piece.theirs)
     return [(name, (n, *shape[1:])) for name, n in zip(piece.theirs, rows, strict=True)]
-
-
-def _has_shape(value: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor has a shape; linear layers may come as 1×1 convolutions."""
-    return tuple(value.shape) == (*shape, *(1,) * (value.ndim - len(shape)))
-
-
-def _fuse(piece: _Piece, state: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    """One of our tensors."""
-    parts = [state[name].reshape(wanted) for name, wanted in _shapes(piece, shape)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

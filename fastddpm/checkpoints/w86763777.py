@@ -3,68 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_channels
+from fastddpm.checkpoints.base import CheckpointError, check_channels
+from fastddpm.checkpoints.dialect import UNetDialect
 from fastddpm.checkpoints.flags import Flags
-from fastddpm.checkpoints.networks import choose_network, find_networks, training_of
 from fastddpm.checkpoints.reading import highest_index
-from fastddpm.checkpoints.renaming import Kind, Names, Part, load_renamed
+from fastddpm.checkpoints.renaming import Kind, Names, Part
 from fastddpm.nets.blocks import timestep_embedding
 from fastddpm.nets.unet import UNetConfig
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec, Prediction
 
-NAME = "w86763777"
-REASON = "keys time_embedding.timembedding and downblocks"
 _TABLE = "time_embedding.timembedding.0.weight"
-_ENTRIES = (_TABLE, "downblocks.0.block1.0.weight")
 _REQUIRED = ("beta_1", "beta_T", "mean_type", "var_type")
 FLAGS = (*_REQUIRED, "img_size", "image_size", "T", "ch", "ch_mult", "attn", "num_res_blocks", "dropout", "model")
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "xstart": "x_start", "xprev": "x_prev"}
-
-
-def detect(values: object) -> bool:
-    """Whether the contents of a file are such a checkpoint, or one of its two networks alone."""
-    return bool(find_networks(values, *_ENTRIES))
-
-
-def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
-    """Make the network, its schedule and conventions from a file's contents and the flags.
-
-    The flag `model` picks the averaged weights ("ema_model", which the project samples from) or "net_model".
-
-    Raises:
-        CheckpointError: If the weights are not whole, or flags are missing, unknown or wrong.
-    """
-    source = f"{path}, taken for {NAME} ({REASON})"
-    flags = Flags(source, given, FLAGS)
-    name, state = choose_network(find_networks(values, *_ENTRIES), flags)
-    source = flags.source
-    flags.require(*_REQUIRED, *(() if "image_size" in flags else ("img_size",)))
-    T = _check_times(state, source)
-    flags.agree(T=T)
-    mean = flags.choice("mean_type", tuple(_PREDICTIONS))
-    variance = flags.choice("var_type", ("fixedlarge", "fixedsmall"))
-    config = _config(state, flags)
-    try:
-        betas = torch.linspace(flags.number("beta_1"), flags.number("beta_T"), T).double()
-        schedule = NoiseSchedule.from_betas(betas)
-        spec = ModelSpec(
-            (config.in_channels, *config.sample_size),
-            prediction=_PREDICTIONS[mean],
-            variance="fixed_large" if variance == "fixedlarge" else "fixed_small",
-            clip=None,  # its clipping of x_0 comes after the mean has been computed
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    weights = {name: value for name, value in state.items() if name != _TABLE}
-    network = load_renamed(config, _names(config), weights, source)
-    training = training_of(values, name)
-    return Checkpoint(network, schedule, spec, NAME, path, training, REASON, flags.settings())
 
 
 def _check_times(state: Mapping[str, Tensor], source: str) -> int:
@@ -81,36 +37,46 @@ def _check_times(state: Mapping[str, Tensor], source: str) -> int:
 
 def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
     """The structure, from the weights' names and shapes."""
+    flags.require(*_REQUIRED, *(() if "image_size" in flags else ("img_size",)))
+    flags.agree(T=_check_times(state, flags.source))
     count = highest_index(state, "downblocks.") + 1
     strided = [i for i in range(count) if f"downblocks.{i}.main.weight" in state]
     layers, levels = (strided[0] if strided else count), len(strided) + 1
     firsts = [level * (layers + 1) for level in range(levels)]
     size = flags.size(("image_size", "img_size"), levels)
-    try:
-        head = state["head.weight"].shape
-        ch = state[_TABLE].shape[1]
-        channels = tuple(state[f"downblocks.{i}.block1.2.weight"].shape[0] for i in firsts)
-        config = UNetConfig(
-            sample_size=size,
-            in_channels=head[1],
-            out_channels=state["tail.2.weight"].shape[0],
-            channels=channels,
-            stem_channels=head[0],
-            embedding_channels=ch,
-            layers=layers,
-            attention=tuple(f"downblocks.{i}.attn.proj_q.weight" in state for i in firsts),
-            norm_groups=32,
-            norm_eps=1e-5,
-            embedding="interleaved",
-            embedding_shift=0.0,
-        )
-    except (KeyError, IndexError, ValueError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{flags.source}: {what}; give the whole checkpoint") from error
+    head = state["head.weight"].shape
+    ch = state[_TABLE].shape[1]
+    channels = tuple(state[f"downblocks.{i}.block1.2.weight"].shape[0] for i in firsts)
+    config = UNetConfig(
+        sample_size=size,
+        in_channels=head[1],
+        out_channels=state["tail.2.weight"].shape[0],
+        channels=channels,
+        stem_channels=head[0],
+        embedding_channels=ch,
+        layers=layers,
+        attention=tuple(f"downblocks.{i}.attn.proj_q.weight" in state for i in firsts),
+        norm_groups=32,
+        norm_eps=1e-5,
+        embedding="interleaved",
+        embedding_shift=0.0,
+    )
     check_channels(flags.source, config.in_channels, config.out_channels, config.in_channels)
     flags.agree(ch=ch, ch_mult=tuple(width / ch for width in channels), num_res_blocks=layers)
     flags.agree_attention("attn", config.attention, list(range(levels)))
     return config
+
+
+def _process(config: UNetConfig, state: Mapping[str, Tensor], flags: Flags) -> tuple[NoiseSchedule, ModelSpec]:
+    betas = torch.linspace(flags.number("beta_1"), flags.number("beta_T"), len(state[_TABLE])).double()
+    variance = flags.choice("var_type", ("fixedlarge", "fixedsmall"))
+    spec = ModelSpec(
+        (config.in_channels, *config.sample_size),
+        prediction=_PREDICTIONS[flags.choice("mean_type", tuple(_PREDICTIONS))],
+        variance="fixed_large" if variance == "fixedlarge" else "fixed_small",
+        clip=None,  # its clipping of x_0 comes after the mean has been computed
+    )
+    return NoiseSchedule.from_betas(betas), spec
 
 
 def _names(config: UNetConfig) -> Names:
@@ -126,25 +92,22 @@ def _names(config: UNetConfig) -> Names:
         return f"{prefix}.attn" if kind == "attention" else prefix
 
     return Names(
-        fixed={
-            "time_mlp.0": "time_embedding.timembedding.1",
-            "time_mlp.2": "time_embedding.timembedding.3",
-            "stem": "head",
-            "norm_out": "tail.0",
-            "conv_out": "tail.2",
-        },
-        block={
-            "norm1": "block1.0",
-            "conv1": "block1.2",
-            "time": "temb_proj.1",
-            "norm2": "block2.0",
-            "conv2": "block2.3",
-            "skip": "shortcut",
-        },
-        norm="group_norm",
-        qkv=("proj_q", "proj_k", "proj_v"),
-        out="proj",
-        down_conv="main",
-        up_conv="main",
+        fixed={"time_mlp.0": "time_embedding.timembedding.1", "time_mlp.2": "time_embedding.timembedding.3",
+               "stem": "head", "norm_out": "tail.0", "conv_out": "tail.2"},
+        block={"norm1": "block1.0", "conv1": "block1.2", "time": "temb_proj.1", "norm2": "block2.0",
+               "conv2": "block2.3", "skip": "shortcut"},
+        norm="group_norm", qkv=("proj_q", "proj_k", "proj_v"), out="proj", down_conv="main", up_conv="main",
         place=place,
-    )
+    )  # fmt: skip
+
+
+DIALECT = UNetDialect(
+    name="w86763777",
+    reason="keys time_embedding.timembedding and downblocks",
+    entries=(_TABLE, "downblocks.0.block1.0.weight"),
+    flags=FLAGS,
+    config=_config,
+    process=_process,
+    names=_names,
+    constants=(_TABLE,),
+)

@@ -8,11 +8,13 @@ import shutil
 
 import torch
 
-from fastddpm.bench.hardware import versions
+from fastddpm.bench.hardware import PACKAGES
 from fastddpm.doctor.surroundings import ProblemError
 from fastddpm.engines.cache import cache_folder, no_cache, packages
+from fastddpm.engines.devices import versions
 from fastddpm.kernels._cache import is_damaged
 from fastddpm.kernels._dispatch import HAS_TRITON
+from fastddpm.kernels._native import compiler
 
 SUFFIXES = (".pt2", ".onnx", ".so")
 """Of what is kept in the cache."""
@@ -24,7 +26,7 @@ def check_versions(device: torch.device) -> str:
     Raises:
         ProblemError: there is a GPU and no Triton for it.
     """
-    found = {"python": platform.python_version(), **versions(), "torch": torch.__version__}
+    found = {"python": platform.python_version(), **versions(*PACKAGES), "torch": torch.__version__}
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     if device.type == "cuda" and not HAS_TRITON:
         raise ProblemError(f"{text}; Triton is missing: kernels run as plain PyTorch, slowly; pip install triton")
@@ -37,7 +39,7 @@ def check_compilers(device: torch.device) -> str:
     Raises:
         ProblemError: one is missing.
     """
-    c = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    c = compiler()
     cxx = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
     missing = [language for language, path in (("C", c), ("C++", cxx)) if path is None]
     if missing:

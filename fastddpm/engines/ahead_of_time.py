@@ -11,8 +11,6 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
-import hashlib
-import json
 import os
 import tempfile
 import time
@@ -25,7 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-import fastddpm
+from fastddpm.common.wording import first_line
 from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError, check_step, not_one_graph
 from fastddpm.engines.fast_layers import with_fast_layers
@@ -67,21 +65,18 @@ class AheadOfTime:
             name: [str(value.dtype), list(value.shape[1:] if name in _IN_BOOK else value.shape)]
             for name, value in zip(call.step.names, call.arguments(), strict=True)
         }
-        parts = {
-            "tensors": shapes,
-            "form": dataclasses.astuple(call.step.form),
-            "network": _network(call).identity(),
-            "precision": sorted({str(p.dtype) for p in call.step.network.parameters()}),
-            "device": str(call.state.x.device),
-            "threads": torch.get_num_threads(),
-            "processor": f"{processor()} {torch.backends.cpu.get_cpu_capability()}",
-            "versions": [fastddpm.__version__, torch.__version__],
-            "source": cache.source_digest(),
-            "options": OPTIONS,
-            "weights": self._weights(),
-        }
-        text = json.dumps(parts, sort_keys=True, default=str)
-        return f"{self._weights()[:8]}-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
+        return cache.key_of(
+            self._weights()[:8],
+            tensors=shapes,
+            form=dataclasses.astuple(call.step.form),
+            network=_network(call).identity(),
+            precision=sorted({str(p.dtype) for p in call.step.network.parameters()}),
+            device=str(call.state.x.device),
+            threads=torch.get_num_threads(),
+            processor=f"{processor()} {torch.backends.cpu.get_cpu_capability()}",
+            options=OPTIONS,
+            weights=self._weights(),
+        )
 
     def is_kept(self, call: Call) -> bool:
         """Whether the network is known by its configuration and weights alone, so that a package of it may be kept."""
@@ -215,10 +210,9 @@ def load_step(path: Path, key: str) -> StepFunction:
         # would flatten the arguments first, which takes longer than a small update.
         loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CompileError(
-            f"engine: the compiled step {path} must load, got {reason}; see that {tempfile.gettempdir()} has room, or "
-            "use engine='eager'"
+            f"engine: the compiled step {path} must load, got {first_line(error)}; see that "
+            f"{tempfile.gettempdir()} has room, or use engine='eager'"
         ) from error
     _page_out(key)
 

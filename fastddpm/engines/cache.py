@@ -8,14 +8,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
+import fastddpm
 from fastddpm.kernels import _cache as files
 from fastddpm.kernels._cache import CacheWarning as CacheWarning
 from fastddpm.kernels._cache import cache_folder as cache_folder
@@ -59,6 +62,18 @@ def _digest(package: Path) -> tuple[str, float]:
                 digest.update(content)
                 changed = max(changed, path.stat().st_ctime)
     return digest.hexdigest(), changed
+
+
+def key_of(prefix: str, **parts: object) -> str:
+    """A key: `prefix`, and a digest of the versions and the sources in use and of all else that a package depends on.
+
+    Args:
+        prefix: letters, digits, `-` and `_`.
+        parts: what JSON can hold, or `str` makes a text of.
+    """
+    versions = [fastddpm.__version__, torch.__version__, source_digest()]
+    text = json.dumps({"versions": versions, **parts}, sort_keys=True, default=str)
+    return f"{prefix}-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
 
 
 def packages(suffix: str = SUFFIX) -> dict[str, Path]:
@@ -107,7 +122,7 @@ def find_or_make(key: str, make: Callable[[Path], object], *, keep: bool = True,
 
 def _made(key: str, make: Callable[[Path], object], suffix: str) -> Path:
     """A new package in this process' own folder."""
-    new = files.private_folder() / f"{key}.{uuid.uuid4().hex[:8]}{suffix}"
+    new = files.unsealed(key, suffix)
     try:
         make(new)
     except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastddpm.common.wording import first_line
 from fastddpm.engines.runner import StepFunction, StepRunner
 from fastddpm.kernels.p_sample import COLUMNS
 from fastddpm.step.step import Call
@@ -17,10 +18,8 @@ class CompileError(ValueError):
 
 def not_one_graph(error: Exception) -> CompileError:
     """The error for a network that an exporter or compiler stumbled over, in one line."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return CompileError(
-        f"engine: the network must compile as one graph, got {type(error).__name__}: {reason}; use engine='eager'"
-    )
+    got = f"{type(error).__name__}: {first_line(error)}"
+    return CompileError(f"engine: the network must compile as one graph, got {got}; use engine='eager'")
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -70,12 +71,7 @@ def describe_machine() -> Machine:
         name = f"{device} ({torch.cuda.get_device_name(device)})"
     else:
         name = f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
-    versions = {"python": platform.python_version()}
-    for package in ("fastddpm", "torch", "triton"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    wanted = ("fastddpm", "torch", "triton")
     return Machine(
         device=name,
         precision="fp32",
@@ -83,8 +79,17 @@ def describe_machine() -> Machine:
         cache=_describe_cache(),
         update="Triton kernel" if runs_triton(device.type) else "PyTorch",
         threads=torch.get_num_threads(),
-        versions=versions,
+        versions={"python": platform.python_version(), **dict.fromkeys(wanted, "not installed"), **versions(*wanted)},
     )
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of the packages that are there."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _describe_cache() -> str:

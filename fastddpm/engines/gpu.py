@@ -8,8 +8,6 @@ graph that is captured once for a batch's shape serves every solver, number of s
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -17,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-import fastddpm
+from fastddpm.common.wording import first_line
 from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError, check_step, not_one_graph
 from fastddpm.engines.runner import Runner, StepFunction, StepRunner
@@ -147,11 +145,10 @@ class Gpu:
         device = call.state.x.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         network: Any = call.step.network
-        form, shape = _kind(call)
         dtypes = sorted({str(p.dtype) for p in network.parameters()})
-        parts = [form, shape, network.identity(), dtypes, name, self.graph_steps, torch.__version__]
-        text = json.dumps([*parts, fastddpm.__version__, cache.source_digest()], default=str)
-        return f"gpu-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
+        return cache.key_of(
+            "gpu", kind=_kind(call), network=network.identity(), precision=dtypes, device=name, steps=self.graph_steps
+        )
 
     def is_kept(self, call: Call) -> bool:
         """Whether the network is known by its configuration, so that measurements of it hold in other processes."""
@@ -224,9 +221,9 @@ class Gpu:
             one = self._capture(steps(1))
             many = self._capture(steps(self.graph_steps)) if own.noise is None and self.graph_steps > 1 else None
         except RuntimeError as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CompileError(
-                f"engine: the step must be one that a CUDA graph can hold, got {reason}; use engine='compiled'"
+                f"engine: the step must be one that a CUDA graph can hold, got {first_line(error)}; "
+                "use engine='compiled'"
             ) from error
         return _Slot(own.state, own.noise, arguments, one, many, _addresses(call))
 

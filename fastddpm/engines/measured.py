@@ -7,18 +7,19 @@ import dataclasses
 import json
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from fastddpm.common.records import RecordError, Within, read_record
 from fastddpm.engines.cache import cache_folder, locked
-from fastddpm.files import atomic_path
+from fastddpm.files import write_json
 from fastddpm.kernels._cache import folders
 
 _FILE = "measured.json"
 _LOCK_S = 3.0
 _MOST = 1000  # measurements; the latest ones stay
 _MOST_BYTES = 4 << 20
-_MOST_MS = 1e9
 _MOST_CHARACTERS = 200
+_Time = Annotated[float, Within(0, 1e9)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Measured:
         label: what it is, for people.
     """
 
-    eager_ms: float
-    compiled_ms: float | None = None
-    compile_s: float | None = None
+    eager_ms: Annotated[float, Within(0, 1e9, above=True)]
+    compiled_ms: _Time | None = None
+    compile_s: _Time | None = None
     label: str = ""
 
 
@@ -54,9 +55,7 @@ def remember(key: str, measured: Measured) -> None:
             values = _read(path)
             values.pop(key, None)  # to come last
             latest = dict([*values.items(), (key, measured)][-_MOST:])
-            with atomic_path(path) as temporary:
-                text = json.dumps({name: dataclasses.asdict(value) for name, value in latest.items()}, indent=1)
-                temporary.write_text(text, encoding="utf-8")
+            write_json(path, {name: dataclasses.asdict(value) for name, value in latest.items()})
 
 
 def _read(path: Path) -> dict[str, Measured]:
@@ -71,19 +70,12 @@ def _read(path: Path) -> dict[str, Measured]:
     return {key: measured for key, value in entries if _is_text(key) and (measured := _measured(value)) is not None}
 
 
-def _measured(value: Any) -> Measured | None:  # noqa: ANN401
+def _measured(value: object) -> Measured | None:
     """What was read as a measurement; None if it cannot be one."""
-    if not isinstance(value, dict):
-        return None
-    names = [field.name for field in dataclasses.fields(Measured)]
-    made = Measured(**{name: value[name] for name in names if name in value} | {"eager_ms": value.get("eager_ms")})
-    times = [time for time in (made.compiled_ms, made.compile_s) if time is not None]
-    sound = _is_time(made.eager_ms) and made.eager_ms > 0 and all(map(_is_time, times)) and _is_text(made.label)
-    return made if sound else None
-
-
-def _is_time(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _MOST_MS
+    with contextlib.suppress(RecordError):
+        made = read_record(Measured, value, more=True)
+        return made if _is_text(made.label) else None
+    return None
 
 
 def _is_text(value: object) -> bool:

@@ -40,7 +40,7 @@ def undisturbed(network: nn.Module, precision: Precision, device: torch.device) 
             module.training = False
         stack.callback(_restore, training)
         if device.type == "cuda":
-            stack.enter_context(_float32_kernels(precision))
+            stack.enter_context(float32_kernels(precision))
         yield
 
 
@@ -50,7 +50,8 @@ def _restore(modules: list[nn.Module]) -> None:
 
 
 @contextlib.contextmanager
-def _float32_kernels(precision: Precision) -> Iterator[None]:
+def float32_kernels(precision: Precision) -> Iterator[None]:
+    """In the block, float32 on GPUs means float32, or TF32 where `precision` says so; afterwards all is as before."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:

@@ -12,11 +12,12 @@ _SAMPLES = 16
 
 
 def weights_hash(network: nn.Module) -> str:
-    """A digest of all parameters and buffers, with their names and types."""
-    digest = hashlib.blake2b(digest_size=12)
-    for name, value in network.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    """SHA-256 over names, types, shapes and values of all parameters and buffers, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        if value.numel():
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

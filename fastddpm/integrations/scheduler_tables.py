@@ -174,10 +174,8 @@ def _check_sigmas(scheduler: Any, schedule: NoiseSchedule, timesteps: Tensor, to
 
 
 def _schedule(scheduler: Any) -> NoiseSchedule:  # noqa: ANN401 - diffusers is not typed
-    schedule = NoiseSchedule(scheduler.betas.detach().to("cpu", torch.float32))
     # The library's own ᾱ, which is not always the product: DPM-Solver lifts ᾱ = 0 to 2⁻²⁴.
-    schedule.__dict__["alphas_cumprod"] = scheduler.alphas_cumprod.detach().to("cpu")
-    return schedule
+    return NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod, scheduler.betas.float())
 
 
 def _clip(conventions: dict[str, Any]) -> float | DynamicThreshold | None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+from fastddpm.common.records import Record, Within
+
+_Side = Annotated[int, Within(1, 2**16)]
+_Count = Annotated[int, Within(1, 2**20)]
+_Layers = Annotated[int, Within(1, 64)]  # far above any network's; building a million blocks would look like hanging
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(Record):
     """Everything that determines the network's structure and its parameters' shapes.
 
     Args:
@@ -47,39 +52,40 @@ class UNetConfig:
         embedding_shift: What is subtracted from half the width in the frequencies' exponent (1 in Ho et al.).
     """
 
-    sample_size: tuple[int, int] = (32, 32)
-    in_channels: int = 3
-    out_channels: int = 3
-    channels: tuple[int, ...] = (128, 256, 256, 256)
-    stem_channels: int | None = None
-    embedding_channels: int | None = None
-    time_channels: int | None = None
-    layers: int = 2
+    sample_size: tuple[_Side, _Side] = (32, 32)
+    in_channels: _Count = 3
+    out_channels: _Count = 3
+    channels: tuple[_Side, ...] = (128, 256, 256, 256)
+    stem_channels: _Count | None = None
+    embedding_channels: _Count | None = None
+    time_channels: _Count | None = None
+    layers: _Layers = 2
     attention: tuple[bool, ...] = (False, True, False, False)
     up_attention: tuple[bool, ...] | None = None
     mid_attention: bool = True
     mid_attention_norm: bool = True
-    mid_attention_groups: int | None = None
-    mid_scale: float = 1.0
-    num_heads: int = 1
-    up_num_heads: int | None = None
-    head_channels: int | None = None
+    mid_attention_groups: _Count | None = None
+    mid_scale: Annotated[float, Within(1e-3, 1e3)] = 1.0
+    num_heads: _Count = 1
+    up_num_heads: _Count | None = None
+    head_channels: _Count | None = None
     attention_order: Literal["qkv_heads", "heads_qkv"] = "qkv_heads"
-    norm_groups: int = 32
-    norm_eps: float = 1e-6
-    dropout: float = 0.0
+    norm_groups: _Count = 32
+    norm_eps: Annotated[float, Within(0, 1)] = 1e-6
+    dropout: Annotated[float, Within(0, 0.999)] = 0.0
     scale_shift: bool = False
     resblock_updown: bool = False
     resblock_down: tuple[bool, ...] | None = None
     resblock_up: tuple[bool, ...] | None = None
     conv_resample: bool = True
     downsample_padding: Literal["symmetric", "asymmetric"] = "symmetric"
-    num_classes: int | None = None
+    num_classes: _Count | None = None
     center_input: bool = False
     embedding: Literal["sin_cos", "cos_sin", "interleaved"] = "sin_cos"
-    embedding_shift: float = 1.0
+    embedding_shift: Annotated[float, Within(0, 1)] = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _validate(self)
 
     @property
@@ -102,59 +108,10 @@ class UNetConfig:
         flags = self.resblock_down if direction == "down" else self.resblock_up
         return self.resblock_updown if flags is None else flags[level]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
-        """Build a configuration from JSON values.
-
-        Raises:
-            ValueError: If a key is unknown or a value is out of range.
-            TypeError: If a value has the wrong type.
-        """
-        if not isinstance(values, Mapping):
-            raise TypeError(f"UNetConfig: must be an object of named values, got {type(values).__name__}")
-        names = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - names)
-        if unknown:
-            raise ValueError(f"UNetConfig: keys must be among {sorted(names)}, got {unknown}; remove or correct them")
-        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**known)
-
-
-_MOST_LAYERS = 64  # far above any network's; building a million blocks would look like hanging
-_INTEGERS = ("in_channels", "out_channels", "layers", "num_heads", "norm_groups")
-_OPTIONAL_INTEGERS = (
-    "stem_channels",
-    "embedding_channels",
-    "time_channels",
-    "mid_attention_groups",
-    "up_num_heads",
-    "head_channels",
-    "num_classes",
-)
-_LEVEL_FLAGS = ("attention", "up_attention", "resblock_down", "resblock_up")
-_BOOLEANS = ("mid_attention", "mid_attention_norm", "scale_shift", "resblock_updown", "conv_resample",
-             "center_input")  # fmt: skip
-_RANGES = {
-    "norm_eps": (0.0, 1.0),
-    "dropout": (0.0, 0.999),
-    "embedding_shift": (0.0, 1.0),
-    "mid_scale": (1e-3, 1e3),
-}
-_CHOICES = {
-    "attention_order": ("qkv_heads", "heads_qkv"),
-    "downsample_padding": ("symmetric", "asymmetric"),
-    "embedding": ("sin_cos", "cos_sin", "interleaved"),
-}
-
 
 def _validate(config: UNetConfig) -> None:
-    _validate_types(config)
     levels = len(config.channels)
-    for name in _LEVEL_FLAGS:
+    for name in ("attention", "up_attention", "resblock_down", "resblock_up"):
         flags = getattr(config, name)
         if flags is not None and len(flags) != levels:
             raise ValueError(f"UNetConfig: {name} must have one entry per level ({levels}), got {len(flags)}")
@@ -198,33 +155,3 @@ def _uses_attention(config: UNetConfig, width: int) -> bool:
     up = config.attention if config.up_attention is None else config.up_attention
     at_levels = any(w == width and (d or u) for w, d, u in zip(config.channels, config.attention, up, strict=True))
     return at_levels or (config.mid_attention and config.channels[-1] == width)
-
-
-def _validate_types(config: UNetConfig) -> None:
-    for name in _INTEGERS + _OPTIONAL_INTEGERS:
-        value = getattr(config, name)
-        if value is None and name in _OPTIONAL_INTEGERS:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**20:
-            raise ValueError(f"UNetConfig: {name} must be an integer in [1, 2**20], got {value!r}")
-    if config.layers > _MOST_LAYERS:
-        raise ValueError(f"UNetConfig: layers must be at most {_MOST_LAYERS}, got {config.layers}; use fewer")
-    for name in _BOOLEANS:
-        if not isinstance(getattr(config, name), bool):
-            raise TypeError(f"UNetConfig: {name} must be true or false, got {getattr(config, name)!r}")
-    for name, choices in _CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise ValueError(f"UNetConfig: {name} must be one of {choices}, got {getattr(config, name)!r}")
-    for name, length in (("sample_size", 2), ("channels", None)):
-        value = getattr(config, name)
-        ok = isinstance(value, tuple) and all(isinstance(v, int) and 1 <= v <= 2**16 for v in value)
-        if not ok or not value or (length is not None and len(value) != length):
-            raise ValueError(f"UNetConfig: {name} must be a list of positive integers, got {value!r}")
-    for name in _LEVEL_FLAGS:
-        value = getattr(config, name)
-        if value is not None and not (isinstance(value, tuple) and all(isinstance(v, bool) for v in value)):
-            raise ValueError(f"UNetConfig: {name} must be a list of true/false, got {value!r}")
-    for name, (low, high) in _RANGES.items():
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ValueError(f"UNetConfig: {name} must be a number in [{low:g}, {high:g}], got {value!r}")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastddpm.common.arguments import number, whole
+from fastddpm.common.records import Record, Within
 from fastddpm.process.betas import (
     cosine_betas,
     laplace_betas,
@@ -38,6 +39,36 @@ _SCHEDULES: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
 _ALIASES = {"squaredcos_cap_v2": "cosine"}
 SCHEDULE_NAMES = (*_SCHEDULES, *_ALIASES)
 """Names that `NoiseSchedule.by_name` knows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config(Record):
+    """What all configurations hold."""
+
+    name: str
+    dtype: Literal["float32", "float64"] = "float64"
+    zero_terminal_snr: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BetaList(_Config):
+    """The configuration of a schedule of which only the betas are known."""
+
+    betas: tuple[Annotated[float, Within(0, 1, above=True)], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedSchedule(_Config):
+    """The configuration of a schedule by name, with the options of `NoiseSchedule.by_name`."""
+
+    T: Annotated[int, Within(1)]
+    beta_start: float | None = None
+    beta_end: float | None = None
+    s: float | None = None
+    max_beta: float | None = None
+    start: float | None = None
+    end: float | None = None
+    tau: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +183,30 @@ class NoiseSchedule(ForwardProcess):
         return cls(source.to(dtype or source.dtype, copy=True))
 
     @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Tensor, betas: Tensor | None = None) -> NoiseSchedule:
+        """Schedule of explicit ᾱ [T], which stays as it is given, though products of 1 − β may round to others.
+
+        Args:
+            alphas_cumprod: ᾱ_t, [T], float32 or float64, descending, in (0, 1); the last may be 0.
+            betas: β_t, [T], where they are known apart; default 1 − ᾱ_t/ᾱ_{t−1} (Nichol & Dhariwal 2021, eq. 19).
+
+        Raises:
+            TypeError: the dtype is neither float32 nor float64.
+            ValueError: there is not one ᾱ for each β, or the betas are out of range; see the class.
+        """
+        alpha_bar = alphas_cumprod.detach().to("cpu", copy=True)
+        if betas is None:
+            betas = 1.0 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        schedule = cls.from_betas(betas)
+        if alpha_bar.shape != schedule.betas.shape:
+            raise ValueError(
+                f"NoiseSchedule.from_alphas_cumprod: alphas_cumprod must be [{schedule.T}], as betas, got "
+                f"{list(alpha_bar.shape)}; pass one for each training step"
+            )
+        vars(schedule)["alphas_cumprod"] = alpha_bar  # where the cached property looks first
+        return schedule
+
+    @classmethod
     def by_name(
         cls,
         name: str,
@@ -223,38 +278,14 @@ class NoiseSchedule(ForwardProcess):
             TypeError: config is no mapping, or a value has the wrong type.
             ValueError: a key is missing or unknown, or a value is out of range.
         """
-        if not isinstance(config, Mapping):
-            raise TypeError(
-                f"NoiseSchedule.from_config: config must be a mapping, got {type(config).__name__}; see to_config"
-            )
-        rest = dict(config)
-        name, dtype_name = rest.pop("name", None), rest.pop("dtype", "float64")
-        rescaled = rest.pop("zero_terminal_snr", False)
-        if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
-            raise ValueError(
-                f"NoiseSchedule.from_config: dtype must be 'float32' or 'float64', got {dtype_name!r}; mend the config"
-            )
-        if not isinstance(rescaled, bool):
-            raise TypeError(
-                f"NoiseSchedule.from_config: zero_terminal_snr must be true or false, got {rescaled!r}; mend the config"
-            )
-        dtype = _DTYPES[dtype_name]
-        if name == "betas":
-            schedule = cls._from_beta_list(rest, dtype)
+        if isinstance(config, Mapping) and config.get("name") == "betas":
+            listed = BetaList.from_dict(config)
+            schedule, rescaled = cls.from_betas(listed.betas, dtype=_DTYPES[listed.dtype]), listed.zero_terminal_snr
         else:
-            _check_config_options(name, rest)
-            schedule = cls.by_name(name, dtype=dtype, **rest)
+            options = dict(vars(NamedSchedule.from_dict(config)))
+            dtype, rescaled = _DTYPES[options.pop("dtype")], options.pop("zero_terminal_snr")
+            schedule = cls.by_name(**options, dtype=dtype)
         return schedule.rescale_zero_terminal_snr() if rescaled else schedule
-
-    @classmethod
-    def _from_beta_list(cls, rest: dict[str, Any], dtype: torch.dtype) -> NoiseSchedule:
-        values = rest.pop("betas", None)
-        if rest or not isinstance(values, list) or not all(_is_beta(value) for value in values):
-            raise ValueError(
-                "NoiseSchedule.from_config: a config named 'betas' must hold a list 'betas' of numbers in (0, 1] and "
-                f"nothing else, got {type(values).__name__} and {sorted(map(str, rest))}; see to_config"
-            )
-        return cls.from_betas(values, dtype=dtype)
 
     # ------------------------------------------------------------------ derived schedules
 
@@ -313,24 +344,3 @@ def _lookup(name: str) -> tuple[Callable[..., Tensor], dict[str, float]]:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _is_beta(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
-
-
-def _check_config_options(name: Any, options: dict[str, Any]) -> None:  # noqa: ANN401 - raw JSON
-    known = {"T", *_lookup(name)[1]}
-    if unknown := sorted(map(str, options.keys() - known)):
-        raise ValueError(
-            f"NoiseSchedule.from_config: keys of {name!r} must be among {sorted(known)}, got {unknown}; mend the config"
-        )
-    if "T" not in options:
-        raise ValueError(f'NoiseSchedule.from_config: T must be given, got {sorted(options)}; add "T"')
-    for key, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"NoiseSchedule.from_config: {key} must be a number, got {value!r}; mend the config")
-        if isinstance(value, int) and value.bit_length() > 63:  # JSON has no largest integer; floats do
-            raise ValueError(
-                f"NoiseSchedule.from_config: {key} must be below 2^63, got {value.bit_length()} bits; mend the config"
-            )

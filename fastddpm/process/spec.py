@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from fastddpm.common.records import Record, Within
+
 Prediction = Literal["eps", "x_start", "v", "x_prev"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "clipped_eps": ("rederive", "raw"),
-    "noise_gate": ("final", "t0"),
-    "prev_timestep": ("next", "stride", "chain"),
-    "spacing": ("leading", "trailing", "linspace", "linspace_x0", None),
-    "lower_order_final": ("never", "short", "always"),
-    "to_bytes": ("round", "truncate"),
-    "to_unit": ("clamp", "affine", "identity"),
-}
+_Count = Annotated[int, Within(1)]
+_Positive = Annotated[float, Within(0, above=True)]
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSpec:
+class ModelSpec(Record):
     """The conventions that a checkpoint was trained with.
 
     Args:
@@ -61,59 +54,34 @@ class ModelSpec:
         ddim_eta: η of DDIM runs that do not say it, in [0, 1].
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[_Count, _Count, _Count]
     prediction: Prediction = "eps"
     variance: Variance = "fixed_small"
-    clip: float | None = 1.0
-    num_classes: int | None = None
-    null_class: int | None = None
+    clip: _Positive | None = 1.0
+    num_classes: _Count | None = None
+    null_class: Annotated[int, Within(0)] | None = None
     class_names: tuple[str, ...] | None = None
-    time_scale: float = 1.0
+    time_scale: _Positive = 1.0
     clipped_eps: Literal["rederive", "raw"] = "rederive"
-    threshold: tuple[float, float] | None = None
+    threshold: tuple[Annotated[float, Within(0, 1, above=True)], Annotated[float, Within(1)]] | None = None
     noise_gate: Literal["final", "t0"] = "final"
     prev_timestep: Literal["next", "stride", "chain"] = "next"
     final_alpha_to_one: bool = True
     spacing: Literal["leading", "trailing", "linspace", "linspace_x0"] | None = None
-    steps_offset: int = 0
+    steps_offset: Annotated[int, Within(0)] = 0
     respacing: str = ""
     dpmpp_clips: bool = True
     lower_order_final: Literal["never", "short", "always"] = "never"
     to_bytes: Literal["round", "truncate"] = "round"
     to_unit: Literal["clamp", "affine", "identity"] = "clamp"
     self_condition: bool = False
-    ddim_steps: int | None = None
-    ddim_eta: float = 0.0
+    ddim_steps: _Count | None = None
+    ddim_eta: Annotated[float, Within(0, 1)] = 0.0
 
     def __post_init__(self) -> None:
-        def require(ok: bool, name: str, expected: str) -> None:
-            if not ok:
-                raise ValueError(f"ModelSpec: {name} must be {expected}, got {getattr(self, name)!r}")
-
-        is_shape = isinstance(self.shape, tuple) and len(self.shape) == 3 and all(_integer(n, 1) for n in self.shape)
-        require(is_shape, "shape", "three positive integers (C, H, W)")
-        require(self.prediction in get_args(Prediction), "prediction", "eps, x_start, v or x_prev")
-        require(self.variance in ("fixed_small", "fixed_large", "learned_range"), "variance", "a known kind")
-        require(self.clip is None or _number(self.clip), "clip", "a positive number or null")
-        require(
-            self.num_classes is None or _integer(self.num_classes, 1),
-            "num_classes",
-            "a positive integer or null",
-        )
-        require(self.null_class is None or _integer(self.null_class, 0), "null_class", "a label or null")
-        require(_are_names(self.class_names, self.num_classes), "class_names", f"{self.num_classes} names or null")
-        require(_number(self.time_scale), "time_scale", "a positive number")
-        for name, choices in _CHOICES.items():
-            require(getattr(self, name) in choices, name, f"one of {choices}")
-        require(self.threshold is None or _is_threshold(self.threshold), "threshold", "(ratio ≤ 1, bound ≥ 1) or null")
-        require(isinstance(self.final_alpha_to_one, bool), "final_alpha_to_one", "true or false")
-        require(isinstance(self.dpmpp_clips, bool), "dpmpp_clips", "true or false")
-        require(_integer(self.steps_offset, 0), "steps_offset", "an integer of at least 0")
-        require(isinstance(self.respacing, str), "respacing", "a string")
-        require(isinstance(self.self_condition, bool), "self_condition", "true or false")
-        require(self.ddim_steps is None or _integer(self.ddim_steps, 1), "ddim_steps", "a positive integer or null")
-        is_eta = self.ddim_eta == 0 or _number(self.ddim_eta) and self.ddim_eta <= 1
-        require(is_eta and not isinstance(self.ddim_eta, bool), "ddim_eta", "a number in [0, 1]")
+        super().__post_init__()
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"ModelSpec: class_names must be {self.num_classes} names or null, got {self.class_names}")
 
     @property
     def learned_variance(self) -> bool:
@@ -123,44 +91,3 @@ class ModelSpec:
     def times_fed(self, t: Tensor) -> Tensor:
         """What the network is fed for training steps t: t · time_scale, and t itself, integers, where that is 1."""
         return t if self.time_scale == 1.0 else t.to(torch.float32) * self.time_scale
-
-    def to_dict(self) -> dict[str, Any]:
-        """The conventions as JSON-ready values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
-        """Build from JSON values.
-
-        Raises:
-            ValueError: If a key is unknown or missing, or a value is out of range.
-            TypeError: If it is not a mapping.
-        """
-        if not isinstance(values, Mapping):
-            raise TypeError(f"ModelSpec: must be an object of named values, got {type(values).__name__}")
-        names = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - names)
-        if unknown or "shape" not in values:
-            raise ValueError(f"ModelSpec: keys must be among {sorted(names)} with shape, got {sorted(values)}")
-        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**known)
-
-
-def _integer(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _is_threshold(value: object) -> bool:
-    if not isinstance(value, tuple) or len(value) != 2 or not all(_number(number) for number in value):
-        return False
-    return bool(value[0] <= 1 <= value[1])
-
-
-def _are_names(names: object, count: int | None) -> bool:
-    if names is None:
-        return True
-    return isinstance(names, tuple) and len(names) == count and all(isinstance(name, str) for name in names)

@@ -185,7 +185,7 @@ def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
         "unet": UNetConfig.from_dict(settings["unet"]).to_dict(),
         "schedule": NoiseSchedule.from_config(settings["schedule"]).to_config(),
         "spec": ModelSpec.from_dict(settings["spec"]).to_dict(),
-        "config": TrainConfig(**settings["config"]).lasting(),
+        "config": TrainConfig.from_dict(settings["config"]).lasting(),
     }
 
 

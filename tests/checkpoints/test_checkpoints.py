@@ -194,10 +194,13 @@ def changed(tensors, **changes):
 WRONG_WEIGHTS = {
     "NaN": (lambda w: changed(w, **{"conv_out.bias": torch.tensor([float("nan")])}), "NaN or infinity"),
     "infinity": (lambda w: changed(w, **{"conv_out.bias": torch.tensor([float("inf")])}), "NaN or infinity"),
-    "shape": (lambda w: changed(w, **{"conv_out.bias": torch.zeros(2)}), r"conv_out.bias has shape \[2\], expected"),
+    "shape": (lambda w: changed(w, **{"conv_out.bias": torch.zeros(2)}), r"must have shape \[1\], got \[2\]"),
     "missing": (lambda w: {k: v for k, v in w.items() if k != "stem.bias"}, "stem.bias is missing"),
-    "unknown": (lambda w: changed(w, extra=torch.zeros(1)), "extra is unknown"),
-    "integers": (lambda w: changed(w, **{"conv_out.bias": torch.zeros(1, dtype=torch.int64)}), "holds torch.int64"),
+    "unknown": (lambda w: changed(w, extra=torch.zeros(1)), "extra is left over"),
+    "integers": (
+        lambda w: changed(w, **{"conv_out.bias": torch.zeros(1, dtype=torch.int64)}),
+        "floats, got torch.int64",
+    ),
     "none": (lambda w: {}, "are missing|is missing"),
 }
 

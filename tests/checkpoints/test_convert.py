@@ -264,7 +264,7 @@ class TestForeignNetworks:
             ({"arguments": {"dim": 8, "nonsense": 1}}, "must know nonsense, but does not; update the package"),
             ({"arguments": {"dim": "x"}}, "the arguments of its U-Net must fit each other"),
             ({"arguments": {"dim": 8, "channels": 1}}, "foreign and spec must agree, got 1 channels"),
-            ({"arguments": {"dim": 16, "dim_mults": [1, 2]}}, "weights do not fit the configuration"),
+            ({"arguments": {"dim": 16, "dim_mults": [1, 2]}}, "weights do not fit"),
             ({"more": 1}, "foreign must hold kind, module and arguments"),
         ],
     )

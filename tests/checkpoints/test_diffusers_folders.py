@@ -82,14 +82,17 @@ def test_every_option_says_what_the_library_says(library, options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"time_embedding_type": "learned"}, "time_embedding_type must be 'positional', got 'learned'"),
-        ({"class_embed_type": "identity"}, "class_embed_type must be None, got 'identity'"),
+        (
+            {"time_embedding_type": "learned"},
+            "time_embedding_type must be 'positional', got 'learned'; nothing else is",
+        ),
+        ({"class_embed_type": "identity"}, "class_embed_type must be null, got 'identity'"),
         ({"mid_block_type": None}, "mid_block_type must be 'UNetMidBlock2D', got None"),
         ({"down_block_types": ["SkipDownBlock2D"] * 2}, "down_block_types must be among .* got 'SkipDownBlock2D'"),
         ({"up_block_types": ["UpBlock2D", "AttnSkipUpBlock2D"]}, "up_block_types .* got 'AttnSkipUpBlock2D'"),
-        ({"norm_num_groups": None}, "norm_groups must be an integer"),
-        ({"sample_size": None}, "sample_size must be a list of positive integers"),
-        ({"attention_head_dim": [8, 8]}, "head_channels must be an integer"),
+        ({"norm_num_groups": None}, "norm_num_groups must be an integer, got None"),
+        ({"sample_size": None}, "sample_size must be an integer or two, got null"),
+        ({"attention_head_dim": [8, 8]}, "attention_head_dim must be an integer or null, got"),
     ],
 )
 def test_what_is_not_supported_is_named(options, message):

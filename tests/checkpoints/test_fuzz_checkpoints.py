@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from fastddpm import CheckpointError, load_checkpoint
 from fastddpm.checkpoints import native
-from fastddpm.checkpoints.diffusers_scheduler import _DEFAULTS as SCHEDULERS
-from fastddpm.checkpoints.diffusers_unet import DEFAULTS
+from fastddpm.checkpoints.diffusers_scheduler import SCHEDULERS
+from fastddpm.checkpoints.diffusers_unet import UNet2DConfig
 from fastddpm.cli.flags import parse_flags
 from tests.foreign import FLAGS, diffusers_config, foreign_network, foreign_state
 from tests.tiny import save_checkpoint
@@ -118,7 +118,7 @@ def test_own_configurations_of_foreign_networks(own, entry):
 def theirs(tmp_path_factory):
     folder, network = tmp_path_factory.mktemp("theirs"), foreign_network("diffusers", num_classes=3)
     save_file(foreign_state("diffusers", network), folder / "diffusion_pytorch_model.safetensors")
-    return folder, {**DEFAULTS, **diffusers_config(network.config)}
+    return folder, {**json.loads(json.dumps(UNet2DConfig().to_dict())), **diffusers_config(network.config)}
 
 
 @given(data=st.data())
@@ -136,7 +136,7 @@ def test_diffusers_configurations(theirs, data):
 def test_diffusers_schedulers(theirs, data, kind):
     folder, config = theirs
     write(folder / "config.json", config)
-    write(folder / "scheduler_config.json", data.draw(mutated({"_class_name": kind, **SCHEDULERS[kind]})))
+    write(folder / "scheduler_config.json", data.draw(mutated({"_class_name": kind, **SCHEDULERS[kind]().to_dict()})))
     load(folder)
 
 

@@ -600,13 +600,13 @@ def test_wrong_flags(tmp_path, flags, message):
 def test_names_and_shapes_that_do_not_fit(tmp_path):
     state = make().state_dict()
     taken_for = "m.pt, taken for lucidrains"
-    refuse(tmp_path, {**state, "model.more": torch.zeros(2)}, f"{taken_for}.*more is unknown")
+    refuse(tmp_path, {**state, "model.more": torch.zeros(2)}, f"{taken_for}.*more is left over")
     refuse(tmp_path, {**state, "extra": torch.zeros(2)}, f"{taken_for}.*buffers must be those of GaussianDiffusion")
     for name in [name for name in state if name.startswith("model.")][::11]:
         left = {other: tensor for other, tensor in state.items() if other != name}
         refuse(tmp_path, left, f"{taken_for}.* missing|is of no kind|must be that|gives others")
     some = "model.mid_attn.to_qkv.weight"
-    refuse(tmp_path, {**state, some: state[some][:, :1]}, "mid_attn.to_qkv.weight has shape")
+    refuse(tmp_path, {**state, some: state[some][:, :1]}, "mid_attn.to_qkv.weight must have shape")
     refuse(tmp_path, {**state, some: state[some] * torch.nan}, "NaN or infinity, first mid_attn.to_qkv.weight")
     refuse(tmp_path, {**state, some: state[some].long()}, "mid_attn.to_qkv.weight holds torch.int64")
     refuse(tmp_path, {**state, "betas": state["betas"][:10]}, "must hold one float per training step")

@@ -6,11 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 import fastddpm
 from fastddpm.engines import cache as store
-from fastddpm.engines.cache import find, find_or_make, forget, locked, packages, source_digest
+from fastddpm.engines.cache import find, find_or_make, forget, key_of, locked, packages, source_digest
 from fastddpm.kernels._cache import CacheWarning, private_folder
 from tests.cache_folders import cache
 
@@ -73,6 +74,17 @@ def test_sources_that_change_under_a_process_are_not_its_own(monkeypatch):
     monkeypatch.setattr(store, "_IMPORTED", 0.0)
     others = {source_digest.__wrapped__() for _ in range(2)}
     assert len(others | {before}) == 3 and {len(other) for other in others} == {24}
+
+
+def test_a_key_depends_on_all_its_parts(monkeypatch):
+    keys = [key_of("a", x=1), key_of("b", x=1), key_of("a", x=2), key_of("a", y=1), key_of("a", x=(1, {"deep": 2}))]
+    assert key_of("a", x=1, y=2) == key_of("a", y=2, x=1)
+    for target, name in ((fastddpm, "__version__"), (torch, "__version__")):
+        monkeypatch.setattr(target, name, "another")
+        keys.append(key_of("a", x=1))
+    monkeypatch.setattr(store, "source_digest", lambda: "other sources")
+    keys.append(key_of("a", x=1))
+    assert len(set(keys)) == len(keys) and all(key[0] in "ab" and len(key) == 26 for key in keys)
 
 
 # --- finding and making ---------------------------------------------------------------------------

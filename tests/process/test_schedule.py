@@ -274,6 +274,24 @@ def test_from_betas_copies():
     assert schedule.betas[0] == 0.1
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_explicit_alphas_cumprod_stay_as_they_are(dtype):
+    given = NoiseSchedule.cosine(50, dtype=dtype)
+    alpha_bar = given.alphas_cumprod.clone()
+    schedule = NoiseSchedule.from_alphas_cumprod(alpha_bar)
+    torch.testing.assert_close(schedule.betas, given.betas, rtol=0, atol=2 * torch.finfo(dtype).eps)
+    lifted = NoiseSchedule.from_alphas_cumprod(alpha_bar + 1e-3, given.betas)
+    assert torch.equal(lifted.betas, given.betas) and torch.equal(lifted.alphas_cumprod, alpha_bar + 1e-3)
+    assert torch.equal(lifted.sqrt_alphas_cumprod, (alpha_bar + 1e-3).sqrt())
+    expected = alpha_bar.clone()
+    alpha_bar.zero_()
+    assert torch.equal(schedule.alphas_cumprod, expected)
+
+
+def test_alphas_cumprod_may_end_in_zero():
+    assert NoiseSchedule.from_alphas_cumprod(torch.tensor([0.9, 0.5, 0.0])).betas[-1] == 1
+
+
 # ------------------------------------------------------------------ bad input
 
 
@@ -315,11 +333,16 @@ def test_bad_dtypes_are_refused(betas):
         (lambda: NoiseSchedule.by_name("cosin"), "must be one of linear"),
         (lambda: NoiseSchedule.by_name("cosine", beta_start=0.1), r"got \['beta_start'\]"),
         (lambda: NoiseSchedule.linear(1).rescale_zero_terminal_snr(), "at least 2"),
-        (lambda: NoiseSchedule.from_config({"name": "linear"}), "T must be given"),
-        (lambda: NoiseSchedule.from_config({"name": "linear", "T": 10, "S": 3}), r"got \['S'\]"),
-        (lambda: NoiseSchedule.from_config({"T": 10}), "got None"),
-        (lambda: NoiseSchedule.from_config({"name": "betas"}), "list 'betas' of numbers"),
+        (lambda: NoiseSchedule.from_config({"name": "linear"}), "NamedSchedule: must hold T, got name; add"),
+        (lambda: NoiseSchedule.from_config({"name": "linear", "T": 10, "S": 3}), "must hold nothing but .*, got S;"),
+        (lambda: NoiseSchedule.from_config({"T": 10}), "must hold name, got T"),
+        (lambda: NoiseSchedule.from_config({"name": "betas"}), "BetaList: must hold betas, got name"),
         (lambda: NoiseSchedule.from_config({"name": "linear", "T": 10, "dtype": "half"}), "got 'half'"),
+        (lambda: NoiseSchedule.from_alphas_cumprod(torch.tensor([0.5, 0.9])), "at t=1"),
+        (
+            lambda: NoiseSchedule.from_alphas_cumprod(torch.ones(3), torch.full((2,), 0.1)),
+            "as betas, got .3.; pass one",
+        ),
         (lambda: NoiseSchedule.linear(9).respaced(torch.tensor([3, 1])), "ascending"),
         (lambda: NoiseSchedule.linear(9).respaced(torch.tensor([3, 9])), "0 … 8"),
     ],

@@ -1,0 +1,8 @@
+"""Words of messages."""
+
+from __future__ import annotations
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What an error says in its first line, cut to so many characters; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
