@@ -76,7 +76,7 @@ _OTHERS = {
 }
 _SOLVER_ONLY: dict[str, tuple[Any, ...]] = {
     "algorithm_type": ("dpmsolver++",),
-    "solver_order": (2,),
+    "solver_order": (2, 3),
     "solver_type": ("midpoint",),
     "use_karras_sigmas": (False, None),
     "use_exponential_sigmas": (False, None),
@@ -172,7 +172,7 @@ def _kind(name: object, file: Path) -> str:
     if name in _RELATIVES:
         warnings.warn(
             f"{file}: {name} is no solver of fastddpm; its betas and its prediction hold, and the rest is as in "
-            "DDIMScheduler.from_config: choose solver ddim, ddpm or dpmpp_2m",
+            "DDIMScheduler.from_config: choose solver ddim, ddpm, dpmpp_2m or dpmpp_3m",
             stacklevel=2,
         )
         return "DDIMScheduler"
@@ -266,4 +266,5 @@ def _conventions(kind: str, values: Mapping[str, Any], source: str) -> dict[str,
 def _check_solver(values: Mapping[str, Any], source: str) -> None:
     for name, allowed in _SOLVER_ONLY.items():
         if name in values and values[name] not in allowed:
-            raise CheckpointError(f"{source}: {name} must be {allowed[0]!r}, got {values[name]!r}: not supported")
+            wanted = " or ".join(repr(value) for value in allowed if type(value) is type(allowed[0]))
+            raise CheckpointError(f"{source}: {name} must be {wanted}, got {values[name]!r}: not supported")
