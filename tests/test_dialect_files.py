@@ -610,7 +610,7 @@ def test_diffusers_configurations_that_are_not_supported(tmp_path, changes, mess
         ({"_class_name": "DDPMScheduler", "trained_betas": [0.1, 0.2]}, "trained_betas must be a list of 1000"),
         ({"_class_name": "DDPMScheduler", "clip_sample": "yes"}, "clip_sample must be true or false"),
         ({"_class_name": "DDPMScheduler", "num_train_timesteps": 2.5}, "T must be an int"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order must be 2, got 3"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 1}, "must be 2 or 3, got 1"),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "use_karras_sigmas must be False"),
         ([], "must hold a JSON object"),
     ],
