@@ -21,11 +21,13 @@ _MEANING = {
     "y": "class, {classes}",
     "guidance": "scale w of classifier-free guidance, out_u + w (out_c - out_u); 1 is none",
     "history": "x̂_0 of the step before; anything at first",
+    "history2": "x̂_0 of the step before that one; anything at first",
     "noise": "standard normals z of this step",
     "out": "the network's output, {prediction}",
     "x_next": "state x_{{t-1}}",
     "step_next": "next row",
     "history_next": "x̂_0 of this step",
+    "history2_next": "x̂_0 of the step before",
     "pictures": "{range}",
 }
 
@@ -57,7 +59,7 @@ def facts_of(source: Source, table: StepTable | None, form: Form, licence: str |
             "timesteps": table.timesteps[:-1].tolist(),
             "noisy_rows": [i for i, sigma in enumerate(table.rows[:-1, 6].tolist()) if sigma != 0],
             "uses_noise": table.uses_noise,
-            "keeps_history": table.uses_history or spec.self_condition,
+            "keeps_history": table.history > 0 or spec.self_condition,
         }
     words = {
         "S": "" if table is None else table.S,

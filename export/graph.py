@@ -203,12 +203,12 @@ def join_step(
     network_inputs: Sequence[str],
     update_inputs: Sequence[str],
 ) -> None:
-    """Append one step: names x, step, sample_id, seed[, y, guidance, history, noise] → x_next, step_next[, …].
+    """Append one step: names x, step, sample_id, seed[, y, guidance, histories, noise] → x_next, step_next[, …].
 
     Args:
         graph: where to append.
         network: (x, step[, y][, history]) → out.
-        update: (x, out, step, …) → x_next, step_next[, history_next].
+        update: (x, out, step, …) → x_next, step_next[, history_next[, history2_next]].
         null_class: the label of "no class" of a guided step, whose update takes `out_uncond` and `guidance`; or None.
         batch: None: only the samples whose scale is not 1 are asked for twice, because for the others the output
             without class has no weight. A fixed batch: all are, and no shape depends on data.
@@ -222,7 +222,7 @@ def join_step(
     graph.add(network, "net/", fed)
     if null_class is not None:
         _tell_apart(graph, batch)
-    outputs = ("x_next", "step_next", "history_next")
+    outputs = ("x_next", "step_next", "history_next", "history2_next")
     graph.add(update, "update/", {name: name for name in (*update_inputs, *outputs)})
 
 
@@ -259,7 +259,7 @@ def _tell_apart(graph: Graph, batch: int | None) -> None:
     graph.op("ScatterND", ["out", "guided_column", "out_guided"], "out_uncond")
 
 
-def scan_steps(graph: Graph, step: Graph, shape: Sequence[int | str], S: int, history: bool) -> None:
+def scan_steps(graph: Graph, step: Graph, shape: Sequence[int | str], S: int, histories: Sequence[str]) -> None:
     """Append a Scan over rows 0 … S−1: names x_T, sample_id, … → x_0.
 
     Args:
@@ -267,11 +267,11 @@ def scan_steps(graph: Graph, step: Graph, shape: Sequence[int | str], S: int, hi
         step: the body's operators, as `join_step` makes them; it is consumed.
         shape: of x, with the batch's name.
         S: steps.
-        history: whether the step has one.
+        histories: those that the step has.
     """
     from onnx import helper
 
-    states = ["x", "history"] if history else ["x"]
+    states = ["x", *histories]
     for name in states:
         step.take(name, np.float32, shape)
     step.take("row", np.int64, [])
@@ -283,12 +283,12 @@ def scan_steps(graph: Graph, step: Graph, shape: Sequence[int | str], S: int, hi
     for name in states:
         body.give(f"{name}_next", np.float32, shape)
     starts = ["x_T"]
-    if history:
+    if histories:
         graph.op("Shape", ["x_T"], "state_shape")
         graph.op("ConstantOfShape", ["state_shape"], "no_history")
-        starts.append("no_history")
+        starts += ["no_history"] * len(histories)
     rows = graph.constant("rows", np.arange(S, dtype=np.int64))
-    ends = ["x_0", "last_history"][: len(states)]
+    ends = ["x_0", *(f"last_{name}" for name in histories)]
     graph.nodes.append(
         helper.make_node("Scan", [*starts, rows], ends, name="steps", num_scan_inputs=1, body=body.proto())
     )

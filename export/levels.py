@@ -19,7 +19,7 @@ from fastddpm.export.source import Source
 from fastddpm.export.tracing import trace
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
-from fastddpm.step.step import Step
+from fastddpm.step.step import HISTORIES, Step
 
 if TYPE_CHECKING:
     import onnx
@@ -90,7 +90,7 @@ def step_inputs(step: Step, spec: ModelSpec, form: Form) -> tuple[str, ...]:
         "seed": made,
         "y": spec.num_classes is not None,
         "guidance": form.guided,
-        "history": step.form.history,
+        **{name: name in step.form.histories for name in HISTORIES},
         "noise": not made and step.form.noise,
     }
     return tuple(name for name, is_wanted in wanted.items() if is_wanted)
@@ -105,15 +105,14 @@ def _join_step(
     spec: ModelSpec,
     form: Form,
 ) -> None:
-    history = step.form.history
     optional = {
         "out_uncond": form.guided,
         "guidance": form.guided,
-        "history": history,
+        **{name: name in step.form.histories for name in HISTORIES},
         "noise": step.form.noise,
     }
     inputs = ("x", "out", "step", *(name for name, is_wanted in optional.items() if is_wanted))
-    outputs = ("x_next", "step_next", *(("history_next",) if history else ()))
+    outputs = ("x_next", "step_next", *(f"{name}_next" for name in step.form.histories))
     update = _trace(Update(step, table), inputs, outputs, spec, form, label="the update")
     shorten_update(update)
     if step.form.noise and form.noise == "philox":
@@ -139,8 +138,8 @@ def _step_model(
     picture = (form.axis, *spec.shape)
     graph.give("x_next", np.float32, picture)
     graph.give("step_next", np.int64, (form.axis,))
-    if step.form.history:
-        graph.give("history_next", np.float32, picture)
+    for name in step.form.histories:
+        graph.give(f"{name}_next", np.float32, picture)
     return graph.model(form.opset)
 
 
@@ -153,7 +152,7 @@ def _chain_model(
     graph.add(first_noise(spec.shape, form.opset), "first/", {name: name for name in ("seed", "sample_id", "x_T")})
     body = graphs.Graph("step")
     _join_step(body, traced, names, step, table, spec, form)
-    graphs.scan_steps(graph, body, (form.axis, *spec.shape), table.S, step.form.history)
+    graphs.scan_steps(graph, body, (form.axis, *spec.shape), table.S, step.form.histories)
     if form.output == "unit":
         last = _trace(Pictures(spec), ("x",), ("pictures",), spec, form, label="the mapping")
         graph.add(last, "last/", {"x": "x_0", "pictures": "pictures"})

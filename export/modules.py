@@ -14,7 +14,7 @@ from fastddpm.images import to_unit
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
 from fastddpm.step.network import as_network
-from fastddpm.step.step import Step, StepForm
+from fastddpm.step.step import HISTORIES, Step, StepForm
 
 EXAMPLE_BATCH = 3
 """Samples of a traced example: more than one, or the tracer takes the batch for a constant."""
@@ -51,7 +51,7 @@ class Ask(nn.Module):
 
 
 class Update(nn.Module):
-    """(x, out, step[, out_uncond, guidance, history, noise]) → x, step[, history]: `Step.update`."""
+    """(x, out, step[, out_uncond, guidance, histories, noise]) → x, step[, histories]: `Step.update`."""
 
     def __init__(self, step: Step, table: StepTable) -> None:
         """Take the table's tensors as buffers."""
@@ -69,6 +69,7 @@ class Update(nn.Module):
         out_uncond: Tensor | None = None,
         guidance: Tensor | None = None,
         history: Tensor | None = None,
+        history2: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """The update; noise is float32 [B, C, H, W]."""
@@ -76,7 +77,7 @@ class Update(nn.Module):
         z = None if noise is None else noise[None]
         # Nothing is drawn here, so it does not matter what seed and id are.
         return Step(nn.Identity(), self.form).update(
-            x, out, step, end, step, step, rows, timesteps, out_uncond, guidance, history, z
+            x, out, step, end, step, step, rows, timesteps, out_uncond, guidance, history, history2, z
         )  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def example(spec: ModelSpec, names: tuple[str, ...], batch: int) -> dict[str, Te
     out = (batch, spec.shape[0] * (2 if spec.learned_variance else 1), *spec.shape[1:])
     fed = spec.times_fed(torch.zeros(1, dtype=torch.int64)).dtype
     makers = {
-        **{name: (picture, torch.float32) for name in ("x", "x_self_cond", "history", "noise")},
+        **{name: (picture, torch.float32) for name in ("x", "x_self_cond", *HISTORIES, "noise")},
         **{name: (out, torch.float32) for name in ("out", "out_uncond")},
         **{name: ((batch,), torch.int64) for name in ("step", "sample_id", "seed", "y")},
         "t": ((batch,), fed),

@@ -12,9 +12,7 @@ from fastddpm.engines.loop import Course
 from fastddpm.export.session import OnnxSession, _runtime
 from fastddpm.process.noise import normals
 from fastddpm.step.state import State
-
-CARRIED = ("x", "step", "history")
-"""What a step hands to the next one: the output is called `name`_next."""
+from fastddpm.step.step import CHANGED
 
 
 class StepLoop:
@@ -39,7 +37,7 @@ class StepLoop:
         if session.batch not in (None, batch):
             raise ValueError(f"StepLoop: batch must be the model's, {session.batch}, got {batch}; pad the batch")
         self.session = session
-        self._carried = [name for name in CARRIED if name in session.inputs]
+        self._carried = [name for name in CHANGED if name in session.inputs]  # the output is called `name`_next
         self._fixed = {name: session.buffer(name, batch) for name in session.inputs if name not in self._carried}
         self._states = [{name: session.buffer(name, batch) for name in self._carried} for _ in range(2)]
         self._bindings = [self._bind(0), self._bind(1)]

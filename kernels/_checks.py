@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-COLUMNS = ("a_x", "a_o", "c_0", "c_x", "c_o", "c_h", "sigma", "bound", "log_beta", "log_beta_tilde")
+COLUMNS = ("a_x", "a_o", "c_0", "c_x", "c_o", "c_h", "sigma", "bound", "log_beta", "log_beta_tilde", "c_h2")
 """The columns of a solver's table, in their order in memory."""
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +76,7 @@ def check_p_sample(
     out_uncond: Tensor | None,
     guidance: Tensor | None,
     history: Tensor | None,
+    history2: Tensor | None,
     bound: Tensor | None,
     columns: int,
 ) -> None:
@@ -83,7 +84,8 @@ def check_p_sample(
 
     Raises:
         TypeError: an argument is not a tensor or of another dtype.
-        ValueError: shapes, devices or memory layouts do not fit, or one of `out_uncond` and `guidance` is missing.
+        ValueError: shapes, devices or memory layouts do not fit, one of `out_uncond` and `guidance` is missing, or
+            `history2` comes without `history`.
     """
     f32 = (torch.float32,)
     check_tensor("p_sample", "x", x, dtypes=f32, shape=("B", "C", "H", "W"), contiguous=True)
@@ -157,8 +159,11 @@ def check_p_sample(
         )
         fix = "pass one scale per sample"
         check_tensor("p_sample", "guidance", guidance, dtypes=f32, shape=(batch,), device=on, fix=fix)
-    if history is not None:
-        check_tensor("p_sample", "history", history, dtypes=f32, shape=tuple(x.shape), device=on, contiguous=True)
+    if history2 is not None and history is None:
+        raise ValueError("p_sample: history must be given with history2, got None; pass both, or history alone")
+    for name, past in (("history", history), ("history2", history2)):
+        if past is not None:
+            check_tensor("p_sample", name, past, dtypes=f32, shape=tuple(x.shape), device=on, contiguous=True)
     if bound is not None:
         fix = "pass one per sample"
         check_tensor("p_sample", "bound", bound, dtypes=f32, shape=(batch,), device=on, fix=fix)

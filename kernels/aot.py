@@ -35,6 +35,7 @@ _POINTERS = {
     "noise": "*fp32",
     "guidance": "*fp32",
     "history": "*fp32",
+    "history2": "*fp32",
     "bound": "*fp32",
     "t": "*i64",
     "signals": "*fp32",
@@ -53,7 +54,7 @@ class Variant:
         kernel: "p_sample" or "q_sample".
         dtype: of the network's output, or of x₀: "fp32", "bf16", "fp16" or "u8".
         noise: "made" in the kernel, "supplied" by the caller, or "none" (only p_sample).
-        options: what p_sample is given besides: "learned", "guidance", "history", "bound".
+        options: what p_sample is given besides: "learned", "guidance", "history", "history2", "bound".
     """
 
     kernel: str
@@ -77,7 +78,7 @@ class Variant:
         size = _BYTES[self.dtype]
         if self.kernel == "q_sample":
             return size + 4 + 4
-        per_option = {"guidance": size, "history": 8, "learned": size, "bound": 0}
+        per_option = {"guidance": size, "history": 8, "history2": 8, "learned": size, "bound": 0}
         noise = 4 if self.noise == "supplied" else 0
         return 4 + 4 + size + noise + sum(per_option[option] for option in self.options)
 
@@ -92,7 +93,9 @@ VARIANTS = (
     Variant("p_sample", "bf16", "made", ("learned",)),
     Variant("p_sample", "bf16", "made", ("bound",)),
     Variant("p_sample", "bf16", "none", ("history",)),
+    Variant("p_sample", "bf16", "none", ("history", "history2")),
     Variant("p_sample", "bf16", "made", ("learned", "guidance", "history", "bound")),
+    Variant("p_sample", "bf16", "made", ("learned", "guidance", "history", "history2", "bound")),
     *(Variant("q_sample", dtype, noise) for dtype in ("fp32", "u8") for noise in ("made", "supplied")),
 )
 """What the report and the tests look at."""
@@ -201,11 +204,11 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[str, object]
             "LEARNED": "learned" in variant.options,
             "STOCHASTIC": variant.noise != "none",
         }
-        given = {"history", "bound"} & set(variant.options)
+        given = {"history", "history2", "bound"} & set(variant.options)
         given |= {"out_uncond", "guidance"} if "guidance" in variant.options else set()
         given |= {"noise"} if variant.noise == "supplied" else set()
         types["out_uncond"] = types["out"]
-        optional = {"noise", "out_uncond", "guidance", "history", "bound"}
+        optional = {"noise", "out_uncond", "guidance", "history", "history2", "bound"}
         return _p_sample_kernel, types, constants | dict.fromkeys(optional - given)
     types = _POINTERS | {"x_start": f"*{variant.dtype}", "numel": "i32", "steps": "i32"}
     unused = ("eps",) if variant.noise == "made" else ("seed", "sample_id")

@@ -2,12 +2,13 @@
 
 A solver is a table of coefficients (see `COLUMNS`), and each sample of a batch stands at its own row of it. Several
 runs may stand in one table, one after the other: each is a chapter, which ends with its identity row, where its samples
-stay. With a row's entries, the network's output `out` and the previous row's estimate h:
+stay. With a row's entries, the network's output `out`, the previous row's estimate h and that of the row before it, h₂:
 
     x̂₀ = clip(a_x·x + a_o·out, −bound, +bound)
-    x  ← c_0·x̂₀ + c_x·x + c_o·out + c_h·h + σ·z
+    x  ← c_0·x̂₀ + c_x·x + c_o·out + c_h·h + c_h2·h₂ + σ·z
 
-which covers DDPM (Ho et al. 2020, eq. 6-7, 11), DDIM (Song et al. 2021, eq. 12) and DPM-Solver++(2M) (Lu et al. 2022).
+which covers DDPM (Ho et al. 2020, eq. 6-7, 11), DDIM (Song et al. 2021, eq. 12), and DPM-Solver++(2M) and (3M) (Lu et
+al. 2022).
 """
 
 import torch
@@ -41,9 +42,10 @@ def p_sample_reference(
     out_uncond: Tensor | None = None,
     guidance: Tensor | None = None,
     history: Tensor | None = None,
+    history2: Tensor | None = None,
     bound: Tensor | None = None,
     stochastic: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`p_sample` as a function, in plain PyTorch: nothing is changed in place, nothing depends on values.
 
     It can be compiled, traced with fake tensors and exported to ONNX, and is differentiable.
@@ -61,16 +63,19 @@ def p_sample_reference(
         out_uncond: the unconditional output.
         guidance: the guidance scales.
         history: the previous rows' x̂₀.
+        history2: the x̂₀ of the rows before those.
         bound: the dynamic thresholds.
         stochastic: whether σ·z is added.
 
     Returns:
         The new state and x̂₀, both float32 [B, C, H, W]. A finished sample keeps its state bit for bit. Where
-        `history` is given, the second is what the history becomes: a finished sample keeps its own there too.
+        `history` is given, the second is what the history becomes: a finished sample keeps its own there too. Where
+        `history2` is given, there is a third, which it becomes likewise.
     """
     batch, channels = x.shape[0], x.shape[1]
     row = torch.minimum(step.clamp(min=0), end)
-    columns = (column.reshape(-1, 1, 1, 1) for column in table.index_select(0, row).unbind(1))
+    *columns, last = table.index_select(0, row).unbind(1)
+    columns = [column.reshape(-1, 1, 1, 1) for column in columns]
     a_x, a_o, c_0, c_x, c_o, c_h, sigma, limit, log_beta, log_beta_tilde = columns
     active = (row < end).reshape(-1, 1, 1, 1)
 
@@ -90,6 +95,10 @@ def p_sample_reference(
         # Before a multistep solver's first row there is no history: c_h is 0 and the buffer may hold anything.
         new = torch.addcmul(new, c_h, torch.where(c_h == 0.0, 0.0, history))
         x0 = torch.where(active, x0, history)
+    if history is not None and history2 is not None:
+        c_h2 = last.reshape(-1, 1, 1, 1)
+        new = torch.addcmul(new, c_h2, torch.where(c_h2 == 0.0, 0.0, history2))
+        history2 = torch.where(active, history, history2)
     if stochastic:
         if noise is None:
             t = timesteps.index_select(0, row)
@@ -105,7 +114,8 @@ def p_sample_reference(
             sigma = sigma * torch.exp(torch.addcmul(middle, slope, v))
         new = torch.addcmul(new, sigma, z)
     # c_x = 1 alone would still turn -0 into +0.
-    return torch.where(active, new, x), x0
+    new = torch.where(active, new, x)
+    return (new, x0) if history2 is None else (new, x0, history2)
 
 
 def p_sample(
@@ -122,6 +132,7 @@ def p_sample(
     out_uncond: Tensor | None = None,
     guidance: Tensor | None = None,
     history: Tensor | None = None,
+    history2: Tensor | None = None,
     bound: Tensor | None = None,
     stochastic: bool = True,
 ) -> None:
@@ -150,6 +161,9 @@ def p_sample(
         guidance: float32 [B]: the guidance scales, with `out_uncond`.
         history: float32 [B, C, H, W], contiguous: the previous row's x̂₀, read where c_h ≠ 0 and then overwritten
             with this row's. It may be uninitialised before a row whose c_h is 0.
+        history2: float32 [B, C, H, W], contiguous, with `history`: the x̂₀ of the row before the previous one, read
+            where c_h2 ≠ 0 and then overwritten with what `history` was. It may be uninitialised before a row whose
+            c_h2 is 0.
         bound: float32 [B], ≥ 1: dynamic thresholds s, x̂₀ = clip(x̂₀, −s, s)/s (Saharia et al. 2022), instead of the
             table's bound.
         stochastic: False leaves out σ·z altogether, for solvers whose σ is 0 in every row; the noise, which is
@@ -157,10 +171,13 @@ def p_sample(
 
     Raises:
         TypeError: an argument is not a tensor or of another dtype.
-        ValueError: shapes, devices or memory layouts do not fit, or one of `out_uncond` and `guidance` is missing.
+        ValueError: shapes, devices or memory layouts do not fit, one of `out_uncond` and `guidance` is missing, or
+            `history2` comes without `history`.
     """
     per_sample = {"step": step, "end": end, "sample_id": sample_id, "seed": seed}
-    check_p_sample(x, out, table, timesteps, per_sample, noise, out_uncond, guidance, history, bound, len(COLUMNS))
+    check_p_sample(
+        x, out, table, timesteps, per_sample, noise, out_uncond, guidance, history, history2, bound, len(COLUMNS)
+    )
     with torch.no_grad():
         if runs_triton(x.device.type):
             from .p_sample_triton import p_sample_op
@@ -184,11 +201,12 @@ def p_sample(
                 out_uncond,
                 guidance,
                 history,
+                history2,
                 bound,
                 stochastic,
             )
             return
-        new, x0 = p_sample_reference(
+        changed = p_sample_reference(
             x,
             out,
             table,
@@ -201,9 +219,10 @@ def p_sample(
             out_uncond=out_uncond,
             guidance=guidance,
             history=history,
+            history2=history2,
             bound=bound,
             stochastic=stochastic,
         )
-        x.copy_(new)
-        if history is not None:
-            history.copy_(x0)
+        for mine, new in zip((x, history, history2), changed, strict=False):
+            if mine is not None:
+                mine.copy_(new)

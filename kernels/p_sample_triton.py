@@ -20,16 +20,18 @@ def _update(
     u: tl.tensor,
     v: tl.tensor,
     h: tl.tensor,
+    h2: tl.tensor,
     z: tl.tensor,
     c: tl.tensor,
     GUIDED: tl.constexpr,
     LEARNED: tl.constexpr,
     HISTORY: tl.constexpr,
+    HISTORY2: tl.constexpr,
     BOUNDED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ) -> tl.tensor:
     """The new state and x̂₀ of one quad per thread; `c` are the sample's scalars."""
-    a_x, a_o, c_0, c_x, c_o, c_h, limit, guidance, v_scale, v_shift = c
+    a_x, a_o, c_0, c_x, c_o, c_h, c_h2, limit, guidance, v_scale, v_shift = c
     if GUIDED:
         o = tl.fma(guidance, o - u, u)
     # Fused multiply-adds are spelt out: whether Triton contracts a·b + c by itself has changed between its versions.
@@ -46,6 +48,8 @@ def _update(
     new = tl.fma(c_o, o, tl.fma(c_x, x, new))
     if HISTORY:
         new = tl.fma(c_h, h, new)
+    if HISTORY2:
+        new = tl.fma(c_h2, h2, new)
     return new, x0
 
 
@@ -63,6 +67,7 @@ def _p_sample_kernel(
     out_uncond: tl.tensor,
     guidance: tl.tensor,
     history: tl.tensor,
+    history2: tl.tensor,
     bound: tl.tensor,
     numel: tl.tensor,
     noise_rows: tl.tensor,
@@ -87,8 +92,9 @@ def _p_sample_kernel(
     x += first
     x_low, x_high = load_two_quads(x, group, numel)
     o_low, o_high = load_two_quads(out + out_first, group, numel)
-    c_h, w, v_scale, v_shift = 0.0, 0.0, 0.0, 0.0
+    c_h, c_h2, w, v_scale, v_shift = 0.0, 0.0, 0.0, 0.0, 0.0
     u_low, u_high, v_low, v_high, h_low, h_high, z_low, z_high = x, x, x, x, x, x, x, x
+    h2_low, h2_high, past_low, past_high = x, x, x, x
     if bound is None:
         limit = tl.load(row + 7)
     else:
@@ -101,8 +107,19 @@ def _p_sample_kernel(
         c_h = tl.load(row + 5)
         # Where c_h is 0 the buffer may not have been written yet: it is not read.
         readable = tl.where(c_h != 0.0, numel, 0)
-        h_low = tl.load(history + e, mask=e < readable, other=0.0)
-        h_high = tl.load(history + e + 4, mask=e + 4 < readable, other=0.0)
+        if history2 is None:
+            h_low = tl.load(history + e, mask=e < readable, other=0.0)
+            h_high = tl.load(history + e + 4, mask=e + 4 < readable, other=0.0)
+        else:
+            # It is handed on whatever c_h is, but must not count where that is 0.
+            past_low, past_high = load_two_quads(history, group, numel)
+            h_low, h_high = tl.where(e < readable, past_low, 0.0), tl.where(e + 4 < readable, past_high, 0.0)
+    if history2 is not None:
+        history2 += first
+        c_h2 = tl.load(row + 10)
+        readable2 = tl.where(c_h2 != 0.0, numel, 0)
+        h2_low = tl.load(history2 + e, mask=e < readable2, other=0.0)
+        h2_high = tl.load(history2 + e + 4, mask=e + 4 < readable2, other=0.0)
     if STOCHASTIC:
         sigma = tl.load(row + 6)
         if LEARNED:
@@ -131,12 +148,17 @@ def _p_sample_kernel(
         tl.load(row + 3),
         tl.load(row + 4),
     )
-    c = (a_x, a_o, c_0, c_x, c_o, c_h, limit, w, v_scale, v_shift)
+    c = (a_x, a_o, c_0, c_x, c_o, c_h, c_h2, limit, w, v_scale, v_shift)
     G: tl.constexpr = out_uncond is not None
     H: tl.constexpr = history is not None
+    H2: tl.constexpr = history2 is not None
     B: tl.constexpr = bound is not None
-    new_low, x0_low = _update(x_low, o_low, u_low, v_low, h_low, z_low, c, G, LEARNED, H, B, STOCHASTIC)
-    new_high, x0_high = _update(x_high, o_high, u_high, v_high, h_high, z_high, c, G, LEARNED, H, B, STOCHASTIC)
+    new_low, x0_low = _update(
+        x_low, o_low, u_low, v_low, h_low, h2_low, z_low, c, G, LEARNED, H, H2, B, STOCHASTIC
+    )  # fmt: skip
+    new_high, x0_high = _update(
+        x_high, o_high, u_high, v_high, h_high, h2_high, z_high, c, G, LEARNED, H, H2, B, STOCHASTIC
+    )
     # The identity row would turn -0 into +0 and spread a NaN of the network: a finished sample is not written.
     active = r < last
     low, high = (e < numel) & active, (e + 4 < numel) & active
@@ -145,9 +167,12 @@ def _p_sample_kernel(
     if history is not None:
         tl.store(history + e, x0_low, mask=low)
         tl.store(history + e + 4, x0_high, mask=high)
+    if history2 is not None:
+        tl.store(history2 + e, past_low, mask=low)
+        tl.store(history2 + e + 4, past_high, mask=high)
 
 
-@triton_op("fastddpm::p_sample", mutates_args=("x", "history"))
+@triton_op("fastddpm::p_sample", mutates_args=("x", "history", "history2"))
 def p_sample_op(
     x: Tensor,
     out: Tensor,
@@ -161,10 +186,11 @@ def p_sample_op(
     out_uncond: Tensor | None,
     guidance: Tensor | None,
     history: Tensor | None,
+    history2: Tensor | None,
     bound: Tensor | None,
     stochastic: bool,
 ) -> None:
-    """`p_sample` on a GPU: `x` and `history` are written; every tensor is contiguous, and nothing is validated."""
+    """`p_sample` on a GPU: `x` and histories are written; every tensor is contiguous, and nothing is validated."""
     batch, numel = x.shape[0], x.shape[1] * x.shape[2] * x.shape[3]
     launcher(_p_sample_kernel)[(batch, -(-numel // (8 * GROUPS)))](
         x,
@@ -179,6 +205,7 @@ def p_sample_op(
         out_uncond,
         guidance,
         history,
+        history2,
         bound,
         numel,
         1 if noise is None else noise.shape[0],

@@ -32,16 +32,16 @@ def mnist_dir() -> Path:
 def run_table(table: StepTable, model: Model, x_T: Tensor, z: Tensor | None = None, *, seed: int = 0) -> Tensor:
     """Drive a whole run of a table with the plain kernel; noise z [S, B, C, H, W], or Philox's own."""
     x, batch = x_T.float(), x_T.shape[0]
-    history = torch.full_like(x, torch.nan) if table.uses_history else None
+    histories = [torch.full_like(x, torch.nan)] * table.history
     ids, seeds, end = torch.arange(batch), torch.full((batch,), seed), torch.full((batch,), table.S)
     for i in range(table.S):
         step = torch.full((batch,), i)
         out = model(x, table.timesteps[step])
         bound = None if table.threshold is None else dynamic_bound(x, out, table.rows[step], table.threshold)
         noise = None if z is None else z[i : i + 1].float()
-        x, history_new = p_sample_reference(
-            x, out, table.rows, table.timesteps, step, end, ids, seeds, noise=noise, history=history, bound=bound,
-            stochastic=table.uses_noise,
+        x, *past = p_sample_reference(
+            x, out, table.rows, table.timesteps, step, end, ids, seeds, noise=noise, bound=bound,
+            stochastic=table.uses_noise, **dict(zip(("history", "history2"), histories, strict=False)),
         )  # fmt: skip
-        history = history_new if table.uses_history else None
+        histories = past[: table.history]
     return x

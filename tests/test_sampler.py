@@ -22,6 +22,7 @@ SOLVERS = {
     "ddim": {"solver": "ddim", "steps": 8},
     "ddim-eta": {"solver": "ddim", "steps": 8, "eta": 0.7},
     "dpmpp_2m": {"solver": "dpmpp_2m", "steps": 8},
+    "dpmpp_3m": {"solver": "dpmpp_3m", "steps": 8},
 }
 each_solver = pytest.mark.parametrize("run", SOLVERS.values(), ids=SOLVERS.keys())
 
@@ -229,11 +230,11 @@ class TestOutputs:
 
     def test_default_steps(self):
         sampler = tiny_sampler(T=100)
-        assert [sampler.table(solver=s).S for s in ("ddpm", "ddim", "dpmpp_2m")] == [100, 50, 20]
-        assert [tiny_sampler(T=10).table(solver=s).S for s in ("ddpm", "ddim", "dpmpp_2m")] == [10, 10, 10]
+        assert [sampler.table(solver=s).S for s in ("ddpm", "ddim", "dpmpp_2m", "dpmpp_3m")] == [100, 50, 20, 20]
+        assert [tiny_sampler(T=10).table(solver=s).S for s in ("ddpm", "ddim", "dpmpp_2m", "dpmpp_3m")] == [10] * 4
 
     @pytest.mark.parametrize("offset", [1, 3, 30])
-    @pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m"])
+    @pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"])
     def test_an_offset_does_not_apply_to_all_timesteps(self, solver, offset):
         sampler = tiny_sampler(T=20, spacing="leading", steps_offset=offset)
         everything = list(range(19, -1, -1))
@@ -253,10 +254,11 @@ class TestOutputs:
             near = int(remedy.split()[-1])
             assert sampler.table(solver=solver, steps=near).S == near
 
-    def test_the_last_point_of_dpm_solver_is_no_step(self):
+    @pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_3m"])
+    def test_the_last_point_of_dpm_solver_is_no_step(self, solver):
         sampler = tiny_sampler(T=20, spacing="leading", steps_offset=1)
-        assert sampler.table(solver="dpmpp_2m", steps=19).timesteps[:-1].tolist() == list(range(19, 0, -1))
-        assert sampler.table(solver="dpmpp_2m", steps=4).timesteps[:-1].tolist() == [17, 13, 9, 5]
+        assert sampler.table(solver=solver, steps=19).timesteps[:-1].tolist() == list(range(19, 0, -1))
+        assert sampler.table(solver=solver, steps=4).timesteps[:-1].tolist() == [17, 13, 9, 5]
 
     def test_without_labels_the_null_class_is_asked(self):
         sampler = tiny_sampler()
@@ -328,7 +330,7 @@ class TestTrouble:
             (2, {"timesteps": [3, 5]}, ValueError, "strictly descending"),
             (2, {"timesteps": [40, 5]}, ValueError, "must be in 0 … 39"),
             (2, {"timesteps": "ten"}, ValueError, "like '250'"),
-            (2, {"solver": "euler"}, ValueError, "solver must be one of ddpm, ddim, dpmpp_2m"),
+            (2, {"solver": "euler"}, ValueError, "solver must be one of ddpm, ddim, dpmpp_2m, dpmpp_3m"),
             (2, {"solver": "ddpm", "eta": 0.5}, ValueError, "got eta"),
             (2, {"eta": 1.5}, ValueError, r"eta must be in \[0, 1\]"),
             (2, {"class_labels": 4}, ValueError, "class_labels must be in 0 … 2, got 4"),
@@ -463,7 +465,7 @@ class Convolution(torch.nn.Module):
 NETWORKS = {"function": lambda channels: lambda x, t: x / (1 + t.view(-1, 1, 1, 1) / 100), "module": Convolution}
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"])
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS.keys())
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
 def test_any_network_samples_odd_shapes(shape, network, solver):

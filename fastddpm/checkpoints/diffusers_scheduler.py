@@ -107,7 +107,7 @@ class DPMSolverConfig(DDPMConfig):
     lower_order_final: bool = True
     euler_at_final: bool = False
     algorithm_type: Literal["dpmsolver++"] = "dpmsolver++"
-    solver_order: Literal[2] = 2
+    solver_order: Literal[2, 3] = 2
     solver_type: Literal["midpoint"] = "midpoint"
     use_karras_sigmas: Literal[False] | None = False
     use_exponential_sigmas: Literal[False] | None = False
@@ -227,7 +227,7 @@ def _kind(name: object, file: Path) -> str:
     if name in _RELATIVES:
         warnings.warn(
             f"{file}: {name} is no solver of fastddpm; its betas and its prediction hold, and the rest is as in "
-            "DDIMScheduler.from_config: choose solver ddim, ddpm or dpmpp_2m",
+            "DDIMScheduler.from_config: choose solver ddim, ddpm, dpmpp_2m or dpmpp_3m",
             stacklevel=2,
         )
         return "DDIMScheduler"

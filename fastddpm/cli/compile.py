@@ -25,7 +25,8 @@ def compile_model(
 ) -> None:
     """Compile a network's step ahead of time, so that sampling starts with it at once.
 
-    One package serves any solver and any number of steps; each batch size, precision, and guidance or none has its own.
+    One package serves any number of steps and any solver but dpmpp_3m, whose own is compiled when sampling begins; each
+    batch size, precision, and guidance or none has its own.
     On a GPU steps are compiled when sampling begins: this command is for CPUs.
 
     Examples:

@@ -48,7 +48,7 @@ def export(
         typer.Option(help="chain: pictures in 0 … 1, or the final state as it is.", rich_help_panel=WHAT),
     ] = "unit",
     solver: Annotated[
-        Literal["ddpm", "ddim", "dpmpp_2m"],
+        Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"],
         typer.Option(help="As in `fastddpm sample`, and so are the next four.", rich_help_panel=METHOD),
     ] = "ddim",
     steps: Annotated[int | None, typer.Option(help="Sampling steps.", rich_help_panel=METHOD)] = None,

@@ -64,16 +64,16 @@ def sample(
         Path | None, typer.Option(help="An animation from noise to picture (.gif).", rich_help_panel=OUTPUT)
     ] = None,
     solver: Annotated[
-        Literal["ddpm", "ddim", "dpmpp_2m"],
+        Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"],
         typer.Option(
-            help="ddpm: the original, with fresh noise in each step. ddim, dpmpp_2m: fewer steps, no noise.",
+            help="ddpm: the original, with fresh noise in each step. ddim, dpmpp_2m, dpmpp_3m: fewer steps, no noise.",
             rich_help_panel=METHOD,
         ),
     ] = "ddim",
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Sampling steps. [default: 50 for ddim, 20 for dpmpp_2m, for ddpm as many as in training]",
+            help="Sampling steps. [default: 50 for ddim, 20 for dpmpp_2m, dpmpp_3m, for ddpm as many as in training]",
             rich_help_panel=METHOD,
         ),
     ] = None,

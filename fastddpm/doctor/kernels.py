@@ -46,15 +46,16 @@ def check_noise(device: torch.device) -> str:
 
 
 def check_p_sample(device: torch.device) -> str:
-    """One row with all that a solver may ask for and one with the bare least, from outputs of each dtype."""
+    """Rows with the bare least and with all that solvers of one and of two histories ask for, for each dtype."""
     worst = 0.0
+    wanted = {"no options": (False, ""), "one history": (True, "history2"), "all options": (True, "")}
     for dtype in OUT_DTYPES:
-        for full in (False, True):
-            case = _update_case(dtype, full)
+        for name, (full, left_out) in wanted.items():
+            case = {key: value for key, value in _update_case(dtype, full).items() if key != left_out}
             want, size = _update_float64(**case)
-            given: dict[str, Any] = {name: value.to(device) for name, value in case.items()}
+            given: dict[str, Any] = {key: value.to(device) for key, value in case.items()}
             p_sample(**given)
-            what = f"p_sample, {_name(dtype)}, {'all options' if full else 'no options'}"
+            what = f"p_sample, {_name(dtype)}, {name}"
             worst = max(worst, _off(given["x"], want, P_SAMPLE_RTOL * size + NORMALS_ATOL, what))
     return _passed(worst, OUT_DTYPES)
 
@@ -142,7 +143,7 @@ def _update_case(dtype: torch.dtype, full: bool) -> dict[str, Tensor]:
     if full:
         case |= {
             "out_uncond": draw(B, outputs, H, W).to(dtype), "guidance": 1 + draw(B).abs(), "history": draw(*SHAPE),
-            "bound": 1 + draw(B).abs(),
+            "history2": draw(*SHAPE), "bound": 1 + draw(B).abs(),
         }  # fmt: skip
     return case
 
@@ -160,6 +161,7 @@ def _update_float64(
     out_uncond: Tensor | None = None,
     guidance: Tensor | None = None,
     history: Tensor | None = None,
+    history2: Tensor | None = None,
     bound: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The equations of `p_sample`, and the sum of all terms' magnitudes, to which its tolerance is relative."""
@@ -182,8 +184,9 @@ def _update_float64(
         part = (v + 1) / 2
         sigma = sigma * torch.exp(0.5 * (part * c["log_beta"] + (1 - part) * c["log_beta_tilde"]))
     terms = [c["c_0"] * x0, c["c_x"] * state, c["c_o"] * o, sigma * z]
-    if history is not None:
-        terms.append(c["c_h"] * history.double())
+    for name, past in (("c_h", history), ("c_h2", history2)):
+        if past is not None:
+            terms.append(c[name] * past.double())
     new = torch.stack(terms).sum(0)
     size = torch.stack([*terms, *inside]).abs().sum(0)
     finished = (step >= end)[:, None, None, None]

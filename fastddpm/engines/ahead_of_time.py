@@ -56,8 +56,11 @@ class AheadOfTime:
         self._steps: dict[str, StepFunction] = {}
 
     def formed(self, call: Call) -> Call:
-        """The call that a package serves: it keeps a history and makes noise, so that one serves every solver."""
-        return call.formed(history=True, stochastic=True, in_place=False)
+        """The call that a package serves: it keeps a history and makes noise, so that one serves most solvers.
+
+        Only solvers that look back two steps have packages of their own, or the others' would carry a second history.
+        """
+        return call.formed(history=max(1, call.step.form.history), stochastic=True, in_place=False)
 
     def key(self, call: Call) -> str:
         """Names the package: all that it depends on. Two calls with the same key can share it."""

@@ -20,7 +20,7 @@ from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError, check_step, not_one_graph
 from fastddpm.engines.runner import Runner, StepFunction, StepRunner
 from fastddpm.step.state import State
-from fastddpm.step.step import Call, Step, StepForm
+from fastddpm.step.step import HISTORIES, Call, Step, StepForm
 
 GRAPH_STEPS = 10
 """Steps that one launch from the host makes; what a run's length leaves over is made by graphs of one step."""
@@ -132,13 +132,13 @@ class Gpu:
     def formed(self, call: Call) -> Call:
         """The call that a compiled step serves: in place, and with noise for every solver.
 
-        A history is kept only where it is asked for, unless a step with one is compiled already and one without is not.
+        No more history is kept than is asked for, unless a step with more is compiled already and one with just that
+        is not.
         """
         lean = call.formed(stochastic=True, in_place=True)
-        if lean.step.form.history or _kind(lean) in self._steps:
-            return lean
-        full = lean.formed(history=True)
-        return full if _kind(full) in self._steps else lean
+        depths = range(lean.step.form.history, len(HISTORIES) + 1)
+        there = [depth for depth in depths if _kind(lean, depth) in self._steps]
+        return lean.formed(history=there[0]) if there else lean
 
     def key(self, call: Call) -> str:
         """Names what was measured of such a step; weights do not matter."""
@@ -228,9 +228,11 @@ class Gpu:
         return _Slot(own.state, own.noise, arguments, one, many, _addresses(call))
 
 
-def _kind(call: Call) -> tuple[StepForm, tuple[int, ...]]:
-    """What a compiled step depends on, the network aside."""
-    return call.step.form, tuple(call.state.x.shape)
+def _kind(call: Call, history: int | None = None) -> tuple[StepForm, tuple[int, ...]]:
+    """What a compiled step depends on, the network aside; for another depth of history if one is given."""
+    form = call.step.form
+    form = form if history is None else dataclasses.replace(form, history=history)
+    return form, tuple(call.state.x.shape)
 
 
 def _addresses(call: Call) -> tuple[int, ...]:

@@ -71,10 +71,8 @@ class StepRunner:
         changed = self._function(*self._arguments, *noise)
         for place, value in zip(self._places, changed, strict=True):
             self._arguments[place] = value
-        state = self.state
-        state.x, state.step = changed[0], changed[1]
-        if state.history is not None:
-            state.history = changed[2]
+        for name, value in zip(CHANGED, changed, strict=False):
+            setattr(self.state, name, value)
 
 
 class DecidingRunner:

@@ -5,13 +5,13 @@
 `set_timesteps` makes a step table (`fastddpm.process.table`) in float64, rounded once to float32; `step` takes its row
 
     x̂_0     = clip(a_x · x_t + a_o · out, −bound, +bound)
-    x_{t−1} = c_0 · x̂_0 + c_x · x_t + c_o · out + c_h · history + σ · z
+    x_{t−1} = c_0 · x̂_0 + c_x · x_t + c_o · out + c_h · history + c_h2 · history2 + σ · z
 
 with no `.item()`, no copy to a device and no wait for one. The noise is drawn as the parent draws it, in the same
 order, so the same generator gives the same pictures. `timestep` may also be a tensor of one timestep per sample.
 
 What the table does not hold is left to the parent's own `step`: options other than those of `fastddpm`'s solvers
-(learned variance that is not a range, solver orders other than 2, SDE variants, Karras and other sigmas, limits of
+(learned variance that is not a range, solver order 1, SDE variants, Karras and other sigmas, limits of
 thresholding below 1), timesteps that are not in the list, repeated or rising lists, float64 samples. A scheduler whose
 betas, timesteps or options are replaced afterwards follows them.
 """
@@ -192,7 +192,7 @@ class FastDDIMScheduler(_Compatible, ForwardSteps, DDIMScheduler):  # type: igno
 
 
 class FastDPMSolverMultistepScheduler(_Compatible, TableSteps, DPMSolverMultistepScheduler):  # type: ignore[misc]
-    """diffusers' DPMSolverMultistepScheduler with a table for DPM-Solver++(2M), its default (Lu et al. 2022).
+    """diffusers' DPMSolverMultistepScheduler with a table for DPM-Solver++(2M), its default, or (3M) (Lu et al. 2022).
 
     Takes the parent's arguments, configurations and files, and keeps the parent's state between steps
     (`model_outputs`, `lower_order_nums`, `step_index`), so a run may be handed from one to the other.
@@ -236,13 +236,13 @@ class FastDPMSolverMultistepScheduler(_Compatible, TableSteps, DPMSolverMultiste
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """The next x from the network's output at x_t and the step before.
+        """The next x from the network's output at x_t and the steps before.
 
         Args:
             model_output: float [B, C, …].
             timestep: t of the run's first step; afterwards the scheduler counts, as the parent does. Or int [B], each
                 sample's own, in every step: a sample at the first timestep starts anew, and the others go on from
-                the last step's x̂_0.
+                the last steps' x̂_0.
             sample: float [B, C, …], x_t.
             generator: for the parent's SDE variants.
             variance_noise: for the parent's SDE variants.
@@ -259,15 +259,15 @@ class FastDPMSolverMultistepScheduler(_Compatible, TableSteps, DPMSolverMultiste
         out = model_output[:, : sample.shape[1]] if self._learns_variance() else model_output
         if tables is not None and fits(out, sample, tables[0].table):
             at = self._at(tables[0], timestep)
-        follows = self.lower_order_nums >= 1
-        first = isinstance(at, int) and at == 0
-        if tables is None or at is None or (follows and (first or self.model_outputs[-1] is None)):
+        # How many steps this one looks back at; a row that has not as many before it is the parent's affair.
+        depth = min(self.lower_order_nums, self.config.solver_order - 1)
+        past = self.model_outputs[::-1][:depth]
+        early = isinstance(at, int) and at < depth
+        if tables is None or at is None or early or any(x_start is None for x_start in past):
             return super().step(out, timestep, sample, generator, variance_noise, return_dict)
-        history = self.model_outputs[-1] if follows else None
-        if history is not None and history.shape != sample.shape:
-            history = history.expand_as(sample)
-        rows = tables[1 if follows else 0]
-        previous, x_start = update(rows, at, sample, out, None, history, self._threshold_sample)
+        shaped = (x_start if x_start.shape == sample.shape else x_start.expand_as(sample) for x_start in past)
+        history, history2, *_ = (*shaped, None, None)
+        previous, x_start = update(tables[depth], at, sample, out, None, history, self._threshold_sample, history2)
         self.model_outputs = [*self.model_outputs[1:], x_start]
         if self.lower_order_nums < self.config.solver_order:
             self.lower_order_nums += 1

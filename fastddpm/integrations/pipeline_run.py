@@ -22,7 +22,7 @@ from fastddpm.integrations.diffusers_schedulers import (
 from fastddpm.integrations.pipeline_network import PipelineNetwork, check_unet
 from fastddpm.integrations.scheduler_tables import ancestral_table, ddim_table, multistep_tables
 from fastddpm.process.spec import ModelSpec
-from fastddpm.process.table import StepTable
+from fastddpm.process.table import MULTISTEP, StepTable
 from fastddpm.step.request import Request
 
 _ANCESTRAL = (DDPMScheduler, FastDDPMScheduler)
@@ -153,7 +153,7 @@ def _steps(scheduler: Any, run: Run) -> _Steps:  # noqa: ANN401 - diffusers is n
         if type(scheduler) in _DDIM:
             table = ddim_table(scheduler, timesteps, run.eta, run.use_clipped_model_output)
             return _Steps(table, [run.eta > 0] * len(timesteps))
-        return _Steps(multistep_tables(scheduler, timesteps)[1])
+        return _Steps(multistep_tables(scheduler, timesteps)[-1])
     except (ValueError, TypeError):
         return _Steps(None)
 
@@ -161,7 +161,7 @@ def _steps(scheduler: Any, run: Run) -> _Steps:  # noqa: ANN401 - diffusers is n
 def _check_channels(unet: Any, table: StepTable) -> None:  # noqa: ANN401 - diffusers is not typed
     channels, out = unet.config.in_channels, unet.config.out_channels
     wanted = 2 * channels if table.variance == "learned_range" else channels
-    if table.solver == "dpmpp_2m" and out == 2 * channels:
+    if table.solver in MULTISTEP and out == 2 * channels:
         return
     if out != wanted:
         raise ValueError(

@@ -26,6 +26,7 @@ class Row:
     bound: float
     log_beta: float
     log_beta_tilde: float
+    c_h2: float
 
 
 class Rows:

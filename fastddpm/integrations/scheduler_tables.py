@@ -90,18 +90,18 @@ def ddim_table(
     )
 
 
-def multistep_tables(scheduler: Any, timesteps: Tensor) -> tuple[StepTable, StepTable]:  # noqa: ANN401
-    """DPMSolverMultistepScheduler as two tables: every row of first order, and of second where it can be.
+def multistep_tables(scheduler: Any, timesteps: Tensor) -> tuple[StepTable, ...]:  # noqa: ANN401
+    """DPMSolverMultistepScheduler as two or three tables, of rows that look back at 0, 1 and, if asked for, 2 others.
 
-    A run starts with a row of first order, wherever it starts, and goes on in second order (Lu et al. 2022). The last
-    row of the second table is of the order that the options ask for.
+    A run starts with a row of the first table, wherever it starts, then takes one of the second, and so on (Lu et al.
+    2022). The last rows of the second and third are of the order that the options ask for.
 
     Args:
         scheduler: the scheduler, whose `config` and `alphas_cumprod` count.
         timesteps: int64 [S] on the CPU, strictly descending.
 
     Returns:
-        Both tables, on the CPU.
+        As many tables as the solver's order, on the CPU.
 
     Raises:
         ValueError: an option is not supported, or a timestep is out of range.
@@ -116,27 +116,19 @@ def multistep_tables(scheduler: Any, timesteps: Tensor) -> tuple[StepTable, Step
     threshold = _clip({**conventions, "clip": None})
     to_one: bool = conventions["final_alpha_to_one"]
     _check_sigmas(scheduler, schedule, timesteps, to_one)
-    lower = to_one or config["euler_at_final"] or (config["lower_order_final"] and timesteps.numel() < _SHORT)
-    prediction = conventions["prediction"]
-    first = make_table(
-        schedule,
-        timesteps,
-        solver="ddim",
-        prediction=prediction,
-        clip=threshold,
-        clipped_eps="rederive",
-        final_alpha_to_one=to_one,
+    short = config["lower_order_final"] and timesteps.numel() < _SHORT
+    lower = bool(to_one or config["euler_at_final"] or short)
+    shared: dict[str, Any] = {
+        "prediction": conventions["prediction"], "clip": threshold, "final_alpha_to_one": to_one,
+    }  # fmt: skip
+    tables = (
+        make_table(schedule, timesteps, solver="ddim", clipped_eps="rederive", **shared),
+        make_table(schedule, timesteps, solver="dpmpp_2m", lower_order_final=lower, **shared),
     )
-    second = make_table(
-        schedule,
-        timesteps,
-        solver="dpmpp_2m",
-        prediction=prediction,
-        clip=threshold,
-        final_alpha_to_one=to_one,
-        lower_order_final=bool(lower),
-    )
-    return first, second
+    if config["solver_order"] < 3:
+        return tables
+    options = {"lower_order_final": lower, "lower_order_second": bool(short)}
+    return (*tables, make_table(schedule, timesteps, solver="dpmpp_3m", **options, **shared))
 
 
 def _with_rounded_beta(

@@ -3,7 +3,7 @@
 What a row holds stands in `fastddpm.process.table`:
 
     x̂_0     = clip(a_x · x_t + a_o · out, −bound, +bound)
-    x_{t−1} = c_0 · x̂_0 + c_x · x_t + c_o · out + c_h · history + σ · z
+    x_{t−1} = c_0 · x̂_0 + c_x · x_t + c_o · out + c_h · history + c_h2 · history2 + σ · z
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastddpm.kernels.p_sample import p_sample, p_sample_reference
 from fastddpm.process.table import StepTable, dynamic_bound
 
 _Thresholding = Callable[[Tensor], Tensor]
+_Past = tuple[Tensor | None, Tensor | None]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,6 +42,7 @@ def update(
     z: Tensor | None,
     history: Tensor | None,
     threshold_sample: _Thresholding,
+    history2: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The new state and x̂_0 of all samples, in the dtype that diffusers' arithmetic has.
 
@@ -52,6 +54,7 @@ def update(
         z: float, broadcast to the shape of x, standard normals; None adds no noise.
         history: float [B, C, …], the x̂_0 of the step before; None where no row reads it.
         threshold_sample: the scheduler's dynamic thresholding of an x̂_0.
+        history2: float [B, C, …], the x̂_0 of the step before that one; None where no row reads it.
 
     Returns:
         x_{t−1} and x̂_0, [B, C, …].
@@ -64,14 +67,15 @@ def update(
     fused = not differentiates and runs_triton(x.device.type)
     if isinstance(at, int) and not (fused and rows.table.threshold is None):
         threshold = None if rows.table.threshold is None else threshold_sample
-        new, x0 = _update_alike(rows.host[at], _float(x), _float(out), _float(z), _float(history), threshold)
+        past = _float(history), _float(history2)
+        new, x0 = _update_alike(rows.host[at], _float(x), _float(out), _float(z), past, threshold)
     else:
-        new, x0 = _update_each(rows, at, x, out, z, history, fused)
+        new, x0 = _update_each(rows, at, x, out, z, (history, history2), fused)
     return (new, x0) if dtype == torch.float32 else (new.to(dtype), x0.to(dtype))
 
 
 def _update_alike(
-    row: Row, x: Tensor, out: Tensor, z: Tensor | None, history: Tensor | None, threshold: _Thresholding | None
+    row: Row, x: Tensor, out: Tensor, z: Tensor | None, past: _Past, threshold: _Thresholding | None
 ) -> tuple[Tensor, Tensor]:
     """All samples at one row, whose numbers the host knows: plain PyTorch, in as few operations as there are."""
     variance = None
@@ -87,15 +91,16 @@ def _update_alike(
         new.add_(x, alpha=row.c_x)
     if row.c_o:
         new.add_(out, alpha=row.c_o)
-    if row.c_h and history is not None:
-        new.add_(history, alpha=row.c_h)
+    for weight, history in zip((row.c_h, row.c_h2), past, strict=True):
+        if weight and history is not None:
+            new.add_(history, alpha=weight)
     if row.sigma and z is not None:
         new.add_(z if variance is None else z * _spread(row, variance), alpha=row.sigma)
     return new, x0
 
 
 def _update_each(
-    rows: Rows, at: int | Tensor, x: Tensor, out: Tensor, z: Tensor | None, history: Tensor | None, fused: bool
+    rows: Rows, at: int | Tensor, x: Tensor, out: Tensor, z: Tensor | None, past: _Past, fused: bool
 ) -> tuple[Tensor, Tensor]:
     """The update by the kernel, or by its reference where it must be differentiable: each sample at its own row."""
     batch, shape, device = len(x), x.shape, x.device
@@ -115,16 +120,17 @@ def _update_each(
     if rows.table.threshold is not None:
         bound = dynamic_bound(x4, out4, table.index_select(0, step), rows.table.threshold)
     noise = None if z is None else flat(z).float().expand(x4.shape).contiguous()[None]
-    past = None if history is None else flat(history).float()
+    history, history2 = (None if tensor is None else flat(tensor).float() for tensor in past)
     end, zeros = rows.step(len(table) - 1, batch, device), torch.zeros_like(step)
     rest = (out4, table, times, step, end, zeros, zeros)
     options: dict[str, Any] = {"noise": noise, "bound": bound, "stochastic": z is not None}
     if fused:
         new = x4.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        x_start = torch.empty_like(new) if past is None else past.clone().reshape(new.shape)
-        p_sample(new, *rest, history=x_start, **options)  # in place, both
+        x_start = torch.empty_like(new) if history is None else history.clone().reshape(new.shape)
+        history2 = None if history2 is None else history2.clone().reshape(new.shape)
+        p_sample(new, *rest, history=x_start, history2=history2, **options)  # in place, all of them
     else:
-        new, x_start = p_sample_reference(x4.float(), *rest, history=past, **options)
+        new, x_start, *_ = p_sample_reference(x4.float(), *rest, history=history, history2=history2, **options)
     return new.reshape(shape), x_start.reshape(shape)
 
 

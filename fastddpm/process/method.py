@@ -14,13 +14,13 @@ from fastddpm.process.ddim import ClippedEps
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.solvers import make_table
 from fastddpm.process.spec import ModelSpec, Variance
-from fastddpm.process.table import DynamicThreshold, Solver, StepTable, check_choice
+from fastddpm.process.table import MULTISTEP, DynamicThreshold, Solver, StepTable, check_choice
 from fastddpm.process.timesteps import Spacing, largest_offset, respace, spaced_timesteps
 
-DEFAULT_STEPS: dict[Solver, int | None] = {"ddpm": None, "ddim": 50, "dpmpp_2m": 20}
+DEFAULT_STEPS: dict[Solver, int | None] = {"ddpm": None, "ddim": 50, "dpmpp_2m": 20, "dpmpp_3m": 20}
 """Steps of each solver unless the caller says otherwise; None is all that the network was trained with."""
 
-_SHORT = 15  # diffusers lowers the last row's order in runs of fewer steps
+_SHORT = 15  # diffusers lowers the last rows' order in runs of fewer steps
 
 
 class MethodOptions(TypedDict, total=False):
@@ -41,8 +41,9 @@ class Method:
     """How to sample: all that makes a table, whatever the network.
 
     Attributes:
-        solver: "ddpm" (ancestral, Ho et al. 2020), "ddim" (Song et al. 2021) or "dpmpp_2m" (Lu et al. 2022).
-        steps: S, at most T; None is T for ddpm, 50 for ddim, 20 for dpmpp_2m, or what the checkpoint says.
+        solver: "ddpm" (ancestral, Ho et al. 2020), "ddim" (Song et al. 2021), "dpmpp_2m" or "dpmpp_3m" (Lu et
+            al. 2022).
+        steps: S, at most T; None is T for ddpm, 50 for ddim, 20 for dpmpp_2m and dpmpp_3m, or what the checkpoint says.
         timesteps: instead of `steps`, the training timesteps to visit, descending, or OpenAI's respacing string:
             "250", "ddim25", "10,15,20".
         prev_timesteps: where the steps lead, each to a lower timestep or to −1, which is x_0. None is what the
@@ -103,12 +104,11 @@ class Method:
         if self.solver == "ddim":
             clipped = spec.clipped_eps if self.clipped_eps == "spec" else self.clipped_eps
             return {**final, "eta": spec.ddim_eta if self.eta is None else self.eta, "clipped_eps": clipped}
-        order = spec.lower_order_final
-        return {
-            **final,
-            "eta": self.eta,
-            "lower_order_final": order == "always" or (order == "short" and steps < _SHORT),
-        }
+        order, short = spec.lower_order_final, steps < _SHORT
+        lower = {"lower_order_final": order == "always" or (order == "short" and short)}
+        if self.solver == "dpmpp_3m":
+            lower["lower_order_second"] = order != "never" and short
+        return {**final, "eta": self.eta, **lower}
 
 
 def _timesteps(
@@ -131,7 +131,7 @@ def _timesteps(
     if spec.spacing is None:
         return respace(T, steps) if solver == "ddpm" else spaced_timesteps(T, steps, "trailing")
     # diffusers' DPM-Solver spaces one point more than it visits.
-    more = 1 if solver == "dpmpp_2m" and spec.spacing in ("leading", "linspace") and steps < T else 0
+    more = 1 if solver in MULTISTEP and spec.spacing in ("leading", "linspace") and steps < T else 0
     offset = _offset(T, spec, steps, more)
     return spaced_timesteps(T, steps + more, spec.spacing, steps_offset=offset)[:steps]
 
@@ -164,7 +164,7 @@ def _variance(spec: ModelSpec, solver: Solver, variance: Variance | Literal["spe
 def _bound(spec: ModelSpec, solver: Solver) -> float | DynamicThreshold | None:
     if spec.threshold is not None:
         return DynamicThreshold(*spec.threshold)
-    return None if solver == "dpmpp_2m" and not spec.dpmpp_clips else spec.clip
+    return None if solver in MULTISTEP and not spec.dpmpp_clips else spec.clip
 
 
 def _previous(T: int, spec: ModelSpec, solver: Solver, t: Tensor) -> Tensor | None:

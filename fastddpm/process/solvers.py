@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastddpm.process.ddim import ClippedEps, ddim_table
 from fastddpm.process.ddpm import NoiseGate, ddpm_table
-from fastddpm.process.dpmpp import dpmpp_2m_table
+from fastddpm.process.dpmpp import dpmpp_2m_table, dpmpp_3m_table
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import Prediction, Variance
 from fastddpm.process.table import DynamicThreshold, Solver, StepTable, check_choice
@@ -29,15 +29,16 @@ def make_table(
     clipped_eps: ClippedEps | None = None,
     final_alpha_to_one: bool | None = None,
     lower_order_final: bool | None = None,
+    lower_order_second: bool | None = None,
 ) -> StepTable:
-    """The table of any solver; see `ddpm_table`, `ddim_table`, `dpmpp_2m_table`.
+    """The table of any solver; see `ddpm_table`, `ddim_table`, `dpmpp_2m_table`, `dpmpp_3m_table`.
 
     An option left at None takes the solver's own default.
 
     Args:
         schedule: the schedule that the network was trained with.
         timesteps: int [S], strictly descending, in 0 … T−1.
-        solver: "ddpm", "ddim" or "dpmpp_2m".
+        solver: "ddpm", "ddim", "dpmpp_2m" or "dpmpp_3m".
         prediction: what the network returns.
         clip: bound of |x̂_0|, None, or a DynamicThreshold.
         prev_timesteps: int [S], where each row leads.
@@ -45,8 +46,9 @@ def make_table(
         noise_gate: ddpm only.
         eta: ddim only.
         clipped_eps: ddim only.
-        final_alpha_to_one: ddim and dpmpp_2m.
-        lower_order_final: dpmpp_2m only.
+        final_alpha_to_one: ddim, dpmpp_2m and dpmpp_3m.
+        lower_order_final: dpmpp_2m and dpmpp_3m.
+        lower_order_second: dpmpp_3m only.
 
     Returns:
         The table.
@@ -60,11 +62,13 @@ def make_table(
         "ddpm": (ddpm_table, {"variance", "noise_gate"}),
         "ddim": (ddim_table, {"eta", "clipped_eps", "final_alpha_to_one"}),
         "dpmpp_2m": (dpmpp_2m_table, {"final_alpha_to_one", "lower_order_final"}),
+        "dpmpp_3m": (dpmpp_3m_table, {"final_alpha_to_one", "lower_order_final", "lower_order_second"}),
     }
     table, known = solvers[solver]
     given: dict[str, Any] = {
         "variance": variance, "noise_gate": noise_gate, "eta": eta, "clipped_eps": clipped_eps,
         "final_alpha_to_one": final_alpha_to_one, "lower_order_final": lower_order_final,
+        "lower_order_second": lower_order_second,
     }  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None}
     if foreign := sorted(options.keys() - known):

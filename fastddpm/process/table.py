@@ -1,9 +1,10 @@
 """StepTable: a sampling run as numbers, one row of coefficients per step and a last row that changes nothing.
 
-For row i at timestep t, with the network's output `out` and the previous row's estimate `history`:
+For row i at timestep t, with the network's output `out`, the previous row's estimate `history` and that of the row
+before it, `history2`:
 
     x̂_0     = clip(a_x · x_t + a_o · out, −bound, +bound)
-    x_{t−1} = c_0 · x̂_0 + c_x · x_t + c_o · out + c_h · history + sd · z
+    x_{t−1} = c_0 · x̂_0 + c_x · x_t + c_o · out + c_h · history + c_h2 · history2 + sd · z
 
 `sd` is sigma, times exp(½ (f · log_beta + (1 − f) · log_beta_tilde)) with f = (v + 1)/2 if the network
 also returns a variance v (Nichol & Dhariwal 2021, eq. 15). Rows whose variance is not learned hold 0 in
@@ -23,7 +24,10 @@ from fastddpm.common.arguments import number
 from fastddpm.kernels.p_sample import COLUMNS
 from fastddpm.process.spec import Prediction, Variance
 
-Solver = Literal["ddpm", "ddim", "dpmpp_2m"]
+Solver = Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"]
+MULTISTEP: tuple[Solver, ...] = ("dpmpp_2m", "dpmpp_3m")
+"""Solvers whose rows read the estimates of x_0 of the rows before; all are deterministic."""
+
 _COLUMN = {name: i for i, name in enumerate(COLUMNS)}
 
 
@@ -107,7 +111,7 @@ class StepTable:
         prediction: what the network returns: "eps", "x_start" or "v".
         variance: "learned_range" needs a network with 2C output channels; the others work with C or 2C.
         solver: the method that made the rows.
-        uses_history: some row reads the previous estimate of x_0.
+        history: how many of the previous estimates of x_0 some row reads, 0, 1 or 2.
         uses_noise: some row adds noise.
         threshold: dynamic thresholding, whose bound per sample replaces the column `bound`; or None.
 
@@ -121,7 +125,7 @@ class StepTable:
     prediction: Prediction
     variance: Variance
     solver: Solver
-    uses_history: bool
+    history: int
     uses_noise: bool
     threshold: DynamicThreshold | None = None
 
@@ -218,13 +222,17 @@ def assemble(
     rows[:, _COLUMN["bound"]] = math.inf
     if bound is not None:
         rows[:S, _COLUMN["bound"]] = bound
+
+    def uses(name: str) -> bool:
+        return bool((rows[:, _COLUMN[name]] != 0).any())
+
     return StepTable(
         rows=rows,
         timesteps=torch.cat([timesteps, timesteps.new_zeros(1)]),
         prediction=prediction,
         variance=variance,
         solver=solver,
-        uses_history=bool((rows[:, _COLUMN["c_h"]] != 0).any()),
-        uses_noise=bool((rows[:, _COLUMN["sigma"]] != 0).any()),
+        history=2 if uses("c_h2") else int(uses("c_h")),
+        uses_noise=uses("sigma"),
         threshold=threshold,
     )

@@ -26,6 +26,7 @@ class State:
             the classes and the run is guided; or None.
         guidance: float32 [B], scales of classifier-free guidance, or None for none.
         history: float32 [B, C, H, W], the previous step's x̂_0, zeros before the first, or None where nobody reads it.
+        history2: float32 [B, C, H, W], that of the step before it, likewise.
     """
 
     x: Tensor
@@ -37,6 +38,7 @@ class State:
     uncond: Tensor | None = None
     guidance: Tensor | None = None
     history: Tensor | None = None
+    history2: Tensor | None = None
 
     @classmethod
     def create(

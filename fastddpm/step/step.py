@@ -21,8 +21,10 @@ from fastddpm.step.state import State
 
 ALWAYS = ("x", "step", "end", "sample_id", "seed", "rows", "timesteps", "conditions")
 """The arguments that every step has."""
-CHANGED = ("x", "step", "history")
-"""The arguments that a step changes, in the order of its results; the last only where there is a history."""
+HISTORIES = ("history", "history2")
+"""Where the estimates of x_0 of the last steps are kept, the newest first."""
+CHANGED = ("x", "step", *HISTORIES)
+"""The arguments that a step changes, in the order of its results; the histories only where they are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,8 @@ class StepForm:
     Attributes:
         guided: whether the network is asked for the output without class too (classifier-free guidance).
         labelled: whether the network is told the class in each step; otherwise the rows hold it.
-        history: whether the previous x̂_0 is kept: for multistep solvers, self-conditioned networks and previews.
+        history: how many of the last x̂_0 are kept: 0, 1 (DPM-Solver++(2M), self-conditioned networks, previews) or 2
+            (DPM-Solver++(3M)).
         noise: whether z is an argument; otherwise it is made from seed, id and timestep.
         stochastic: whether σ·z is added at all; a run whose σ are all 0 needs no noise to be made.
         learned: whether the network's second half of channels is the variance.
@@ -45,7 +48,7 @@ class StepForm:
 
     guided: bool = False
     labelled: bool = False
-    history: bool = False
+    history: int = 0
     noise: bool = False
     stochastic: bool = True
     learned: bool = False
@@ -56,8 +59,15 @@ class StepForm:
 
     def __post_init__(self) -> None:
         """A self-conditioned network always has a history."""
+        if not 0 <= self.history <= len(HISTORIES):
+            raise ValueError(f"StepForm: history must be 0, 1 or 2, got {self.history}; keep as many as rows read")
         if self.self_condition and not self.history:
-            raise ValueError("StepForm: history must be True for a self-conditioned network, got False; keep one")
+            raise ValueError("StepForm: history must be at least 1 for a self-conditioned network, got 0; keep one")
+
+    @property
+    def histories(self) -> tuple[str, ...]:
+        """Those of `HISTORIES` that are kept."""
+        return HISTORIES[: self.history]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,7 +76,7 @@ class StepForm:
             "labels": self.labelled,
             "uncond": self.guided and not self.labelled,
             "guidance": self.guided,
-            "history": self.history,
+            **{name: name in self.histories for name in HISTORIES},
             "noise": self.noise,
         }
         return (*ALWAYS, *(name for name, is_wanted in wanted.items() if is_wanted))
@@ -95,7 +105,7 @@ class StepForm:
         return cls(
             guided=guided,
             labelled=labelled,
-            history=table.uses_history or spec.self_condition or previews,
+            history=max(table.history, int(spec.self_condition or previews)),
             noise=noise,
             stochastic=table.uses_noise,
             learned=table.variance == "learned_range",
@@ -127,11 +137,11 @@ class Step(nn.Module):
 
         Args:
             tensors: in the order of `StepForm.names`: x, step, end, sample_id and seed as in `State`; rows, timesteps
-                and conditions as in `Book`; then, as the form has them, labels, uncond, guidance and history as in
-                `State`, and noise, float32 [N, B, C, H, W], z, as in `p_sample` (with N = 1 that of this step).
+                and conditions as in `Book`; then, as the form has them, labels, uncond, guidance, history and history2
+                as in `State`, and noise, float32 [N, B, C, H, W], z, as in `p_sample` (with N = 1 that of this step).
 
         Returns:
-            x, step and, where there is one, history, one step later.
+            x, step and, where they are kept, the histories, one step later.
 
         Raises:
             ValueError: the variance is learned and the network returns none, or there are too many or few tensors.
@@ -142,7 +152,7 @@ class Step(nn.Module):
         out, out_uncond = self.ask(x, step, given["conditions"], labels, uncond, history)
         return self.update(
             x, out, step, given["end"], given["sample_id"], given["seed"], given["rows"], given["timesteps"],
-            out_uncond, given.get("guidance"), history, noise,
+            out_uncond, given.get("guidance"), history, given.get("history2"), noise,
         )  # fmt: skip
 
     def ask(
@@ -192,6 +202,7 @@ class Step(nn.Module):
         out_uncond: Tensor | None = None,
         guidance: Tensor | None = None,
         history: Tensor | None = None,
+        history2: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """What follows the network: x̂_0, its bound, the solver's row and the clock; see `forward`.
@@ -208,6 +219,7 @@ class Step(nn.Module):
             out_uncond: the output without class.
             guidance: scales.
             history: the previous x̂_0.
+            history2: the one before.
             noise: z.
 
         Returns:
@@ -229,12 +241,12 @@ class Step(nn.Module):
         run = p_sample if form.in_place else p_sample_reference
         changed = run(
             x, out, rows, timesteps, step, end, sample_id, seed,
-            noise=noise, out_uncond=out_uncond, guidance=guidance, history=history, bound=bound,
+            noise=noise, out_uncond=out_uncond, guidance=guidance, history=history, history2=history2, bound=bound,
             stochastic=form.stochastic,
         )  # fmt: skip
-        new, past = (x, history) if changed is None else changed
+        new, *past = changed or [value for value in (x, history, history2) if value is not None]
         later = step.copy_(later) if form.in_place else later
-        return (new, later) if not form.history or past is None else (new, later, past)
+        return (new, later, *past[: form.history])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,9 +276,9 @@ class Call:
         return dataclasses.replace(self, state=self.state.copy())
 
     def formed(self, **changes: Any) -> Call:  # noqa: ANN401 - the fields of `StepForm` type them
-        """The call with another form of the step; where it keeps a history now, there is room for one."""
+        """The call with another form of the step; where it keeps a history now, there is room for it."""
         form = dataclasses.replace(self.step.form, **changes)
         state = self.state
-        if form.history and state.history is None:
-            state = dataclasses.replace(state, history=torch.zeros_like(state.x))
+        if missing := [name for name in form.histories if getattr(state, name) is None]:
+            state = dataclasses.replace(state, **{name: torch.zeros_like(state.x) for name in missing})
         return dataclasses.replace(self, step=Step(self.step.network, form), state=state)

@@ -136,7 +136,7 @@ class StubSteps:
         return None
 
     def formed(self, call):
-        return call.formed(history=True, stochastic=True)
+        return call.formed(history=1, stochastic=True)
 
     def runner(self, call):
         from fastddpm.engines.runner import StepRunner

@@ -42,6 +42,19 @@ def test_one_package_serves_all_solvers_steps_and_labels(compiled):
     assert set(cache.packages()) == before
 
 
+def test_two_histories_have_a_package_of_their_own(compiled):
+    """Other solvers' packages carry one history, so that they are no slower; the second serves any run of its kind."""
+    before = set(cache.packages())
+    for steps in (17, 5):
+        asked = {"seed": 5, "class_labels": [0, 2, 1], "output": "raw", "solver": "dpmpp_3m", "steps": steps}
+        expected, got = like(compiled, "eager").sample(3, **asked), compiled.sample(3, **asked)
+        assert compiled.engine.used == "compiled"
+        assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert len(set(cache.packages()) - before) == 1
+    compiled.sample(3, class_labels=1, solver="dpmpp_2m", steps=5)
+    assert len(set(cache.packages()) - before) == 1
+
+
 def test_a_book_that_has_grown_is_served_by_the_same_package(compiled):
     before, book = set(cache.packages()), compiled.stepper.book
     table = compiled.table(solver="ddpm")

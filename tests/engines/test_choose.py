@@ -26,7 +26,7 @@ class Pretended:
         self.prepared, self.ready, self.error = 0, False, None
 
     def formed(self, call):
-        return call.formed(history=True)
+        return call.formed(history=1)
 
     def key(self, call):
         return f"batch-{len(call.state.x)}"

@@ -97,7 +97,7 @@ def test_each_form_is_one_graph_without_recompilation(guidance, noise, compiling
     options = {"guidance_scale": guidance}
     if noise:
         options["noise"] = lambda i, t, ids: torch.full((len(ids), 1, 8, 8), 0.25)
-    for run in ({"solver": "ddim", "eta": 1.0}, {"solver": "dpmpp_2m"}):  # one without a history, one with
+    for run in ({"solver": "ddim", "eta": 1.0}, {"solver": "dpmpp_2m"}, {"solver": "dpmpp_3m"}):  # 0, 1, 2 histories
         sampler.sample(3, class_labels=0, steps=3, **run, **options)
     compiled = len(sampler.engine.quick._steps)
     compiling_again_is_an_error()
@@ -183,6 +183,20 @@ def test_a_graph_with_a_history_serves_runs_without_and_the_leanest_is_taken(cap
     replays = captures[0].replays
     sampler.sample(3, class_labels=0, solver="ddim", steps=5)
     assert len(captures) == 4 and captures[0].replays > replays
+
+
+def test_two_histories_are_kept_for_who_reads_them(captures):
+    """DPM-Solver++(3M) has graphs of its own; they serve other solvers too, but only where those have none."""
+    sampler = gpu_sampler()
+    asked = {"class_labels": [0, 2, 1], "output": "raw"}
+    for run in ({"solver": "dpmpp_3m", "steps": 4 * K + 1}, {"solver": "dpmpp_3m", "steps": 7}, *RUNS):
+        expected = like(sampler, "eager").sample(3, **asked, **run)
+        assert torch.equal(sampler.sample(3, **asked, **run), expected)
+    assert len(captures) == 2
+    lean = gpu_sampler()
+    for solver in ("dpmpp_2m", "dpmpp_3m"):
+        lean.sample(3, solver=solver, steps=5, **asked)
+    assert [form.history for form, _ in lean.engine.quick._steps] == [1, 2] and len(captures) == 6
 
 
 def test_nothing_is_launched_between_replays():

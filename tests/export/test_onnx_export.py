@@ -39,7 +39,9 @@ FILES = {
     "network": {"what": "network"},
     "step": {"what": "step", "solver": "ddpm", "steps": 6},
     "step_input": {"what": "step", "solver": "dpmpp_2m", "steps": 6, "tensorrt": True, "batch": 2},
+    "step_3m": {"what": "step", "solver": "dpmpp_3m", "steps": 7},
     "chain": {"what": "chain", "solver": "ddim", "steps": 6, "eta": 0.5},
+    "chain_3m": {"what": "chain", "solver": "dpmpp_3m", "steps": 16},
     "noise": {"what": "step", "solver": "ddpm", "steps": 3, "noise": "input", "guidance": False},
 }
 ASKED = {"seed": 2**63 + 5, "sample_ids": [3, 2**33, 2**64 - 1], "class_labels": [0, 2, 1], "progress": False}
@@ -68,7 +70,7 @@ def method(name):
 
 
 @pytest.mark.parametrize("scale", [1.0, [1.0, 2.5, 0.0]], ids=["plain", "guided"])
-@pytest.mark.parametrize("name", ["step", "step_input", "chain"])
+@pytest.mark.parametrize("name", ["step", "step_input", "step_3m", "chain", "chain_3m"])
 def test_pictures_equal_pytorchs(sampler, exported, name, scale):
     ours = sampler.sample(3, guidance_scale=scale, **method(name), **ASKED)
     theirs = OnnxSampler(exported(name).files[0], "cpu").sample(3, guidance_scale=scale, **ASKED)

@@ -103,6 +103,11 @@ RUNS = {
     "ddpm_with_dpm_solver": (DDPMPipeline, DPMSolverMultistepScheduler(**V), {"steps": 8}),
     "ddpm_with_long_dpm_solver": (DDPMPipeline, DPMSolverMultistepScheduler(**V, final_sigmas_type="sigma_min"),
                                   {"steps": 16}),
+    "ddpm_with_third_order": (DDPMPipeline, DPMSolverMultistepScheduler(**V, solver_order=3), {"steps": 8}),
+    "ddpm_with_long_third_order": (DDPMPipeline, DPMSolverMultistepScheduler(**V, solver_order=3), {"steps": 18}),
+    "ddpm_with_third_order_to_sigma_min": (
+        DDPMPipeline, DPMSolverMultistepScheduler(**V, solver_order=3, final_sigmas_type="sigma_min"), {"steps": 16},
+    ),
     "ddpm_with_karras": (DDPMPipeline, DPMSolverMultistepScheduler(**V, use_karras_sigmas=True), {}),
     "ddpm_with_sde": (DDPMPipeline, DPMSolverMultistepScheduler(**V, algorithm_type="sde-dpmsolver++"), {}),
     "ddpm_with_ours": (DDPMPipeline, FastDDPMScheduler(**V), {}),

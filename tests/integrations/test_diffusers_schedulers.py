@@ -14,9 +14,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
-from fastddpm import FastDDIMScheduler, FastDDPMScheduler, FastDPMSolverMultistepScheduler, Sampler
-from fastddpm.integrations import diffusers_schedulers, scheduler_update
+from fastddpm import FastDDIMScheduler, FastDDPMScheduler, FastDPMSolverMultistepScheduler, Method, ModelSpec, Sampler
+from fastddpm.checkpoints.diffusers_scheduler import conventions_of
+from fastddpm.integrations import diffusers_schedulers, scheduler_tables, scheduler_update
 from fastddpm.integrations.scheduler_rows import Rows, _position
+from fastddpm.integrations.scheduler_tables import multistep_tables
 from tests.checkpoints.test_dialects import FIXTURES, oracle
 from tests.helpers import peers_dir
 from tests.syncs import NoSync
@@ -104,12 +106,17 @@ def test_ddim_steps_as_its_parent(prediction, eta, clipped, table_steps):
     assert len(table_steps) == 120
 
 
+ORDERS = pytest.mark.parametrize("order", [2, 3], ids=["second order", "third order"])
+
+
+@ORDERS
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_dpm_solver_steps_as_its_parent(prediction, final, table_steps):
+def test_dpm_solver_steps_as_its_parent(prediction, final, order, table_steps):
     made = 0
     for spacing, lower, euler, steps in itertools.product(SPACINGS, (True, False), (True, False), (1, 2, 8, 20)):
         config = {"prediction_type": prediction, "timestep_spacing": spacing, "final_sigmas_type": final}
+        config["solver_order"] = order
         check_alike("dpm", {**config, "lower_order_final": lower, "euler_at_final": euler}, steps)
         made += steps
     assert len(table_steps) == made
@@ -264,8 +271,9 @@ def test_ddpm_with_a_timestep_per_sample(variance, threshold):
 
 LEARNED = {
     "table": {},
-    "no table": {"solver_order": 3},
-    "thresholds": {"solver_order": 3, "thresholding": True, "sample_max_value": 2.0},
+    "two histories": {"solver_order": 3},
+    "no table": {"solver_order": 1},
+    "thresholds": {"solver_order": 1, "thresholding": True, "sample_max_value": 2.0},
     "DPM-Solver": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
     "DPM-Solver, thresholds": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "thresholding": True},
     "SDE": {"algorithm_type": "sde-dpmsolver++"},
@@ -299,25 +307,26 @@ def test_ddim_with_a_timestep_per_sample(eta, shape):
     torch.testing.assert_close(got, torch.cat([e.prev_sample for e in each]), rtol=STEP_RTOL, atol=STEP_RTOL)
 
 
-def test_dpm_solver_with_a_timestep_per_sample():
+@ORDERS
+def test_dpm_solver_with_a_timestep_per_sample(order):
     """Two samples in one batch, the second a step behind: each goes its own way."""
     x = torch.randn(2, 3, 4, 4)
     alone = []
-    for b, steps in enumerate((3, 2)):
-        scheduler = DPMSolverMultistepScheduler()
+    for b, steps in enumerate((5, 4)):
+        scheduler = DPMSolverMultistepScheduler(solver_order=order)
         scheduler.set_timesteps(6)
         y = x[b, None]
         for t in scheduler.timesteps[:steps]:
             y = scheduler.step(network(y, t), t, y).prev_sample
         alone.append(y)
-    ours = FastDPMSolverMultistepScheduler()
+    ours = FastDPMSolverMultistepScheduler(solver_order=order)
     ours.set_timesteps(6)
     t = ours.timesteps
     first = ours.step(network(x[:1], t[0]), t[0], x[:1]).prev_sample
     state = torch.cat([first, x[1:]])
     # The new sample has no past, and its first row reads none.
     ours.model_outputs[-1] = torch.cat([ours.model_outputs[-1], torch.full((1, 3, 4, 4), torch.nan)])
-    for i in (1, 2):
+    for i in (1, 2, 3, 4):
         out = torch.cat([network(state[:1], t[i]), network(state[1:], t[i - 1])])
         state = ours.step(out, torch.stack([t[i], t[i - 1]]), state).prev_sample
     torch.testing.assert_close(state, torch.cat(alone), rtol=1e-4, atol=1e-4)
@@ -408,17 +417,18 @@ def test_a_device_that_cannot_be_read_gets_rows_by_lookup():
     assert row_of[torch.tensor([899, 1])].tolist() == [10, 10]
     assert table[10].isnan().all() and len(table) == len(times) == 12
     x = torch.rand(2, 3, 4, 4)
-    new, _ = scheduler_update._update_each(rows, torch.tensor([0, 10]), x, x, torch.zeros_like(x), None, False)
+    new, _ = scheduler_update._update_each(rows, torch.tensor([0, 10]), x, x, torch.zeros_like(x), (None, None), False)
     assert new[0].isfinite().all() and new[1].isnan().all()
 
 
 # ---------------------------------------------------------------------- state, configurations, fall-back
 
 
-def test_multistep_state_is_the_parent_s():
+@ORDERS
+def test_multistep_state_is_the_parent_s(order):
     """A run may change hands at every step."""
-    theirs, ours = (cls() for cls in PAIRS["dpm"])
-    mixed = [cls() for cls in PAIRS["dpm"]]
+    theirs, ours = (cls(solver_order=order) for cls in PAIRS["dpm"])
+    mixed = [cls(solver_order=order) for cls in PAIRS["dpm"]]
     for scheduler in (theirs, ours, *mixed):
         scheduler.set_timesteps(8)
     x = y = torch.randn(2, 3, 4, 4)
@@ -433,11 +443,12 @@ def test_multistep_state_is_the_parent_s():
     assert relative(y, x) <= RUN_RTOL
 
 
+@ORDERS
 @pytest.mark.parametrize("begin", [None, 3])
-def test_a_multistep_run_that_starts_in_the_middle(begin):
+def test_a_multistep_run_that_starts_in_the_middle(begin, order):
     results = []
     for cls in PAIRS["dpm"]:
-        scheduler = cls()
+        scheduler = cls(solver_order=order)
         scheduler.set_timesteps(10)
         if begin is not None:
             scheduler.set_begin_index(begin)
@@ -448,11 +459,27 @@ def test_a_multistep_run_that_starts_in_the_middle(begin):
     assert relative(*results) <= RUN_RTOL
 
 
+@ORDERS
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize(("lower", "euler"), [(False, False), (True, False), (True, True)], ids=str)
+def test_a_method_s_rows_are_the_scheduler_s(order, final, lower, euler):
+    """What a checkpoint's folder says of its scheduler leads to the table that the scheduler in memory has."""
+    for spacing, steps in itertools.product(SPACINGS, (1, 2, 3, 14, 15)):
+        config = {"timestep_spacing": spacing, "final_sigmas_type": final, "solver_order": order}
+        config |= {"lower_order_final": lower, "euler_at_final": euler}
+        scheduler = DPMSolverMultistepScheduler(**config)
+        scheduler.set_timesteps(steps)
+        theirs = multistep_tables(scheduler, scheduler.timesteps)[-1]
+        spec = ModelSpec(shape=(1, 8, 8), **conventions_of("DPMSolverMultistepScheduler", config))
+        ours = Method(f"dpmpp_{order}m", steps).table(scheduler_tables._schedule(scheduler), spec)
+        assert torch.equal(ours.timesteps, theirs.timesteps) and torch.equal(ours.rows, theirs.rows)
+
+
 FALLBACKS = [
     ("ddpm", {"variance_type": "learned"}), ("ddpm", {"variance_type": "other"}), ("ddpm", {"beta_end": 2.0}),
     ("ddpm", {"thresholding": True, "sample_max_value": 0.5}),
     *(("dpm", {"prediction_type": "sample", **config}) for config in (
-        {"solver_order": 1}, {"solver_order": 3}, {"solver_type": "heun"}, {"algorithm_type": "sde-dpmsolver++"},
+        {"solver_order": 1}, {"solver_type": "heun"}, {"algorithm_type": "sde-dpmsolver++"},
         {"use_karras_sigmas": True}, {"use_lu_lambdas": True}, {"use_exponential_sigmas": True},
         {"use_beta_sigmas": True},
     )),

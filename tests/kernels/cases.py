@@ -22,14 +22,21 @@ OPTIONS = {
     "history": ("history",),
     "bound": ("bound",),
     "history, bound, deterministic": ("history", "bound", "deterministic"),
+    "two histories": ("history", "history2"),
+    "two histories, deterministic": ("history", "history2", "deterministic"),
     "everything": ("learned", "guidance", "history", "bound"),
     "everything, noise": ("learned", "guidance", "history", "bound", "noise"),
+    "everything, two histories": ("learned", "guidance", "history", "history2", "bound"),
 }
 CHAPTERS = {
     "noise made": ("learned", "guidance"),
     "noise supplied": ("noise", "bound"),
     "history": ("history", "deterministic"),
+    "two histories": ("history", "history2", "deterministic"),
 }
+PAST = {"history": 1, "history2": 2}
+"""The first so many rows of a run read none of it: it may hold NaN there."""
+WEIGHTS = {"history": "c_h", "history2": "c_h2"}
 
 
 @dataclass
@@ -67,6 +74,7 @@ def make_case(shape=(7, 3, 8, 8), dtype=torch.float32, options=(), seed=0) -> Ca
     table[:, column["log_beta"]] = -4 * torch.rand(S + 1, generator=g)
     table[:, column["log_beta_tilde"]] = table[:, column["log_beta"]] - 1
     table[0, column["c_h"]] = 0.0
+    table[:2, column["c_h2"]] = 0.0
     table[S] = 0.0
     table[S, column["c_x"]] = 1.0
     table[S, column["bound"]] = torch.inf
@@ -101,9 +109,10 @@ def make_case(shape=(7, 3, 8, 8), dtype=torch.float32, options=(), seed=0) -> Ca
         case.options["guidance"] = torch.rand(batch, generator=g) * 3
     if "bound" in options:
         case.options["bound"] = 1 + torch.rand(batch, generator=g)
-    if "history" in options:
-        case.options["history"] = normals(*shape)
-        case.options["history"][step == 0] = torch.nan
+    for name, rows in PAST.items():
+        if name in options:
+            case.options[name] = normals(*shape)
+            case.options[name][step < rows] = torch.nan
     return case
 
 
@@ -118,13 +127,14 @@ def make_chapters(options=(), shape=(4, 2, 3, 3)) -> tuple[Case, Case, Case]:
     for name in ("table", "timesteps"):
         second.positional[name] = second.positional[name][2:].clone()
     second.positional["table"][0, COLUMNS.index("c_h")] = 0.0
+    second.positional["table"][:2, COLUMNS.index("c_h2")] = 0.0
     first.positional["step"] = torch.tensor([2, 0, S + 2, 0])
     second.positional["step"] = torch.tensor([0, 0, 0, 1])
     second.positional["end"] -= 2
     first.positional["x"][2, 0, 0, 0] = -0.0  # which the identity row would turn into +0
     for case in (first, second):
-        if "history" in case.options:
-            case.options["history"].nan_to_num_()[case.positional["step"] == 0] = torch.nan
+        for name in case.options.keys() & PAST.keys():
+            case.options[name].nan_to_num_()[case.positional["step"] < PAST[name]] = torch.nan
     if "noise" in first.options:
         second.options["noise"] = first.options["noise"].clone()
     odd = torch.arange(shape[0]) % 2 == 1
@@ -197,8 +207,7 @@ def p_sample_float64(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if "bound" in options:
             x0 = x0 / limit
         terms = [c["c_0"] * x0, c["c_x"] * x[b], c["c_o"] * o]
-        if "history" in options and c["c_h"] != 0:
-            terms.append(c["c_h"] * options["history"][b])
+        terms += [c[weight] * options[past][b] for past, weight in WEIGHTS.items() if past in options and c[weight]]
         if options.get("stochastic", True):
             if "noise" in options:
                 rows = len(options["noise"])

@@ -9,7 +9,7 @@ from fastddpm.kernels import COLUMNS, p_sample, q_sample, q_sample_reference
 from fastddpm.kernels.p_sample import P_SAMPLE_RTOL
 from fastddpm.kernels.philox import NORMALS_ATOL
 from fastddpm.kernels.q_sample import Q_SAMPLE_RTOL
-from tests.kernels.cases import Case, S, make_case, make_chapters, p_sample_float64
+from tests.kernels.cases import PAST, Case, S, make_case, make_chapters, p_sample_float64
 
 
 def assert_within(have, want, size, rtol, what):
@@ -34,8 +34,11 @@ def check_p_sample(case: Case, device: str = "cpu") -> None:
     assert_within(got, want, size, P_SAMPLE_RTOL, "x")
     if "history" in case.options:
         assert_within(after.options["history"], want_history, size, P_SAMPLE_RTOL, "history")
+    if "history2" in case.options:
+        handed_on = torch.where(done[:, None, None, None], case.options["history2"], case.options["history"])
+        assert torch.equal(after.options["history2"].view(torch.int32), handed_on.view(torch.int32))
     for name, value in (case.positional | case.options).items():
-        if isinstance(value, torch.Tensor) and name not in ("x", "history"):
+        if isinstance(value, torch.Tensor) and name not in ("x", *PAST):
             changed = (after.positional | after.options)[name]
             assert torch.equal(changed, value), f"{name} was changed"
 
@@ -44,7 +47,7 @@ def check_chapters(options: tuple[str, ...], device: str = "cpu") -> None:
     """Samples of two chapters of one table, each bit for bit as in its own run alone, from first to last."""
     check_p_sample(make_chapters(options)[2], device)
     first, second, both = (case.to(device).clone() for case in make_chapters(options))
-    written = ("x", "history") if "history" in options else ("x",)
+    written = ("x", *(name for name in PAST if name in options))
     finished = both.clone()
     for _ in range(4):
         for case in (first, second, both):
@@ -97,15 +100,17 @@ def check_nan(device: str = "cpu") -> None:
 
 
 def check_identity(device: str = "cpu") -> None:
-    """At row S nothing changes, not even the sign of zero, infinities or NaN payloads; nor does the history."""
-    case = make_case((2, 3, 4, 4), torch.float16, ("history",))
-    case.positional["step"][:] = S
-    case.positional["x"].view(-1)[:4] = torch.tensor([-0.0, torch.inf, -torch.inf, torch.nan])
-    after = case.to(device).clone()
-    after.call(p_sample)
-    after = after.to("cpu")
-    assert torch.equal(after.positional["x"].view(torch.int32), case.positional["x"].view(torch.int32))
-    assert torch.equal(after.options["history"].view(torch.int32), case.options["history"].view(torch.int32))
+    """At row S nothing changes, not even the sign of zero, infinities or NaN payloads; nor do the histories."""
+    for options in (("history",), ("history", "history2")):
+        case = make_case((2, 3, 4, 4), torch.float16, options)
+        case.positional["step"][:] = S
+        case.positional["x"].view(-1)[:4] = torch.tensor([-0.0, torch.inf, -torch.inf, torch.nan])
+        after = case.to(device).clone()
+        after.call(p_sample)
+        after = after.to("cpu")
+        assert torch.equal(after.positional["x"].view(torch.int32), case.positional["x"].view(torch.int32))
+        for name in options:
+            assert torch.equal(after.options[name].view(torch.int32), case.options[name].view(torch.int32))
 
 
 def q_arguments(shape, source, given, device="cpu", seed=0):

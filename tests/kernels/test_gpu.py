@@ -75,7 +75,11 @@ def test_q_sample_gives_nan_for_unknown_timesteps():
     assert x_t[:2].isnan().all() and x_t[2].isfinite().all()
 
 
-@pytest.mark.parametrize("options", [("history",), ("history", "noise")], ids=["made", "supplied"])
+@pytest.mark.parametrize(
+    "options",
+    [("history",), ("history", "noise"), ("history", "history2")],
+    ids=["made", "supplied", "two histories"],
+)
 def test_a_captured_graph_replays_the_whole_run(options):
     case, eager = (make_case((5, 3, 8, 8), torch.bfloat16, options).to("cuda") for _ in range(2))
     case.clone().call(p_sample)

@@ -23,8 +23,11 @@ def test_odd_sizes(shape):
     check_p_sample(make_case(shape, torch.bfloat16, ("learned", "history")))
 
 
-@given(options=st.sets(st.sampled_from(["learned", "guidance", "history", "bound", "noise", "deterministic"])))
+@given(
+    options=st.sets(st.sampled_from(["learned", "guidance", "history", "history2", "bound", "noise", "deterministic"]))
+)
 def test_any_combination_of_options(options):
+    options |= {"history"} if "history2" in options else set()
     check_p_sample(make_case((6, 2, 3, 3), torch.float32, tuple(options), seed=len(options)))
 
 
@@ -86,15 +89,21 @@ def test_reference_is_differentiable():
     assert case.positional["out"].grad.abs().sum() > 0
 
 
-def test_compiles_without_graph_breaks():
-    case, plain = make_case(options=("history",)), make_case(options=("history",))
+@pytest.mark.parametrize("options", [("history",), ("history", "history2")], ids=["one history", "two"])
+def test_compiles_without_graph_breaks(options):
+    case, plain = make_case(options=options), make_case(options=options)
     torch.compile(p_sample, fullgraph=True, backend="aot_eager")(**case.positional, **case.options)
     plain.call(p_sample)
     torch.testing.assert_close(case.positional["x"], plain.positional["x"], rtol=0, atol=0)
-    torch.testing.assert_close(case.options["history"], plain.options["history"], rtol=0, atol=0)
+    for name in options:
+        torch.testing.assert_close(case.options[name], plain.options[name], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("options", [(), ("learned", "guidance", "history", "bound")], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("learned", "guidance", "history", "bound"), ("history", "history2")],
+    ids=["plain", "everything", "two histories"],
+)
 def test_reference_exports_with_any_batch_size(options):
     case = make_case(options=options)
 
@@ -115,7 +124,7 @@ def test_reference_exports_with_any_batch_size(options):
 
 
 OP_ORDER = ("x", "out", "table", "timesteps", "step", "end", "sample_id", "seed", "noise", "out_uncond", "guidance")
-OP_ORDER += ("history", "bound")
+OP_ORDER += ("history", "history2", "bound")
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -137,7 +146,7 @@ def test_op_declares_what_it_writes():
 
     schema = torch.ops.fastddpm.p_sample.default._schema
     written = [argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
-    assert written == ["x", "history"]
+    assert written == ["x", "history", "history2"]
 
 
 def _wrong(name, value, error, match):
@@ -156,7 +165,7 @@ def _wrong(name, value, error, match):
         _wrong("out", torch.zeros(2, 4, 4, 4), ValueError, r"out must be of 3 channels .* or 6 .* got 4"),
         _wrong("out", torch.zeros(2, 3, 4, 5), ValueError, r"out must be of shape"),
         _wrong("out", torch.zeros(2, 3, 4, 4, device="meta"), ValueError, r"out must be on cpu, got meta; move it"),
-        _wrong("table", torch.zeros(6, 9), ValueError, r"table must be of shape \[R, 10\], got \[6, 9\]"),
+        _wrong("table", torch.zeros(6, 9), ValueError, r"table must be of shape \[R, 11\], got \[6, 9\]"),
         _wrong("timesteps", torch.zeros(5).long(), ValueError, r"timesteps must be of shape \[6\], got \[5\]"),
         _wrong("timesteps", torch.zeros(6), TypeError, r"timesteps must be int64, got float32"),
         _wrong("step", torch.zeros(2).int(), TypeError, r"step must be int64, got int32"),
@@ -173,6 +182,7 @@ def _wrong(name, value, error, match):
         _wrong("out_uncond", torch.zeros(2, 3, 4, 4), ValueError, r"guidance must be given with out_uncond, got None"),
         _wrong("history", torch.zeros(2, 3, 4, 5), ValueError, r"history must be of shape \[2, 3, 4, 4\]"),
         _wrong("history", torch.zeros(2, 3, 4, 4).mT, ValueError, r"history must be contiguous"),
+        _wrong("history2", torch.zeros(2, 3, 4, 4), ValueError, r"history must be given with history2, got None"),
         _wrong("bound", torch.ones(3), ValueError, r"bound must be of shape \[2\], got \[3\]"),
         _wrong("bound", 1.0, TypeError, r"bound must be a tensor, got float"),
     ],
@@ -194,15 +204,25 @@ def test_refuses_unlike_halves_of_guidance():
         case.call(p_sample)
 
 
-def test_steps_of_a_run_follow_each_other_with_the_same_arguments():
+def test_refuses_histories_of_unlike_shapes():
+    case = make_case((2, 3, 4, 4), options=("history", "history2"))
+    case.options["history2"] = case.options["history2"][:, :, :3]
+    with pytest.raises(ValueError, match=r"^p_sample: history2 must be of shape \[2, 3, 4, 4\], got \[2, 3, 3, 4\]; "):
+        case.call(p_sample)
+
+
+@pytest.mark.parametrize("options", [("history",), ("history", "history2")], ids=["one history", "two"])
+def test_steps_of_a_run_follow_each_other_with_the_same_arguments(options):
     """Called again and again with the same objects, as a CUDA graph is replayed, it walks down the table."""
-    case = make_case((3, 2, 3, 3), options=("history",))
+    case = make_case((3, 2, 3, 3), options=options)
     case.positional["step"][:] = torch.tensor([0, 1, S])
     expected = case.clone()
     for _ in range(S + 1):
-        new, x0 = expected.call(p_sample_reference)
-        expected.positional["x"], expected.options["history"] = new, x0
+        expected.positional["x"], *past = expected.call(p_sample_reference)
+        expected.options |= dict(zip(options, past, strict=True))
         expected.positional["step"] = expected.positional["step"] + 1
         case.call(p_sample)
         case.positional["step"] += 1
     assert torch.equal(case.positional["x"], expected.positional["x"])
+    for name in options:
+        torch.testing.assert_close(case.options[name], expected.options[name], rtol=0, atol=0, equal_nan=True)

@@ -5,6 +5,7 @@ of affine maps and added noise, whose mean and variance follow in closed form; a
 probability-flow ODE (Song et al. 2021, sec. 4.3), whose solution only scales the deviation from the mean.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2, norm
 
+from fastddpm.kernels.p_sample import COLUMNS
 from fastddpm.process.ddim import ddim_table
 from fastddpm.process.ddpm import ddpm_table
-from fastddpm.process.dpmpp import dpmpp_2m_table
+from fastddpm.process.dpmpp import dpmpp_2m_table, dpmpp_3m_table
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.solvers import make_table
 from fastddpm.process.timesteps import respace, spaced_timesteps
@@ -130,12 +132,12 @@ def flow(schedule, x, t_from, t_to):
     return math.sqrt(b) * MU + growth * (x.double() - math.sqrt(a) * MU)
 
 
-def errors(make, prediction="eps"):
+def errors(make, prediction="eps", counts=COUNTS, start=START, span=SPAN):
     x_T = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(3))
-    exact = flow(DENSE, x_T, START, START - SPAN)
+    exact = flow(DENSE, x_T, start, start - span)
     found = []
-    for S in COUNTS:
-        edges = torch.arange(START, START - SPAN - 1, -(SPAN // S))
+    for S in counts:
+        edges = torch.arange(start, start - span - 1, -(span // S))
         table = make(DENSE, edges[:-1], prev_timesteps=edges[1:], prediction=prediction, clip=None)
         assert table.S == S
         got = run_table(table, exact_model(DENSE, prediction), x_T)
@@ -143,9 +145,9 @@ def errors(make, prediction="eps"):
     return found
 
 
-def order(found):
+def order(found, counts=COUNTS):
     """Slope of log error against log step length, by least squares over all step counts."""
-    x = -torch.tensor(COUNTS, dtype=F64).log()
+    x = -torch.tensor(counts, dtype=F64).log()
     y = torch.tensor(found, dtype=F64).log()
     x = x - x.mean()
     return ((x * (y - y.mean())).sum() / (x * x).sum()).item()
@@ -161,11 +163,43 @@ def test_order_of_convergence(make, low, high, prediction):
     assert found[-1] < (5e-3 if make is ddim_table else 1e-4)
 
 
+def with_whole_second_difference(schedule, timesteps, *, prev_timesteps, **options):
+    """DPM-Solver++(3M) with D2 = h² d²x̂_0/dλ² as the Taylor expansion has it, twice what its authors' code takes."""
+    table = dpmpp_3m_table(schedule, timesteps, prev_timesteps=prev_timesteps, **options)
+    a = schedule.alphas_cumprod_exact[torch.cat([timesteps, prev_timesteps[-1:]])]
+    steps = (0.5 * (a / (1 - a)).log()).diff()
+    h, h1, h2 = steps[2:], steps[1:-1], steps[:-2]
+    phi_3 = (torch.expm1(-h) + h) / h**2 - 0.5
+    more = -a[3:].sqrt() * phi_3 * h**2 / (h1 + h2)
+    rows = table.rows.double()
+    for name, change in (("c_0", more / h1), ("c_h", -more / h1 - more / h2), ("c_h2", more / h2)):
+        rows[2:-1, COLUMNS.index(name)] += change
+    return dataclasses.replace(table, rows=rows.float())
+
+
+# From where and how far: over these the error's parts of second and third order do not cancel, nor does it sink into
+# float32's rounding.
+THIRD = {
+    "as published: 2": (dpmpp_3m_table, (7900, 6400), 1.9, 2.1),
+    "with the whole of D2: 3": (with_whole_second_difference, (7800, 7040), 2.85, 3.1),
+}
+
+
+@pytest.mark.parametrize(("make", "path", "low", "high"), THIRD.values(), ids=THIRD.keys())
+@pytest.mark.parametrize("prediction", ["x_start", "v"])
+def test_order_of_convergence_with_two_histories(make, path, low, high, prediction):
+    """The published solver has 2, and would have 3 with one factor of 2: all else in its rows is of third order."""
+    counts = (40, 80, 160)
+    found = errors(make, prediction, counts, *path)
+    assert low < order(found, counts) < high, found
+    assert found[-1] < errors(dpmpp_2m_table, prediction, counts[-1:], *path)[0]
+
+
 def test_final_row_lands_on_the_data():
     # Whole runs, down to x_0: the deviation from the mean ends with the data's scale.
     x_T = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(3))
     exact = flow(DENSE, x_T, 7999, 0)
-    for make, limit in ((ddim_table, 2e-2), (dpmpp_2m_table, 5e-3)):
+    for make, limit in ((ddim_table, 2e-2), (dpmpp_2m_table, 5e-3), (dpmpp_3m_table, 5e-3)):
         table = make(DENSE, spaced_timesteps(8000, 200, "trailing"), clip=None)
         assert (run_table(table, exact_model(DENSE), x_T).double() - exact).abs().max() < limit
 
@@ -173,7 +207,7 @@ def test_final_row_lands_on_the_data():
 # ------------------------------------------------------------------ identities
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"])
 def test_all_predictions_lead_along_the_same_path(solver):
     schedule, steps = NoiseSchedule.cosine(1000, max_beta=0.99), respace(1000, 25)
     generator = torch.Generator().manual_seed(1)
@@ -198,7 +232,7 @@ def test_any_subset_of_timesteps_keeps_the_mean_of_point_data(data, name):
     # A network that always says x_0 = MU must end there, whichever steps are taken.
     schedule = NoiseSchedule.by_name(name, 200)
     steps = sorted(data.draw(st.sets(st.integers(0, 199), min_size=1, max_size=12)), reverse=True)
-    solver = data.draw(st.sampled_from(["ddpm", "ddim", "dpmpp_2m"]))
+    solver = data.draw(st.sampled_from(["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"]))
     table = make_table(schedule, steps, solver=solver, prediction="x_start")
     x_T = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     got = run_table(table, lambda x, t: torch.full_like(x, MU), x_T)

@@ -1,9 +1,11 @@
 import dataclasses
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,7 +13,7 @@ from fastddpm.kernels.p_sample import COLUMNS, p_sample_reference
 from fastddpm.process import reference
 from fastddpm.process.ddim import ddim_table
 from fastddpm.process.ddpm import ddpm_table
-from fastddpm.process.dpmpp import dpmpp_2m_table
+from fastddpm.process.dpmpp import _phi_3, dpmpp_2m_table, dpmpp_3m_table
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.solvers import make_table
 from fastddpm.process.table import DynamicThreshold, StepTable, dynamic_bound
@@ -103,6 +105,75 @@ def test_dpmpp_rows_follow_from_the_sigmas_of_diffusers(peer):
         got = row["c_x"] * x + row["c_0"] * now + row["c_h"] * before
         assert got == pytest.approx(float(expected), rel=1e-5, abs=1e-6)
         assert (row["c_h"] != 0) == (0 < i < table.S - 1)
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("euler", [False, True], ids=["", "euler_at_final"])
+@pytest.mark.parametrize("lower", [False, True], ids=["", "lower_order_final"])
+@pytest.mark.parametrize("S", [1, 2, 3, 4, 14, 15, 40])
+@pytest.mark.parametrize("peer", DIFFUSERS)
+def test_dpmpp_3m_rows_equal_diffusers(peer, S, lower, euler, final):
+    """Each step of its scheduler, on random states and estimates; only the term in x is in float32 there."""
+    schedule, short = DIFFUSERS[peer], lower and S < 15
+    theirs = DPMSolverMultistepScheduler(
+        trained_betas=schedule.betas.numpy(), solver_order=3, prediction_type="sample", final_sigmas_type=final,
+        lower_order_final=lower, euler_at_final=euler,
+    )  # fmt: skip
+    theirs.set_timesteps(S)
+    table = dpmpp_3m_table(
+        schedule, theirs.timesteps, prediction="x_start", clip=None, final_alpha_to_one=final == "zero",
+        lower_order_final=euler or short, lower_order_second=short,
+    )  # fmt: skip
+    a = schedule.alphas_cumprod_exact[torch.cat([theirs.timesteps, torch.zeros(1, dtype=torch.int64)])]
+    theirs.sigmas = ((1 - a) / a).sqrt()
+    theirs.sigmas[-1] *= final != "zero"
+    x, x_start = torch.randn(2, S, 64, generator=torch.Generator().manual_seed(0)).double()
+    reads = []
+    for i, t in enumerate(theirs.timesteps):
+        row = table.row(i)
+        names = ("c_0", "c_h", "c_h2")[: i + 1]
+        terms = [row["c_x"] * x[i], *(row[name] * x_start[i - back] for back, name in enumerate(names))]
+        size = sum(term.abs().max().item() for term in terms)
+        close(sum(terms), theirs.step(x_start[i], t, x[i]).prev_sample, atol=3e-7 * size)
+        reads.append((row["c_h"] != 0) + (row["c_h2"] != 0))
+    wanted = [min(i, 2) for i in range(S)]
+    if short and S > 1:
+        wanted[-2] = min(wanted[-2], 1)
+    if short or euler or final == "zero":
+        wanted[-1] = 0
+    assert reads == wanted and table.history == max(wanted)
+
+
+def test_dpmpp_3m_begins_as_2m_and_short_runs_are_2m():
+    steps, options = [90, 70, 50, 30, 5], {"final_alpha_to_one": False, "prediction": "v"}
+    second = dpmpp_2m_table(NoiseSchedule.linear(100), steps, **options)
+    third = dpmpp_3m_table(NoiseSchedule.linear(100), steps, **options)
+    assert torch.equal(third.rows[:2], second.rows[:2]) and (third.rows[2:5] != second.rows[2:5]).any(1).all()
+    lowered = dpmpp_3m_table(NoiseSchedule.linear(100), steps, lower_order_second=True, **options)
+    assert torch.equal(lowered.rows[3], second.rows[3]) and torch.equal(lowered.rows[4], third.rows[4])
+    pair = [make_table(NoiseSchedule.linear(100), steps[:2], solver=s, **options) for s in ("dpmpp_2m", "dpmpp_3m")]
+    assert torch.equal(pair[0].rows, pair[1].rows) and pair[1].history == 1
+
+
+def test_dpmpp_3m_after_infinite_lambda():
+    """A step from λ = −∞ has no length: neither the row after it nor that after the next reads across it."""
+    schedule = NoiseSchedule.linear(100, 1e-3, 0.1).rescale_zero_terminal_snr()
+    table = dpmpp_3m_table(schedule, [99, 80, 60, 40, 20], prediction="v", clip=None)
+    assert [table.row(i)["c_h"] != 0 for i in range(5)] == [False, False, True, True, False]
+    assert [table.row(i)["c_h2"] != 0 for i in range(5)] == [False, False, False, True, False]
+    a = schedule.alphas_cumprod_exact[[80, 60, 40]]
+    before, h = (0.5 * (a / (1 - a)).log()).diff().tolist()
+    weight = (math.expm1(-h) + h) / before  # of x̂_0 − x̂_0' alone: the second order's step in the form of Heun
+    row, alpha = table.row(2), math.sqrt(a[2])
+    assert row["c_0"] == pytest.approx(alpha * (weight - math.expm1(-h)), rel=1e-6)
+    assert row["c_h"] == pytest.approx(-alpha * weight, rel=1e-6)
+
+
+@pytest.mark.parametrize("h", [1e-8, 1e-3, 0.3, 0.4999999, 0.5, 0.7, 5.0])
+def test_phi_3_is_exact_for_steps_of_any_length(h):
+    x = Fraction(h)
+    exact = sum((-x) ** (k - 2) / math.factorial(k) for k in range(3, 60))
+    assert _phi_3(torch.tensor([h], dtype=F64)).item() == pytest.approx(float(exact), rel=2e-14)
 
 
 @pytest.mark.parametrize("peer", ["openai_guided", "openai_improved"])
@@ -235,7 +306,7 @@ def test_dpmpp_2m_equals_the_textbook(prediction, clip):
     x_T, _ = draw(1)
     model = model_for("fixed_small")
     table = dpmpp_2m_table(schedule, steps, prediction=prediction, clip=clip)
-    assert table.uses_history
+    assert table.history == 1
     assert not table.uses_noise
     expected = reference.dpmpp_2m_sample_loop(model, schedule, x_T, steps, prediction=prediction, clip=clip)
     same_run(run_table(table, model, x_T), expected)
@@ -252,7 +323,7 @@ def test_dynamic_thresholding_equals_the_textbook():
     same_run(run_table(table, model, x_T, z), expected)
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"])
 def test_fixed_rows_do_not_see_the_variance_half_of_a_network(solver):
     schedule, steps = NoiseSchedule.cosine(60), respace(60, 12)
     options = {"eta": 0.8} if solver == "ddim" else {}
@@ -315,7 +386,7 @@ def test_lower_order_final_changes_only_a_last_row_with_finite_lambda():
     assert torch.equal(ended.rows, dpmpp_2m_table(schedule, steps, lower_order_final=True).rows)
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "dpmpp_3m"])
 def test_final_alpha_of_one_returns_x_start_and_alpha_0_does_not(solver):
     schedule, steps = NoiseSchedule.linear(100, 1e-3, 0.1), [90, 60, 30]
     to_one = make_table(schedule, steps, solver=solver)
@@ -365,7 +436,7 @@ def test_schedule_of_one_step():
 
 @given(
     T=st.integers(1, 400),
-    solver=st.sampled_from(["ddpm", "ddim", "dpmpp_2m"]),
+    solver=st.sampled_from(["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"]),
     prediction=st.sampled_from(["eps", "x_start", "v"]),
     name=st.sampled_from(["linear", "cosine", "sigmoid", "laplace"]),
     data=st.data(),
@@ -406,7 +477,7 @@ def test_rows_are_float64_results_rounded_once():
 
 def test_zero_terminal_snr():
     schedule = NoiseSchedule.linear(50).rescale_zero_terminal_snr()
-    for solver in ("ddpm", "ddim", "dpmpp_2m"):
+    for solver in ("ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"):
         with pytest.raises(ValueError, match="prediction must be v or x_start .* got eps at t=49"):
             make_table(schedule, [49, 20], solver=solver)
         make_table(schedule, [48, 20], solver=solver)
@@ -512,10 +583,12 @@ LINEAR = NoiseSchedule.linear(10)
         (lambda: ddpm_table(LINEAR, [9, 3], prev_timesteps=[3, -2]), "use −1"),
         (lambda: ddpm_table(LINEAR, [9, 3], prev_timesteps=[3.0, -1.0]), "integers"),
         (lambda: dpmpp_2m_table(LINEAR, [9, 3], prev_timesteps=[4, -1]), "next timestep, got 4 before 3"),
-        (lambda: make_table(LINEAR, [9], solver="euler"), "ddpm, ddim, dpmpp_2m, got 'euler'"),
+        (lambda: make_table(LINEAR, [9], solver="euler"), "ddpm, ddim, dpmpp_2m, dpmpp_3m, got 'euler'"),
         (lambda: make_table(LINEAR, [9], solver="ddpm", eta=0.0), "options of ddpm .* got eta"),
         (lambda: make_table(LINEAR, [9], solver="ddim", variance="fixed_large"), "options of ddim .* got variance"),
         (lambda: make_table(LINEAR, [9], solver="dpmpp_2m", noise_gate="t0"), "options of dpmpp_2m"),
+        (lambda: make_table(LINEAR, [9], solver="dpmpp_2m", lower_order_second=True), "options of dpmpp_2m"),
+        (lambda: dpmpp_3m_table(LINEAR, [9, 3], prev_timesteps=[4, -1]), "dpmpp_3m_table: .* got 4 before 3"),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused(call, match):
@@ -542,4 +615,8 @@ def test_make_table_hands_every_option_on():
     options = {"lower_order_final": True, "final_alpha_to_one": False, "prediction": "x_start"}
     assert torch.equal(
         make_table(LINEAR, steps, solver="dpmpp_2m", **options).rows, dpmpp_2m_table(LINEAR, steps, **options).rows
+    )
+    steps, options = [9, 6, 3, 1], options | {"lower_order_final": False, "lower_order_second": True}
+    assert torch.equal(
+        make_table(LINEAR, steps, solver="dpmpp_3m", **options).rows, dpmpp_3m_table(LINEAR, steps, **options).rows
     )

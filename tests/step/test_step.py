@@ -13,7 +13,7 @@ from tests.networks import tiny_sampler
 from tests.steps import begin, finish
 
 GUIDANCE = pytest.mark.parametrize("guidance", [None, 2.0], ids=["plain", "guided"])
-SOLVERS = pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m"])
+SOLVERS = pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"])
 
 
 def told_of_classes() -> Sampler:
@@ -62,10 +62,11 @@ def _step_and_call(call):
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["functional", "in place"])
-@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m", "dpmpp_3m"])
 def test_a_finished_sample_stays_bit_for_bit(solver, in_place):
     sampler = tiny_sampler()
-    call = begin(sampler, sampler.table(solver=solver, steps=5), [0, 1], [0, 1], history=True, in_place=in_place)
+    depth = 2 if solver == "dpmpp_3m" else 1
+    call = begin(sampler, sampler.table(solver=solver, steps=5), [0, 1], [0, 1], history=depth, in_place=in_place)
     runner = StepRunner(call.step, call)
     with torch.no_grad():
         for _ in range(5):
@@ -73,7 +74,8 @@ def test_a_finished_sample_stays_bit_for_bit(solver, in_place):
         final = runner.state.copy()
         for _ in range(3):
             runner.run(1)
-    assert torch.equal(runner.state.x, final.x) and torch.equal(runner.state.history, final.history)
+    for name in ("x", "history", "history2")[: 1 + depth]:
+        assert torch.equal(getattr(runner.state, name), getattr(final, name)), name
     assert torch.equal(runner.state.step, runner.state.end)
 
 
@@ -96,13 +98,14 @@ def test_in_place_the_same_tensors_give_the_whole_trajectory():
     torch.testing.assert_close(call.state.x, sampler.sample(2, solver="ddpm", steps=6, **asked))
 
 
-def test_otherwise_its_arguments_stay_as_they_are():
+@pytest.mark.parametrize(("solver", "histories"), [("ddpm", 0), ("dpmpp_2m", 1), ("dpmpp_3m", 2)])
+def test_otherwise_its_arguments_stay_as_they_are(solver, histories):
     sampler = tiny_sampler()
-    call = begin(sampler, sampler.table(solver="dpmpp_2m", steps=6), [3, 4], [1, 2], guidance=1.5)
+    call = begin(sampler, sampler.table(solver=solver, steps=6), [3, 4], [1, 2], guidance=1.5)
     before = [tensor.clone() for tensor in call.arguments()]
     with torch.no_grad():
         changed = call.step(*call.arguments())
-    assert len(changed) == 3 and not torch.equal(changed[0], before[0])
+    assert len(changed) == 2 + histories and not torch.equal(changed[0], before[0])
     assert all(torch.equal(a, b) for a, b in zip(call.arguments(), before, strict=True))
 
 
@@ -126,16 +129,34 @@ def test_a_history_is_kept_only_where_somebody_reads_it():
     assert not StepForm.of(sampler.spec, ddim).history
     assert StepForm.of(sampler.spec, multistep).history
     assert StepForm.of(conditioned, ddim).history
-    assert StepForm.of(sampler.spec, ddim, previews=True).history
-    assert "history" not in StepForm().names and "history" in StepForm(history=True).names
-    with pytest.raises(ValueError, match="history must be True for a self-conditioned network"):
+    assert StepForm.of(sampler.spec, ddim, previews=True).history == 1
+    third = sampler.table(solver="dpmpp_3m", steps=4)
+    assert StepForm.of(sampler.spec, third, previews=True).history == 2
+    for depth, kept in enumerate(((), ("history",), ("history", "history2"))):
+        assert [name for name in StepForm(history=depth).names if "history" in name] == list(kept)
+    with pytest.raises(ValueError, match="history must be at least 1 for a self-conditioned network, got 0"):
         StepForm(self_condition=True)
+    with pytest.raises(ValueError, match="history must be 0, 1 or 2, got 3"):
+        StepForm(history=3)
+
+
+def test_each_step_hands_its_estimate_on():
+    """What a step knew of x_0 is the next one's history and the next but one's history2."""
+    sampler = tiny_sampler()
+    call = begin(sampler, sampler.table(solver="dpmpp_3m", steps=6), [3, 4], [1, 2])
+    runner, seen = StepRunner(call.step, call), []
+    with torch.no_grad():
+        for _ in range(6):
+            runner.run(1)
+            seen.append((runner.state.history.clone(), runner.state.history2.clone()))
+    assert all(torch.equal(newer[1], older[0]) for older, newer in zip(seen, seen[1:], strict=False))
+    assert not torch.equal(seen[-1][0], seen[-1][1])
 
 
 def test_put_refuses_states_of_another_kind():
     sampler = tiny_sampler()
     table = sampler.table(steps=4)
-    with_history = begin(sampler, table, [2], [2], history=True).state
+    with_history = begin(sampler, table, [2], [2], history=1).state
     with pytest.raises(ValueError, match="both states must have history or neither"):
         begin(sampler, table, [0, 1], [0, 1]).state.put(torch.tensor([0]), with_history)
 

@@ -5,7 +5,7 @@ import torch
 
 from fastddpm.kernels import _dispatch, p_sample, p_sample_reference, p_sample_triton, q_sample, q_sample_triton
 from tests.kernels import checks
-from tests.kernels.cases import CHAPTERS, OPTIONS, S, make_case
+from tests.kernels.cases import CHAPTERS, OPTIONS, PAST, S, make_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1, 1), (2, 1, 1, 3), (1, 1, 2, 2), (3, 1, 3, 341), (7, 1, 28, 28), (2, 3, 32, 32)]
@@ -34,6 +34,11 @@ def test_p_sample_options(options, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_p_sample_sizes(shape, dtype):
     checks.check_p_sample(make_case(shape, dtype, ("learned", "history")))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_p_sample_sizes_with_two_histories(shape):
+    checks.check_p_sample(make_case(shape, torch.bfloat16, ("history", "history2", "deterministic")))
 
 
 def test_p_sample_writes_nothing_beyond_the_state():
@@ -90,9 +95,9 @@ def test_q_sample_gives_nan_for_unknown_timesteps(given):
 def test_p_sample_schema(options):
     """That the op changes what its schema says, and nothing else."""
     case = make_case((2, 1, 2, 3), torch.float16, options)
-    if "history" in case.options:
-        case.options["history"].nan_to_num_()
-    names = ("noise", "out_uncond", "guidance", "history", "bound")
+    for name in case.options.keys() & PAST.keys():
+        case.options[name].nan_to_num_()
+    names = ("noise", "out_uncond", "guidance", *PAST, "bound")
     arguments = (*case.positional.values(), *(case.options.get(name) for name in names))
     arguments += (case.options.get("stochastic", True),)
     torch.library.opcheck(torch.ops.fastddpm.p_sample.default, arguments, test_utils="test_schema")
@@ -107,11 +112,13 @@ def test_q_sample_schema(given):
     torch.library.opcheck(torch.ops.fastddpm.q_sample.default, arguments, test_utils=tests)
 
 
-def test_a_whole_run_with_the_same_arguments():
-    case, expected = (make_case((3, 2, 3, 3), options=("history",)) for _ in range(2))
+@pytest.mark.parametrize("options", [("history",), ("history", "history2")], ids=["one history", "two"])
+def test_a_whole_run_with_the_same_arguments(options):
+    case, expected = (make_case((3, 2, 3, 3), options=options) for _ in range(2))
 
     for _ in range(S + 1):
-        expected.positional["x"], expected.options["history"] = expected.call(p_sample_reference)
+        expected.positional["x"], *past = expected.call(p_sample_reference)
+        expected.options |= dict(zip(options, past, strict=True))
         expected.positional["step"] += 1
         case.call(p_sample)
         case.positional["step"] += 1
