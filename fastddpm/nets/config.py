@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,14 +119,24 @@ class UNetConfig:
             ValueError: If a key is unknown or a value is out of range.
             TypeError: If a value has the wrong type.
         """
-        if not isinstance(values, Mapping):
-            raise TypeError(f"UNetConfig: must be an object of named values, got {type(values).__name__}")
-        names = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - names)
-        if unknown:
-            raise ValueError(f"UNetConfig: keys must be among {sorted(names)}, got {unknown}; remove or correct them")
-        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**known)
+        return from_named_values(cls, values)
+
+
+def from_named_values(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """Build a dataclass from JSON values, lists being tuples there.
+
+    Raises:
+        ValueError: If a key is unknown, or the class refuses a value.
+        TypeError: If it is no object, or the class refuses a type.
+    """
+    kind = cls.__name__
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{kind}: must be an object of named values, got {type(values).__name__}")
+    names = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise ValueError(f"{kind}: keys must be among {sorted(names)}, got {unknown}; remove or correct them")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 _MOST_LAYERS = 64  # far above any network's; building a million blocks would look like hanging
