@@ -9,7 +9,6 @@ from unittest.mock import MagicMock
 
 from fastddpm.bench.peers import MissingError
 
-PACKAGE = "denoising_diffusion_pytorch"
 _TRAINER_ONLY = ("torchvision", "accelerate", "ema_pytorch", "pytorch_fid", "pytorch_fid.inception",
                  "pytorch_fid.fid_score", "scipy", "scipy.optimize")  # fmt: skip
 
@@ -20,20 +19,17 @@ def package_module(name: str) -> types.ModuleType:
     Raises:
         MissingError: the package is not installed, or cannot be imported.
     """
-    missing = [part for part in _TRAINER_ONLY if not _can_be_imported(part)]
-    sys.modules.update({part: MagicMock() for part in missing})
+    missing = []
+    for part in _TRAINER_ONLY:
+        try:
+            importlib.import_module(part)
+        except Exception:  # noqa: BLE001 - a broken package fails in any way it likes
+            sys.modules[part] = MagicMock()
+            missing.append(part)
     try:
-        return importlib.import_module(f"{PACKAGE}.{name}")
+        return importlib.import_module(f"denoising_diffusion_pytorch.{name}")
     except ImportError as error:
         raise MissingError(f"denoising-diffusion-pytorch cannot be imported ({error}); install it") from error
     finally:
         for part in missing:
             del sys.modules[part]
-
-
-def _can_be_imported(name: str) -> bool:
-    try:
-        importlib.import_module(name)
-    except Exception:  # noqa: BLE001 - a broken package fails in any way it likes
-        return False
-    return True
