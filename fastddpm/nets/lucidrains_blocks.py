@@ -55,13 +55,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, C, H, W]; computed in float32."""
-        h = x.float()
+        h, g = x.float(), self.g.float()
         if self.is_layer_norm:
             var, mean = torch.var_mean(h, dim=1, unbiased=False, keepdim=True)
             h = (h - mean) * (var + _EPS).rsqrt()
         else:
-            h = F.normalize(h, dim=1) * math.sqrt(x.shape[1])
-        return (h * self.g).to(x.dtype)
+            h, g = F.normalize(h, dim=1), g * math.sqrt(x.shape[1])
+        return (h * g).to(x.dtype)
 
 
 class Block(nn.Module):
