@@ -7,6 +7,7 @@ What depends on the time (and the class) alone is one row of numbers for all blo
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +155,7 @@ class LucidrainsUNet(nn.Module):
         rows = iter(torch.split(conditions.to(dtype), self.projection_widths, dim=1))
         h = self.init_conv(x.to(dtype))
         skips = [h]
-        for block1, block2, attention, change in self.downs:
+        for block1, block2, attention, change in _levels(self.downs):
             h = block1(h, next(rows))
             skips.append(h)
             h = attention(block2(h, next(rows)))
@@ -162,7 +163,7 @@ class LucidrainsUNet(nn.Module):
             h = change(h)
         h = self.mid_attn(self.mid_block1(h, next(rows)))
         h = self.mid_block2(h, next(rows))
-        for block1, block2, attention, change in self.ups:
+        for block1, block2, attention, change in _levels(self.ups):
             h = block1(torch.cat((h, skips.pop()), dim=1), next(rows))
             h = block2(torch.cat((h, skips.pop()), dim=1), next(rows))
             h = change(attention(h))
@@ -176,6 +177,10 @@ class LucidrainsUNet(nn.Module):
             if isinstance(module, (nn.Conv2d, Block, Attention)):
                 module.to(dtype)
         return network
+
+
+def _levels(modules: nn.ModuleList) -> list[list[nn.Module]]:
+    return [list(cast(nn.ModuleList, level)) for level in modules]
 
 
 def _perceptron(c_in: int, c_out: int) -> list[nn.Module]:

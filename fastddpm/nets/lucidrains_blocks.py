@@ -20,13 +20,13 @@ class Sinusoids(nn.Module):
     def __init__(self, dim: int, theta: float) -> None:
         """Note the width and the longest wavelength."""
         super().__init__()
-        self.half, self.theta = dim // 2, theta
+        self.frequencies, self.theta = dim // 2, theta
 
     def forward(self, t: Tensor) -> Tensor:
         """Map t [B] to [B, dim]."""
         # In the package's order of operations: near t = 1000 the rounding of ω_k shows.
-        rate = -math.log(self.theta) / (self.half - 1)
-        angles = t[:, None] * torch.exp(torch.arange(self.half, dtype=torch.float32, device=t.device) * rate)
+        rate = -math.log(self.theta) / (self.frequencies - 1)
+        angles = t[:, None] * torch.exp(torch.arange(self.frequencies, dtype=torch.float32, device=t.device) * rate)
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
@@ -124,9 +124,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, C, H, W] to the same shape."""
-        q, k, v = self.to_qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1)).unbind(1)  # [B, heads, D, H·W]
+        qkv = torch.unflatten(self.to_qkv(self.norm(x)).flatten(2), 1, (3, self.heads, -1))
+        q, k, v = qkv.unbind(1)  # [B, heads, D, H·W]
         h = self._full(q.mT, k.mT, v.mT).mT if self.is_full else self._linear(q, k, v)
-        return torch.as_tensor(x + self.to_out(h.flatten(1, 2).unflatten(2, x.shape[2:])))
+        return torch.as_tensor(x + self.to_out(torch.unflatten(h.flatten(1, 2), 2, x.shape[2:])))
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Of q, k, v [B, heads, N, D]."""
@@ -138,7 +139,7 @@ class Attention(nn.Module):
             v = v / v.shape[-1]
         k, v = self._with_memory(k, v, dim=-1)
         context = v @ k.softmax(dim=-1).mT
-        return context @ (q.softmax(dim=-2) * q.shape[-2] ** -0.5)
+        return torch.matmul(context, q.softmax(dim=-2) * q.shape[-2] ** -0.5)
 
     def _with_memory(self, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         if self.mem_kv is None:
