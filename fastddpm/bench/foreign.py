@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fastddpm.bench.arithmetic import Precision
 from fastddpm.bench.job import Half, Job
+from fastddpm.bench.lucidrains_package import package_module
 from fastddpm.bench.peers import MissingError, Peer, count_flops, outside_ms
 from fastddpm.bench.twins import import_diffusers
-from fastddpm.checkpoints import CheckpointError
 from fastddpm.kernels.philox import X_T_COUNTER
 
 _DRAWS = ("diffusers.schedulers.scheduling_ddpm", "diffusers.pipelines.ddpm.pipeline_ddpm")
@@ -175,12 +175,7 @@ class LucidrainsPeer(Peer):
         super().load(job)
         if not job.lucidrains:
             raise MissingError("no network of similar size is set for it here")
-        from fastddpm.checkpoints.lucidrains_package import package_module
-
-        try:
-            self.module = package_module("denoising_diffusion_pytorch")
-        except CheckpointError as error:
-            raise MissingError(str(error)) from error
+        self.module = package_module("denoising_diffusion_pytorch")
         torch.manual_seed(0)
         arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in job.lucidrains.items()}
         self.network = self.module.Unet(**arguments).eval().to(job.device)

@@ -1,7 +1,7 @@
 """denoising-diffusion-pytorch: a Trainer's model-N.pt, or the state dict of a GaussianDiffusion or of its U-Net.
 
-The network is the package's own (`fastddpm[lucidrains]`); its arguments follow from the weights' names and shapes.
-Networks of the package's versions 1.x are today's with some parts changed (`lucidrains_versions`).
+The network's configuration follows from the weights' names and shapes (`lucidrains_unet`), but for what older versions
+of the package compute otherwise (`lucidrains_versions`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastddpm.checkpoints.base import Checkpoint, CheckpointError, check_weights
+from fastddpm.checkpoints.base import Checkpoint, CheckpointError, load_weights
 from fastddpm.checkpoints.flags import Flags
-from fastddpm.checkpoints.lucidrains_package import PackageUNet
 from fastddpm.checkpoints.lucidrains_schedule import (
     BUFFERS,
     OBJECTIVES,
@@ -25,7 +25,7 @@ from fastddpm.checkpoints.lucidrains_schedule import (
     named_schedule,
     read_schedule,
 )
-from fastddpm.checkpoints.lucidrains_unet import ENTRY, refuse_relatives, structure, unseen_arguments
+from fastddpm.checkpoints.lucidrains_unet import ENTRY, refuse_relatives, structure, unseen
 from fastddpm.checkpoints.lucidrains_versions import (
     Version,
     is_wrapped,
@@ -35,6 +35,7 @@ from fastddpm.checkpoints.lucidrains_versions import (
     unwrapped,
 )
 from fastddpm.checkpoints.networks import behind, choose_network, prefixes, state_dicts, training_of
+from fastddpm.nets.lucidrains import LucidrainsConfig, LucidrainsUNet
 from fastddpm.process.spec import ModelSpec, Prediction
 
 NAME = "lucidrains"
@@ -100,7 +101,7 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     (remove_parallel_component) and rescaling (rescaled_phi) on top of it are not applied.
 
     Raises:
-        CheckpointError: If the package is missing, the weights are not whole, or flags are missing, unknown or wrong.
+        CheckpointError: If the weights are not whole, or flags are missing, unknown or wrong.
     """
     source = f"{path}, taken for {NAME} ({REASON})"
     # None is the default of many of the package's arguments.
@@ -111,21 +112,39 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     by_file = values.get("version") if isinstance(values, Mapping) else None
     version = read_version(found.weights, flags, by_file)
     older = older_options(found.weights, flags, version)
-    weights = _todays(found.weights, version)
-    module, arguments = structure(weights, flags)
+    weights = unwrapped(standardised(found.weights, version))
+    arguments = structure(weights, flags)
     heads = 4 if is_wrapped(found.weights) and "num_classes" not in arguments or _before(version, (1, 8, 6)) else None
     _require(flags, arguments, found, heads)
     schedule = _schedule(found.buffers, flags)
     flags.agree(timesteps=schedule.T)
     spec = _spec(flags, arguments, schedule, version)
-    arguments |= unseen_arguments(weights, flags, arguments, heads) | ({"older": older} if older else {})
-    network = PackageUNet(module, arguments)
-    network.load(check_weights(network.shapes(), weights, source))
+    network = make_network(arguments | unseen(weights, flags, arguments, heads) | older, weights, source)
     training = training_of(values, model)
     if isinstance(by_file, str):
         training["package"] = f"denoising-diffusion-pytorch {by_file}"
     settings = flags.settings()
     return Checkpoint(network, schedule, spec, NAME, path, training, reason=REASON, settings=settings)
+
+
+def make_network(arguments: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> LucidrainsUNet:
+    """The network of a configuration and weights, in evaluation mode.
+
+    Args:
+        arguments: Fields of `LucidrainsConfig`.
+        weights: Under today's names.
+        source: The file's name for messages.
+
+    Raises:
+        CheckpointError: If the arguments do not fit each other, or the weights do not fit them.
+    """
+    try:
+        with torch.device("meta"):
+            network = LucidrainsUNet(LucidrainsConfig(**arguments))
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    load_weights(network, weights, source)
+    return network.eval()
 
 
 def _before(version: Version | None, limit: Version) -> bool:
@@ -182,12 +201,6 @@ def _refuse_relatives(found: _Found, source: str) -> None:
             "package are not supported"
         )
     refuse_relatives(found.weights, source)
-
-
-def _todays(weights: Mapping[str, Tensor], version: Version | None) -> dict[str, Tensor]:
-    """The weights as today's U-Net has them, but for what `older_options` says."""
-    plain = standardised(weights, version)
-    return plain if "classes_emb.weight" in plain else unwrapped(plain)
 
 
 # ------------------------------------------------------------------ the diffusion

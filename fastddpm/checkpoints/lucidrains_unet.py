@@ -9,23 +9,23 @@ from torch import Tensor
 
 from fastddpm.checkpoints.base import CheckpointError, check_channels
 from fastddpm.checkpoints.flags import Flags
-from fastddpm.checkpoints.lucidrains_package import Module
 from fastddpm.checkpoints.lucidrains_versions import guided_diffusion, is_grouped, is_wrapped
 from fastddpm.checkpoints.reading import highest_index
 
 ENTRY = "init_conv.weight"
 """The weight that all U-Nets of the package begin with."""
+_FIXED_HEADS = (4, 32)  # heads and their width
 
 
-def structure(weights: Mapping[str, Tensor], flags: Flags) -> tuple[Module, dict[str, Any]]:
-    """Which U-Net of the package has such weights, and the arguments that make it, as plain JSON data.
+def structure(weights: Mapping[str, Tensor], flags: Flags) -> dict[str, Any]:
+    """What the weights show of the U-Net that has them.
 
     Args:
-        weights: The U-Net's own state dict.
+        weights: The U-Net's own state dict, under today's names.
         flags: What the caller said; what contradicts the weights is refused.
 
     Returns:
-        The module of the package and the arguments that the weights show.
+        Fields of `LucidrainsConfig`; heads, where they show, without the middle's.
 
     Raises:
         CheckpointError: If they are another U-Net's, a weight that says something is missing or of an impossible shape,
@@ -54,23 +54,23 @@ def structure(weights: Mapping[str, Tensor], flags: Flags) -> tuple[Module, dict
         raise CheckpointError(
             f"{source}: widths must be multiples of dim = {dim}, got {outs}; give the whole state dict"
         )
-    arguments: dict[str, Any] = {"dim": dim, "init_dim": width, "dim_mults": [size // dim for size in outs]}
+    arguments: dict[str, Any] = {"dim": dim, "init_dim": width, "dim_mults": tuple(size // dim for size in outs)}
     arguments |= {"channels": channels, "learned_variance": out == 2 * channels}
     if "time_mlp.0.weights" in weights:  # learned or random: it makes no difference once they are there
         size = 2 * _shape(weights, "time_mlp.0.weights", 1, source)[0]
-        arguments |= {"learned_sinusoidal_cond": True, "learned_sinusoidal_dim": size}
+        arguments["learned_sinusoidal_dim"] = size
     if by_classes:
         arguments["num_classes"] = _shape(weights, "classes_emb.weight", 2, source)[0]
     else:
         arguments |= {"self_condition": is_self_conditioned, **_attention(weights, levels, source)}
     _agree(flags, arguments, out)
-    return "classifier_free_guidance" if by_classes else "denoising_diffusion_pytorch", arguments
+    return arguments
 
 
-def unseen_arguments(
+def unseen(
     weights: Mapping[str, Tensor], flags: Flags, arguments: Mapping[str, Any], heads: int | None = None
 ) -> dict[str, Any]:
-    """Arguments that change what the network computes and do not show in its weights.
+    """What changes the network's outputs and does not, or not wholly, show in its weights.
 
     Args:
         weights: As for `structure`.
@@ -79,26 +79,27 @@ def unseen_arguments(
         heads: Of attention in versions of the package that knew no other number.
 
     Returns:
-        Further arguments, empty where the package's own defaults are meant.
+        Further fields of `LucidrainsConfig`.
 
     Raises:
         CheckpointError: If a flag is missing or out of range.
     """
-    if "num_classes" in arguments:
-        heads, width = _split(weights, "mid_attn.fn.fn.to_qkv.weight", flags, heads)
-        return {"attn_heads": heads, "attn_dim_head": width}
+    levels = range(len(arguments["dim_mults"]))
     found: dict[str, Any] = {}
-    if "attn_heads" not in arguments:
-        levels = range(len(arguments["dim_mults"]))
+    if "num_classes" in arguments:  # there all but the middle's is as it is
+        found["full_attn"] = tuple(False for _ in levels)
+        pairs = [_FIXED_HEADS for _ in levels] + [_split(weights, "mid_attn.to_qkv.weight", flags, heads)]
+    elif "attn_heads" in arguments:
+        pairs = list(zip(arguments["attn_heads"], arguments["attn_dim_head"], strict=True))
+    else:
         pairs = [_split(weights, f"downs.{level}.2.to_qkv.weight", flags, heads) for level in levels]
-        found = {"attn_heads": [pair[0] for pair in pairs], "attn_dim_head": [pair[1] for pair in pairs]}
+    if len(pairs) == len(levels):
+        pairs.append(pairs[-1])
     theta = flags.number("sinusoidal_pos_emb_theta", 10000)
     if theta <= 1:
         raise flags.wrong("sinusoidal_pos_emb_theta", "a number above 1")
-    # Older versions of the package have no such argument, and 10000.
-    if theta != 10000 and "learned_sinusoidal_cond" not in arguments:
-        found["sinusoidal_pos_emb_theta"] = theta
-    return found
+    numbers, widths = zip(*pairs, strict=True)
+    return found | {"attn_heads": numbers, "attn_dim_head": widths, "sinusoidal_pos_emb_theta": theta}
 
 
 def _split(weights: Mapping[str, Tensor], name: str, flags: Flags, known: int | None) -> tuple[int, int]:
@@ -153,7 +154,7 @@ def _down(weights: Mapping[str, Tensor], level: int, levels: int) -> str:
 
 def _attention(weights: Mapping[str, Tensor], levels: int, source: str) -> dict[str, Any]:
     """The attention of each level, from its memory: [2, heads, dim, n], or [2, heads, n, dim] where it is full."""
-    full = [f"downs.{level}.2.to_out.weight" in weights for level in range(levels)]
+    full = tuple(f"downs.{level}.2.to_out.weight" in weights for level in range(levels))
     if not any(name.endswith(".mem_kv") for name in weights):  # before 1.9 the heads do not show
         return {"full_attn": full}
     heads, widths = [], []
@@ -161,7 +162,7 @@ def _attention(weights: Mapping[str, Tensor], levels: int, source: str) -> dict[
         memory = _shape(weights, f"downs.{level}.2.mem_kv", 4, source)
         heads.append(memory[1])
         widths.append(memory[3 if full[level] else 2])
-    return {"full_attn": full, "attn_heads": heads, "attn_dim_head": widths}
+    return {"full_attn": full, "attn_heads": tuple(heads), "attn_dim_head": tuple(widths)}
 
 
 def _agree(flags: Flags, arguments: Mapping[str, Any], out: int) -> None:
@@ -179,7 +180,7 @@ def _agree(flags: Flags, arguments: Mapping[str, Any], out: int) -> None:
         given = list(flag) if isinstance(flag, (list, tuple)) else [flag] * len(value)
         if given == [False] * len(value) and not isinstance(flag, (list, tuple)):
             given[-1] = True  # the package takes full_attn=False for its default
-        if given != value:
+        if given != list(value):
             raise CheckpointError(
-                f"{flags.source}: {name} must be {value}, as its weights have it, got {flag!r}; leave the flag out"
+                f"{flags.source}: {name} must be {list(value)}, as its weights have it, got {flag!r}; leave it out"
             )

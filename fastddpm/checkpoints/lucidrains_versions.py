@@ -1,4 +1,4 @@
-"""What U-Nets of denoising-diffusion-pytorch 0.32 to 1.11 compute otherwise than today's, which is made one of them.
+"""What U-Nets of denoising-diffusion-pytorch 0.32 to 1.11 compute otherwise than today's.
 
 Until 2.0 the blocks had group norms, and until 1.9 attention had no memory; that shows in the weights. Until 1.8
 attention was wrapped twice, which shows in the names, and there the arithmetic changed without a trace in the weights:
@@ -13,12 +13,11 @@ The module guided_diffusion kept the wrapping, and has another RMS norm: of 1.7 
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastddpm.checkpoints.base import CheckpointError
 from fastddpm.checkpoints.flags import Flags
@@ -92,7 +91,7 @@ def read_version(weights: Mapping[str, Tensor], flags: Flags, by_file: object) -
 
 
 def older_options(weights: Mapping[str, Tensor], flags: Flags, version: Version | None) -> dict[str, Any]:
-    """In what the network differs from today's, as plain JSON data; empty for today's.
+    """In what the network differs from today's, as fields of `LucidrainsConfig`; empty for today's.
 
     Args:
         weights: The U-Net's own.
@@ -105,7 +104,7 @@ def older_options(weights: Mapping[str, Tensor], flags: Flags, version: Version 
         width = len(weights["downs.0.0.block1.norm.weight"])
         if width % options["groups"]:
             raise flags.wrong("resnet_block_groups", f"a divisor of {width}")
-    if "classes_emb.weight" not in weights and not any(name.endswith(".mem_kv") for name in weights):
+    if not any(name.endswith(".mem_kv") for name in weights):
         options["memory"] = False
     if version is not None and version < (1, 7, 4):
         options["mean_value"] = True
@@ -127,63 +126,3 @@ def standardised(weights: Mapping[str, Tensor], version: Version | None) -> dict
     is_block = re.compile(r"\.block[12]\.proj\.weight$")
     return {name: standard(value) if is_block.search(name) and value.ndim == 4 else value
             for name, value in weights.items()}  # fmt: skip
-
-
-class _LayerNorm(nn.Module):
-    """g (x − mean) / √(var + ε) over the channels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, C, H, W]."""
-        var, mean = torch.var_mean(x, dim=1, unbiased=False, keepdim=True)
-        return (x - mean) * (var + _EPS).rsqrt() * self.g
-
-
-class _PerPixel(nn.Module):
-    """x / (H · W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, C, H, W]."""
-        return x / (x.shape[2] * x.shape[3])
-
-
-def make_older(
-    network: nn.Module,
-    *,
-    groups: int | None = None,
-    memory: bool = True,
-    mean_value: bool = False,
-    layer_norm: bool = False,
-) -> None:
-    """Turn today's U-Net of the package, without weights, into an older one, in place.
-
-    Args:
-        network: The package's.
-        groups: Of the blocks' group norms; None leaves them RMS norms.
-        memory: Whether attention has memory.
-        mean_value: Whether linear attention divides the values by H · W.
-        layer_norm: Whether attention has layer norms.
-    """
-    for module in list(network.modules()):
-        kind, part = type(module).__name__, cast(Any, module)
-        if kind == "Block" and groups is not None:
-            part.norm = nn.GroupNorm(groups, part.proj.out_channels)
-        if kind == "PreNorm" and layer_norm:
-            part.norm = _LayerNorm(part.norm.g.shape[1])
-        if kind not in ("Attention", "LinearAttention"):
-            continue
-        if not memory:
-            two, heads, *rest = part.mem_kv.shape
-            size = [rest[0], 0] if kind == "LinearAttention" else [0, rest[1]]
-            del part.mem_kv
-            part.register_buffer("mem_kv", torch.zeros(two, heads, *size, device="cpu"), persistent=False)
-        if layer_norm and hasattr(part, "norm"):
-            part.norm = _LayerNorm(part.norm.g.shape[1])
-        if kind == "LinearAttention":
-            convolution, norm = part.to_out
-            norm = _LayerNorm(norm.g.shape[1]) if layer_norm else norm
-            steps = [("mean", _PerPixel())] if mean_value else []
-            part.to_out = nn.Sequential(OrderedDict([*steps, ("0", convolution), ("1", norm)]))

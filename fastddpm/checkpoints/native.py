@@ -1,7 +1,7 @@
 """fastddpm's own format: a folder with config.json and model.safetensors.
 
-config.json holds the network's structure ("unet"), or what another package needs to make it ("foreign": its kind,
-module and arguments), with "schedule", "spec" and "training".
+config.json holds the network's structure ("unet", or "lucidrains" for denoising-diffusion-pytorch's), "schedule",
+"spec" and "training".
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastddpm.checkpoints.base import Checkpoint, CheckpointError, blamed_on, check_file, check_weights, load_weights
+from fastddpm.checkpoints.base import Checkpoint, CheckpointError, blamed_on, check_file, load_weights
 from fastddpm.checkpoints.flags import Flags, classes_of
-from fastddpm.checkpoints.lucidrains_package import Module, PackageUNet
 from fastddpm.checkpoints.lucidrains_schedule import BUFFERS, RoundedSchedule
 from fastddpm.files import write_json, write_tensors
+from fastddpm.nets.lucidrains import LucidrainsConfig, LucidrainsUNet
 from fastddpm.nets.unet import UNet, UNetConfig
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
@@ -70,10 +70,13 @@ def load(path: Path, given: Mapping[str, object] | None = None) -> Checkpoint:
         schedule = NoiseSchedule.from_config(config["schedule"])
         spec = ModelSpec.from_dict(config["spec"])
         flags = Flags(str(path), given or {}, FLAGS)
-        network: UNet | PackageUNet
-        if "foreign" in config:
-            network, rows = _foreign_network(config["foreign"], spec, path)
-            spec = _resized(spec, flags, len(network.arguments.get("dim_mults", ())))
+        network: UNet | LucidrainsUNet
+        if _LUCIDRAINS in config:
+            structure = LucidrainsConfig.from_dict(config[_LUCIDRAINS])
+            rows = _check_lucidrains(structure, spec)
+            spec = _resized(spec, flags, len(structure.dim_mults))
+            with torch.device("meta"):
+                network = LucidrainsUNet(structure)
         else:
             unet = UNetConfig.from_dict(config["unet"])
             check_agreement(unet, spec)
@@ -83,11 +86,9 @@ def load(path: Path, given: Mapping[str, object] | None = None) -> Checkpoint:
             spec = dataclasses.replace(spec, class_names=None, **classes_of(rows, flags))
         flags.agree(null_class=spec.null_class)
     weights, source = read_safetensors(path / WEIGHTS_NAME), str(path / WEIGHTS_NAME)
-    if isinstance(network, PackageUNet):
+    if isinstance(network, LucidrainsUNet):
         schedule = _rounded_schedule(schedule, weights, source)
-        network.load(check_weights(network.shapes(), weights, source))
-    else:
-        load_weights(network, weights, source)
+    load_weights(network, weights, source)
     training = config.get("training")
     history = training if isinstance(training, dict) else {}
     reason = f"{CONFIG_NAME} with format {FORMAT}"
@@ -107,30 +108,23 @@ def _own_network(config: UNetConfig) -> UNet:
         return UNet(config)
 
 
-def _foreign_network(entry: object, spec: ModelSpec, path: Path) -> tuple[PackageUNet, int | None]:
-    """Another package's network, without weights, and the rows of its class embedding.
+def _check_lucidrains(structure: LucidrainsConfig, spec: ModelSpec) -> int | None:
+    """The rows of the class embedding, "no class" included, if the conventions are such a network's.
 
     Raises:
-        CheckpointError: If the entry is not one that `save` writes, or the package is missing.
-        ValueError: If the network does not fit the conventions.
+        ValueError: If they are not.
     """
-    if not isinstance(entry, dict) or entry.keys() != {"kind", "module", "arguments"}:
-        raise CheckpointError(f"{path / CONFIG_NAME}: foreign must hold kind, module and arguments; write it again")
-    if entry["kind"] != _LUCIDRAINS or entry["module"] not in get_args(Module):
-        raise CheckpointError(
-            f"{path / CONFIG_NAME}: foreign must be of kind {_LUCIDRAINS} and module {' or '.join(get_args(Module))}, "
-            f"got {entry['kind']!r} and {entry['module']!r}; update fastddpm"
-        )
-    if not isinstance(entry["arguments"], dict) or not all(isinstance(name, str) for name in entry["arguments"]):
-        raise CheckpointError(f"{path / CONFIG_NAME}: the arguments of foreign must be named values; write it again")
-    network = PackageUNet(entry["module"], entry["arguments"])
-    channels, classes = entry["arguments"].get("channels", 3), network.classes
-    if channels != spec.shape[0] or (classes is None) != (spec.num_classes is None):
+    expected = structure.channels * (2 if spec.learned_variance else 1)
+    found = (structure.channels, structure.out_channels, structure.num_classes, structure.self_condition)
+    if found != (spec.shape[0], expected, spec.num_classes, spec.self_condition):
         raise ValueError(
-            f"foreign and spec must agree, got {channels} channels and {classes} classes but spec.shape {spec.shape} "
-            f"and {spec.num_classes}"
+            f"lucidrains and spec must agree, got {found[0]}→{found[1]} channels, {found[2]} classes and "
+            f"self_condition {found[3]} but spec.shape {spec.shape} with variance {spec.variance}, {spec.num_classes} "
+            f"classes and self_condition {spec.self_condition}"
         )
-    return network, None if classes is None else classes + 1
+    if any(size % 2 ** (len(structure.dim_mults) - 1) for size in spec.shape[1:]):
+        raise ValueError(f"spec.shape must be divisible by 2 for each of lucidrains' levels but one, got {spec.shape}")
+    return None if structure.num_classes is None else structure.num_classes + 1
 
 
 def _rounded_schedule(exact: NoiseSchedule, weights: dict[str, Tensor], source: str) -> RoundedSchedule:
@@ -181,7 +175,7 @@ def save(
 
     Args:
         path: The folder; it is made if it is missing.
-        network: The network whose configuration is stored: a `UNet`, or one that the lucidrains loader made.
+        network: The network whose configuration is stored.
         schedule: The noise schedule it was trained with.
         spec: The conventions it was trained with.
         weights: Parameters to store instead of the network's own (an exponential moving average, say).
@@ -192,18 +186,10 @@ def save(
         TypeError: If the network is of another kind.
         OSError: If a file cannot be written.
     """
-    if isinstance(network, UNet):
-        structure: dict[str, Any] = {"unet": network.config.to_dict()}
-        own: Mapping[str, Tensor] = network.state_dict()
-    elif isinstance(network, PackageUNet):
-        arguments = dict(network.arguments)
-        structure = {"foreign": {"kind": _LUCIDRAINS, "module": network.module, "arguments": arguments}}
-        # As copies: parts of one tensor cannot be stored.
-        own = {name: value.clone() for name, value in network.weights().items()}
-    else:
+    if not isinstance(network, (UNet, LucidrainsUNet)):
         raise TypeError(f"native.save: network must be a UNet, got {type(network).__name__}; only those can be stored")
-    tensors = {name: value.to(dtype) for name, value in (weights or own).items()}
-    if isinstance(schedule, RoundedSchedule) and isinstance(network, PackageUNet):
+    tensors = {name: value.to(dtype) for name, value in (weights or network.state_dict()).items()}
+    if isinstance(schedule, RoundedSchedule) and isinstance(network, LucidrainsUNet):
         known = {name for name in BUFFERS if name == "betas" or name in vars(schedule)}
         tensors |= {_ARRAY + name: getattr(schedule, name).clone() for name in known}
     write_tensors(path / WEIGHTS_NAME, tensors, {"format": FORMAT})
@@ -212,7 +198,7 @@ def save(
         {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            **structure,
+            "unet" if isinstance(network, UNet) else _LUCIDRAINS: network.config.to_dict(),
             "schedule": schedule.to_config(),
             "spec": spec.to_dict(),
             "training": dict(training or {}),

@@ -87,14 +87,14 @@ def settings_facts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 
 
 def _guidance(spec: ModelSpec, network: object) -> str:
-    from fastddpm.checkpoints.lucidrains_package import PackageUNet
+    from fastddpm.nets.lucidrains import LucidrainsUNet
 
     if spec.num_classes is None:
         return "not possible without classes"
     if spec.null_class is None:
         return "not possible: no label is known to stand for no class (--flag null_class=N says which does)"
     form = ""
-    if isinstance(network, PackageUNet):
+    if isinstance(network, LucidrainsUNet):
         form = "; out_u + w (out_c - out_u) alone, without the package's projection and rescaling of it"
     return f"possible: label {spec.null_class} stands for no class{form}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.checkpoints.base import CheckpointError
-from fastddpm.checkpoints.lucidrains import PREDICTIONS
+from fastddpm.checkpoints.flags import Flags
+from fastddpm.checkpoints.lucidrains import FLAGS, PREDICTIONS, make_network
 from fastddpm.checkpoints.lucidrains_schedule import BUFFERS, RoundedSchedule, read_schedule
+from fastddpm.checkpoints.lucidrains_unet import structure, unseen
 from fastddpm.engines.choose import EngineName
+from fastddpm.nets.lucidrains import LucidrainsUNet
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.timesteps import spaced_timesteps
 from fastddpm.sampler import Preview, Sampler
@@ -26,6 +30,7 @@ _KINDS = ("GaussianDiffusion", "LearnedGaussianDiffusion")
 _LOOP = ("sample", "p_sample_loop", "ddim_sample", "p_sample", "p_mean_variance", "model_predictions", "q_posterior",
          "predict_start_from_noise", "predict_start_from_v", "predict_noise_from_start")  # fmt: skip
 
+_TOLERANCE = 1e-4  # of the largest output: of the same arithmetic in another order
 NOISE_BYTES = 256 << 20
 """Up to this size the noise of all steps is drawn beforehand, so that the steps need nothing from the host."""
 
@@ -165,7 +170,7 @@ class AcceleratedGaussianDiffusion:
         device = diffusion.betas.device
         key = (shape, diffusion.objective, diffusion.self_condition, device, versions)
         if self._made is None or key != self._made[0]:
-            network = _Network(copy.deepcopy(diffusion.model), _is_learned(diffusion))
+            network = _network(diffusion, shape)
             schedule, spec = _schedule(diffusion), _spec(diffusion, shape)
             self._made = key, Sampler(network, schedule, spec, device=device, engine=self._engine)
         return self._made[1]
@@ -223,6 +228,36 @@ def _sample(
     pictures = torch.stack(states, dim=1) if keeps_all else final
     # Before 1.1 nothing but [−1, 1] was known.
     return diffusion.unnormalize(pictures) if hasattr(diffusion, "unnormalize") else (pictures + 1) * 0.5
+
+
+def _network(diffusion: Any, shape: tuple[int, int, int]) -> nn.Module:  # noqa: ANN401 - a foreign class
+    """The diffusion's network as it is now: as one of ours if it is known to be the package's U-Net, or as its copy."""
+    model = copy.deepcopy(diffusion.model).eval()
+    theirs = _Network(model, _is_learned(diffusion))
+    kind = type(model)
+    if kind.__name__ != "Unet" or not kind.__module__.endswith("denoising_diffusion_pytorch"):
+        return theirs
+    try:
+        theta = getattr(model.time_mlp[0], "theta", None)  # 10000, unless it says so
+        flags = Flags("accelerate", {} if theta is None else {"sinusoidal_pos_emb_theta": theta}, FLAGS)
+        weights = model.state_dict()
+        arguments = structure(weights, flags)
+        ours = make_network(arguments | unseen(weights, flags, arguments), weights, "accelerate")
+    except CheckpointError:  # of an older version of the package, or somebody has changed its parts
+        return theirs
+    return ours if _agree(ours, theirs, diffusion, shape) else theirs
+
+
+def _agree(ours: LucidrainsUNet, theirs: nn.Module, diffusion: Any, shape: tuple[int, int, int]) -> bool:  # noqa: ANN401
+    """Whether the networks return the same: hooks and exchanged parts do not show in weights."""
+    if (ours.config.channels, ours.config.self_condition) != (shape[0], bool(diffusion.self_condition)):
+        return False
+    device = diffusion.betas.device
+    x = torch.linspace(-1, 1, math.prod(shape), device=device).reshape(1, *shape)
+    t = torch.full((1,), diffusion.num_timesteps // 2, device=device)
+    more = {"x_self_cond": x.flip(-1)} if diffusion.self_condition else {}
+    expected, found = theirs(x, t, **more), ours(x, t, **more)
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
 
 
 class _Network(nn.Module):

@@ -127,7 +127,7 @@ def multistep_tables(scheduler: Any, timesteps: Tensor) -> tuple[StepTable, ...]
     )
     if config["solver_order"] < 3:
         return tables
-    options = {"lower_order_final": lower, "lower_order_second": bool(short)}
+    options: dict[str, Any] = {"lower_order_final": lower, "lower_order_second": bool(short)}
     return (*tables, make_table(schedule, timesteps, solver="dpmpp_3m", **options, **shared))
 
 

@@ -202,8 +202,8 @@ class TestCommand:
         assert capsys.readouterr().err.count("\n") == 1
 
 
-class TestForeignNetworks:
-    """Networks that run on another package's code: the copy holds what that package needs to make them."""
+class TestLucidrains:
+    """Networks of denoising-diffusion-pytorch, which have a structure of their own."""
 
     @pytest.fixture
     def lucid(self):
@@ -259,13 +259,19 @@ class TestForeignNetworks:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"kind": "another"}, "foreign must be of kind lucidrains and module denoising_diffusion_pytorch or"),
-            ({"module": "os"}, "got 'lucidrains' and 'os'; update fastddpm"),
-            ({"arguments": {"dim": 8, "nonsense": 1}}, "must know nonsense, but does not; update the package"),
-            ({"arguments": {"dim": "x"}}, "the arguments of its U-Net must fit each other"),
-            ({"arguments": {"dim": 8, "channels": 1}}, "foreign and spec must agree, got 1 channels"),
-            ({"arguments": {"dim": 16, "dim_mults": [1, 2]}}, "weights do not fit"),
-            ({"more": 1}, "foreign must hold kind, module and arguments"),
+            ({"nonsense": 1}, "must hold nothing but dim, .*, got nonsense"),
+            ({"dim": "x"}, r"dim must be an integer in \[1, 65536\], got 'x'"),
+            ({"dim": 7}, "dim must be an even number of at least 4, got 7"),
+            ({"dim_mults": [1, 2, 2]}, r"full_attn must be a list of 3, got \(False, True\)"),
+            ({"attn_heads": [1, 1]}, "attn_heads must be a list of 3"),
+            ({"groups": 3}, r"groups must be a divisor of all widths \(8, 8, 16\), got 3"),
+            ({"memory": 1}, "memory must be true or false, got 1"),
+            ({"sinusoidal_pos_emb_theta": 1}, r"sinusoidal_pos_emb_theta must be a number in \(1, 1e\+30\], got 1"),
+            ({"channels": 1}, "lucidrains and spec must agree, got 1→1 channels"),
+            ({"learned_variance": True}, "lucidrains and spec must agree, got 3→6 channels"),
+            ({"num_classes": 3}, "lucidrains and spec must agree, got 3→3 channels, 3 classes"),
+            ({"self_condition": True}, "lucidrains and spec must agree, .* and self_condition True but"),
+            ({"dim": 16}, "weights do not fit the configuration"),
         ],
     )
     def test_damaged_entries(self, lucid, tmp_path, change, message):
@@ -273,7 +279,7 @@ class TestForeignNetworks:
         lucid.trainer_file(tmp_path / "model-1.pt", lucid.make(unet, diffusion))
         convert_checkpoint(tmp_path / "model-1.pt", tmp_path / "copy", lucid.flags_of(unet, diffusion))
         config = json.loads((tmp_path / "copy" / "config.json").read_text())
-        config["foreign"] |= change
+        config["lucidrains"] |= change
         (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=message) as caught:
             load_checkpoint(tmp_path / "copy")

@@ -104,13 +104,15 @@ def test_own_configurations(own, data):
     load(folder)
 
 
-@given(entry=JSON | st.fixed_dictionaries({"kind": st.just("lucidrains") | JSON, "module": WORDS | st.just(
-    "denoising_diffusion_pytorch"), "arguments": st.dictionaries(st.sampled_from(["dim", "channels", "dim_mults", "x"]),
-    JSON, max_size=3) | JSON}))  # fmt: skip
-@settings(QUICK, max_examples=25 * SCALE)
-def test_own_configurations_of_foreign_networks(own, entry):
+LUCIDRAINS = {"dim": 8, "init_dim": 8, "dim_mults": [1, 2], "full_attn": [False, True], "attn_heads": [4, 4, 4],
+              "attn_dim_head": [32, 32, 32], "channels": 1, "num_classes": 3}  # fmt: skip
+
+
+@given(entry=JSON | mutated(LUCIDRAINS))
+@settings(QUICK, max_examples=60 * SCALE)
+def test_own_configurations_of_lucidrains_networks(own, entry):
     folder, config = own
-    write(folder / "config.json", {**config, "foreign": entry})
+    write(folder / "config.json", {**config, "lucidrains": entry})
     assert load(folder) is None
 
 

@@ -1,4 +1,4 @@
-"""denoising-diffusion-pytorch: its files, its networks and its loops, against the package's own code."""
+"""denoising-diffusion-pytorch: its files and its loops, against the package's own code."""
 
 import concurrent.futures
 import copy
@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 import torch
@@ -15,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastddpm import CheckpointError, Sampler, load_checkpoint
-from fastddpm.checkpoints import lucidrains, lucidrains_package
+from fastddpm.bench.lucidrains_package import package_module
+from fastddpm.checkpoints import lucidrains
 from fastddpm.checkpoints.lucidrains_schedule import find_objective, named_schedule
 from fastddpm.integrations import accelerate
 from fastddpm.integrations import lucidrains as integration
+from fastddpm.nets.lucidrains import LucidrainsUNet
 from tests.tiny import environment
 
 pytest.importorskip("einops")
@@ -51,7 +52,7 @@ T = 60
 
 
 def module(name="denoising_diffusion_pytorch"):
-    return lucidrains_package.package_module(name)
+    return package_module(name)
 
 
 def randomize(network, scale=1.0):
@@ -153,7 +154,7 @@ def test_what_has_to_be_said(tmp_path, unet, diffusion):
     options = asked({**unet, **diffusion}, "ddim_sampling_eta")
     short = load_checkpoint(tmp_path / "model-7.pt", **options)
     assert short.spec == full.spec
-    assert short.network.arguments == full.network.arguments
+    assert short.network.config == full.network.config
     bar = full.schedule.alphas_cumprod_exact
     rounding = 1e-6 if diffusion.get("schedule_fn_kwargs") else 0.0  # then they are put together from float32
     torch.testing.assert_close(short.schedule.alphas_cumprod_exact, bar, rtol=rounding, atol=0.0)
@@ -180,7 +181,7 @@ def test_parts_of_a_file(tmp_path, kind):
     ours = load_checkpoint(path, **flags)
     if kind == "no average":
         assert ours.settings["model"] == ("online_model", "file") and ours.training["model"] == "online_model"
-    assert all(torch.equal(value, theirs.model.state_dict()[name]) for name, value in ours.network.weights().items())
+    assert all(torch.equal(value, theirs.model.state_dict()[name]) for name, value in ours.network.state_dict().items())
     torch.testing.assert_close(ours.schedule.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-7, atol=0.0)
     assert ours.spec.prediction == "v"
 
@@ -346,7 +347,7 @@ def test_class_conditional_network(tmp_path):
     with pytest.raises(CheckpointError, match="attn_heads must be a divisor of 16"):
         load_checkpoint(tmp_path / "m.pt", image_size=8, attn_heads=3)
     same = load_checkpoint(tmp_path / "m.pt", image_size=8, attn_dim_head=8)
-    assert same.network.arguments == sampler.checkpoint.network.arguments
+    assert same.network.config == sampler.checkpoint.network.config
 
 
 def test_info_says_which_guidance_is_meant(tmp_path, capsys):
@@ -468,6 +469,50 @@ def test_a_copy_of_an_accelerated_diffusion():
         torch.manual_seed(5)
         assert torch.equal(other.sample(1), expected)
     assert other.model is not fast.model
+
+
+@PARAMETERS
+def test_what_is_accelerated_runs_on_our_network(unet, diffusion):
+    theirs = make(unet, {**diffusion, "sampling_timesteps": 3})
+    fast = accelerate(theirs)
+    fast.sample(1)
+    network = fast._made[1].model
+    assert isinstance(network, LucidrainsUNet) and network.identity() is not None
+    before = theirs.model.final_conv.weight.clone()
+    network.final_conv.weight.data.add_(1)
+    assert torch.equal(theirs.model.final_conv.weight, before)
+
+
+def hooked(model):
+    model.mid_block2.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    return model
+
+
+def with_another_part(model):
+    model.mid_attn.attend = type(model.mid_attn.attend)(scale=3.0)
+    return model
+
+
+def of_a_subclass(model):
+    class Unet(type(model)):
+        def forward(self, *inputs):
+            return -super().forward(*inputs)
+
+    model.__class__ = Unet
+    return model
+
+
+@pytest.mark.parametrize("change", [hooked, with_another_part, of_a_subclass])
+def test_networks_that_somebody_has_changed_run_as_they_are(change):
+    theirs = make({"self_condition": True}, {"sampling_timesteps": 3})
+    torch.manual_seed(2)
+    plain = theirs.sample(2)
+    theirs.model = change(theirs.model)
+    torch.manual_seed(2)
+    expected = theirs.sample(2)
+    assert (expected - plain).abs().max() > 1e-3
+    torch.manual_seed(2)
+    torch.testing.assert_close(accelerate(theirs).sample(2), expected, rtol=0.0, atol=1e-4)
 
 
 def test_accelerated_learned_variance():
@@ -703,54 +748,26 @@ def test_any_change_is_read_or_refused(tmp_path_factory, changed, flags):
         assert "\n" not in str(error)
 
 
-# ------------------------------------------------------------------ the package
+# ------------------------------------------------------------------ without the package
 
 
-def in_new_process(code, *arguments):
-    command = [sys.executable, "-c", code, *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
-@pytest.mark.parametrize(
-    "arguments", [[], pytest.param(["compile"], marks=pytest.mark.slow)], ids=["eager", "compiled"]
-)
-def test_importing_the_network_leaves_no_trace(arguments):
+@pytest.mark.parametrize("kind", ["plain", "classes"])
+def test_the_package_is_not_needed(tmp_path, kind):
+    theirs = make() if kind == "plain" else with_classes()
+    trainer_file(tmp_path / "m.pt", theirs)
+    flags, options = {"image_size": 8, "attn_heads": 2}, {"steps": 3, "progress": False}
+    options |= {} if kind == "plain" else {"class_labels": [1, 3], "guidance_scale": 2.0}
     code = """
-import sys
+import json, sys
+sys.modules["denoising_diffusion_pytorch"] = sys.modules["einops"] = None
 import torch
-from fastddpm.checkpoints.lucidrains_package import package_module
-hidden = ("torchvision", "accelerate", "ema_pytorch", "pytorch_fid", "denoising_diffusion_pytorch")
-finders = list(sys.meta_path)
-before = {name: sys.modules.get(name) for name in hidden}
-network = package_module("denoising_diffusion_pytorch").Unet(8, dim_mults=(1, 2))
-assert {name: sys.modules.get(name) for name in hidden} == before
-assert sys.meta_path == finders
-if len(sys.argv) > 1:
-    network = torch.compile(network, backend="eager", fullgraph=True)
-print(network(torch.zeros(1, 3, 8, 8), torch.tensor([1])).shape)
+from fastddpm import Sampler
+path, flags, options = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+torch.save(Sampler.from_pretrained(path, device="cpu", **flags).sample(2, **options), path + ".pictures")
 """
-    if all(map(importlib.util.find_spec, ("torchvision", "accelerate", "ema_pytorch", "pytorch_fid"))):
-        pytest.skip("the whole package can be imported here")
-    assert "[1, 3, 8, 8]" in in_new_process(code, *arguments)
-
-
-def test_a_package_that_is_imported_already_is_used(monkeypatch):
-    name = "denoising_diffusion_pytorch.denoising_diffusion_pytorch"
-    mine = types.ModuleType(name)
-    monkeypatch.setitem(sys.modules, name, mine)
-    assert module() is mine
-
-
-def test_a_missing_package_is_named(monkeypatch, tmp_path):
-    torch.save(make().state_dict(), tmp_path / "m.pt")
-    for name in [name for name in sys.modules if name.startswith(lucidrains_package._PRIVATE)]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(lucidrains_package, "PACKAGE", "no_such_package")
-    with pytest.raises(CheckpointError, match=r"not installed; install fastddpm\[lucidrains\]"):
-        load_checkpoint(tmp_path / "m.pt", image_size=8)
-
-
-def test_loading_the_rest_of_fastddpm_does_not_need_the_package():
-    assert in_new_process("import fastddpm.checkpoints, sys; print('einops' in sys.modules)").strip() == "False"
+    command = [sys.executable, "-c", code, str(tmp_path / "m.pt"), json.dumps(flags), json.dumps(options)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    sampler = Sampler.from_pretrained(tmp_path / "m.pt", device="cpu", **flags)
+    pictures = torch.load(tmp_path / "m.pt.pictures", weights_only=True)
+    torch.testing.assert_close(pictures, sampler.sample(2, **options), rtol=0.0, atol=1e-4)

@@ -24,9 +24,8 @@ FILES = {
     "w86763777/pytorch-ddpm": "w86763777_ddpm/ckpt.pt",
 }
 # Where torchvision is missing, the package does not import as a whole.
-STAND_IN = """import sys
-from fastddpm.checkpoints.lucidrains_package import package_module
-sys.modules["denoising_diffusion_pytorch"] = package_module("denoising_diffusion_pytorch")
+STAND_IN = """from fastddpm.bench.lucidrains_package import package_module
+package_module("denoising_diffusion_pytorch")
 """
 MODEL = "model = lambda x, t: x / (1 + t.view(-1, 1, 1, 1) / 100)\n"
 SAVE = "\nimport torch\ntorch.save(torch.as_tensor(images) if not isinstance(images, list) else len(images), {!r})\n"

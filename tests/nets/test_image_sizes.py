@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastddpm import CheckpointError, Sampler, load_checkpoint
-from fastddpm.checkpoints import convert, lucidrains_package
+from fastddpm.bench.lucidrains_package import package_module
+from fastddpm.checkpoints import convert
 from fastddpm.nets.unet import UNet
 from tests.foreign import FLAGS, diffusers_config, foreign_network, foreign_state
 from tests.tiny import save_checkpoint, unconditional
@@ -33,9 +34,7 @@ def save(folder, dialect, **structure):
             pytest.skip("denoising-diffusion-pytorch is not installed")
         torch.manual_seed(0)
         mults = (1, 2) if len(structure.get("channels", (1, 1))) > 1 else (1,)
-        unet = lucidrains_package.package_module("denoising_diffusion_pytorch").Unet(
-            8, dim_mults=mults, attn_heads=1, attn_dim_head=4
-        )
+        unet = package_module("denoising_diffusion_pytorch").Unet(8, dim_mults=mults, attn_heads=1, attn_dim_head=4)
         torch.save(unet.state_dict(), folder / "model.pt")
         return unet.eval(), folder / "model.pt"
     if dialect == "fastddpm":
