@@ -85,6 +85,7 @@ class DDPMConfig(Record):
             "steps_offset": self.steps_offset,
             "dpmpp_clips": False,
             "lower_order_final": "short",
+            "second_difference": "half",
         }
 
 

@@ -127,8 +127,11 @@ def multistep_tables(scheduler: Any, timesteps: Tensor) -> tuple[StepTable, ...]
     )
     if config["solver_order"] < 3:
         return tables
-    options: dict[str, Any] = {"lower_order_final": lower, "lower_order_second": bool(short)}
-    return (*tables, make_table(schedule, timesteps, solver="dpmpp_3m", **options, **shared))
+    third = make_table(
+        schedule, timesteps, solver="dpmpp_3m", lower_order_final=lower, lower_order_second=bool(short),
+        second_difference="half", **shared
+    )  # fmt: skip
+    return (*tables, third)
 
 
 def _with_rounded_beta(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch import Tensor
 from fastddpm.process.pairs import StepPairs
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import Prediction
-from fastddpm.process.table import DynamicThreshold, StepTable, assemble
+from fastddpm.process.table import DynamicThreshold, StepTable, assemble, check_choice
+
+SecondDifference = Literal["whole", "half"]
 
 
 def dpmpp_2m_table(
@@ -69,19 +72,21 @@ def dpmpp_3m_table(
     final_alpha_to_one: bool = True,
     lower_order_final: bool = False,
     lower_order_second: bool = False,
+    second_difference: SecondDifference = "whole",
 ) -> StepTable:
-    """DPM-Solver++(3M), the multistep solver with two estimates to look back at, as its authors and diffusers have it.
+    """DPM-Solver++(3M), the multistep solver with two estimates to look back at (Lu et al. 2022).
 
     With λ, h and x̂_0 as in `dpmpp_2m_table`, h', h'' and x̂_0', x̂_0'' those of the two rows before, and
-    D' = h/h' (x̂_0 − x̂_0'), D'' = h/h'' (x̂_0' − x̂_0''), D2 = h/(h' + h'') (D' − D''), D1 = D' + h'/h D2
-    (https://github.com/LuChengTHU/dpm-solver, `multistep_dpm_solver_third_update`):
-    x_{t−1} = √((1−ᾱ_prev)/(1−ᾱ_t)) x_t + √ᾱ_prev ((1 − e^{−h}) x̂_0 + φ_2 D1 − φ_3 D2),
+    D' = h/h' (x̂_0 − x̂_0'), D'' = h/h'' (x̂_0' − x̂_0''), D2 = h/(h' + h'') (D' − D''), D1 = D' + h'/h D2:
+    x_{t−1} = √((1−ᾱ_prev)/(1−ᾱ_t)) x_t + √ᾱ_prev ((1 − e^{−h}) x̂_0 + φ_2 D1 − 2 φ_3 D2),
     φ_2 = (e^{−h} − 1)/h + 1, φ_3 = (e^{−h} − 1 + h)/h² − ½. The first two rows are those of `dpmpp_2m_table`, of first
     and second order, and a row that leads to x_0 (λ = ∞) is of first order. Where ᾱ_t = 0 two rows before (λ = −∞),
     D'' and D2 are 0. Deterministic; a network with 2C output channels works too.
 
-    In the Taylor expansion that it comes from, D2 stands for h² d²x̂_0/dλ², which is twice as much. So the error falls
-    with the square of the step as in `dpmpp_2m_table`, from a lower start, and not with the cube that the name says.
+    2 D2 stands for h² d²x̂_0/dλ² of the Taylor expansion that it comes from. The authors' code
+    (https://github.com/LuChengTHU/dpm-solver, `multistep_dpm_solver_third_update`) and diffusers take φ_3 D2, half of
+    it (second_difference="half"): their error falls with the square of the step, as that of `dpmpp_2m_table`, and not
+    with the cube.
 
     diffusers visits the same timesteps as in second order, does not clip, and sets lower_order_final and
     lower_order_second where S < 15.
@@ -95,6 +100,7 @@ def dpmpp_3m_table(
         final_alpha_to_one: as in `dpmpp_2m_table`.
         lower_order_final: make the last row first order also where its λ is finite.
         lower_order_second: make the row before the last second order.
+        second_difference: "whole", of third order, or "half", as published code has it.
 
     Returns:
         The table.
@@ -104,6 +110,7 @@ def dpmpp_3m_table(
         ValueError: an argument is out of range, or ε-prediction meets ᾱ_t = 0 (zero terminal SNR).
     """
     name = "dpmpp_3m_table"
+    check_choice(name, "second_difference", second_difference, get_args(SecondDifference))
     pairs, h = _path(name, schedule, timesteps, prev_timesteps, final_alpha_to_one)
     columns = pairs.x_start_columns(name, prediction) | _second_order(pairs, h, lower_order_final)
     third = torch.arange(len(h)) >= 2
@@ -113,8 +120,8 @@ def dpmpp_3m_table(
     if lower_order_second:
         third[-2:-1] = False
     columns["c_h2"] = torch.zeros_like(h)
-    at = third.nonzero().flatten()
-    for column, values in _third_order(pairs.a_prev[at].sqrt(), h[at], h[at - 1], h[at - 2]).items():
+    at, factor = third.nonzero().flatten(), 2.0 if second_difference == "whole" else 1.0
+    for column, values in _third_order(pairs.a_prev[at].sqrt(), h[at], h[at - 1], h[at - 2], factor).items():
         columns[column][at] = values
     return assemble(name, "dpmpp_3m", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip)
 
@@ -154,11 +161,11 @@ def _second_order(pairs: StepPairs, h: Tensor, lower_order_final: bool) -> dict[
     }
 
 
-def _third_order(alpha: Tensor, h: Tensor, h1: Tensor, h2: Tensor) -> dict[str, Tensor]:
+def _third_order(alpha: Tensor, h: Tensor, h1: Tensor, h2: Tensor, factor: float) -> dict[str, Tensor]:
     """c_0, c_h and c_h2 of rows with √ᾱ_prev = alpha and the steps h of this row and of the two before it."""
     phi_3 = _phi_3(h)
     phi_2 = h * (0.5 + phi_3)
-    of_d2 = (phi_2 * h1 / h - phi_3) * h / (h1 + h2)  # what D' gets by way of D2, and D'' loses
+    of_d2 = (phi_2 * h1 / h - factor * phi_3) * h / (h1 + h2)  # what D' gets by way of D2, and D'' loses
     newer = alpha * (phi_2 + of_d2) * h / h1  # of x̂_0 − x̂_0'
     older = -alpha * of_d2 * h / h2  # of x̂_0' − x̂_0''; an infinite h2 makes it and of_d2 0
     return {"c_0": newer - alpha * torch.expm1(-h), "c_h": older - newer, "c_h2": -older}

@@ -105,9 +105,9 @@ class Method:
             clipped = spec.clipped_eps if self.clipped_eps == "spec" else self.clipped_eps
             return {**final, "eta": spec.ddim_eta if self.eta is None else self.eta, "clipped_eps": clipped}
         order, short = spec.lower_order_final, steps < _SHORT
-        lower = {"lower_order_final": order == "always" or (order == "short" and short)}
+        lower: dict[str, Any] = {"lower_order_final": order == "always" or (order == "short" and short)}
         if self.solver == "dpmpp_3m":
-            lower["lower_order_second"] = order != "never" and short
+            lower |= {"lower_order_second": order != "never" and short, "second_difference": spec.second_difference}
         return {**final, "eta": self.eta, **lower}
 
 

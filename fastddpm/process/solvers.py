@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastddpm.process.ddim import ClippedEps, ddim_table
 from fastddpm.process.ddpm import NoiseGate, ddpm_table
-from fastddpm.process.dpmpp import dpmpp_2m_table, dpmpp_3m_table
+from fastddpm.process.dpmpp import SecondDifference, dpmpp_2m_table, dpmpp_3m_table
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import Prediction, Variance
 from fastddpm.process.table import DynamicThreshold, Solver, StepTable, check_choice
@@ -30,6 +30,7 @@ def make_table(
     final_alpha_to_one: bool | None = None,
     lower_order_final: bool | None = None,
     lower_order_second: bool | None = None,
+    second_difference: SecondDifference | None = None,
 ) -> StepTable:
     """The table of any solver; see `ddpm_table`, `ddim_table`, `dpmpp_2m_table`, `dpmpp_3m_table`.
 
@@ -49,6 +50,7 @@ def make_table(
         final_alpha_to_one: ddim, dpmpp_2m and dpmpp_3m.
         lower_order_final: dpmpp_2m and dpmpp_3m.
         lower_order_second: dpmpp_3m only.
+        second_difference: dpmpp_3m only.
 
     Returns:
         The table.
@@ -62,13 +64,16 @@ def make_table(
         "ddpm": (ddpm_table, {"variance", "noise_gate"}),
         "ddim": (ddim_table, {"eta", "clipped_eps", "final_alpha_to_one"}),
         "dpmpp_2m": (dpmpp_2m_table, {"final_alpha_to_one", "lower_order_final"}),
-        "dpmpp_3m": (dpmpp_3m_table, {"final_alpha_to_one", "lower_order_final", "lower_order_second"}),
+        "dpmpp_3m": (
+            dpmpp_3m_table,
+            {"final_alpha_to_one", "lower_order_final", "lower_order_second", "second_difference"},
+        ),
     }
     table, known = solvers[solver]
     given: dict[str, Any] = {
         "variance": variance, "noise_gate": noise_gate, "eta": eta, "clipped_eps": clipped_eps,
         "final_alpha_to_one": final_alpha_to_one, "lower_order_final": lower_order_final,
-        "lower_order_second": lower_order_second,
+        "lower_order_second": lower_order_second, "second_difference": second_difference,
     }  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None}
     if foreign := sorted(options.keys() - known):

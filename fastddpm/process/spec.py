@@ -45,6 +45,7 @@ class ModelSpec(Record):
         respacing: OpenAI's respacing string for runs that say neither steps nor timesteps; "" for none.
         dpmpp_clips: Whether DPM-Solver++ clips x̂_0 like the other solvers; diffusers' does not.
         lower_order_final: Whether DPM-Solver++'s last row is of first order: "short" in runs of less than 15 steps.
+        second_difference: How much of it DPM-Solver++(3M) takes: the "whole", of third order, or "half", as diffusers.
             Unless "never", DPM-Solver++(3M)'s row before it is one of (2M) in such runs.
         to_bytes: How [−1, 1] becomes 0 … 255: to the nearest ("round") or the next lower one ("truncate").
         to_unit: What pictures are in terms of the state x: x/2 + ½ within [0, 1] ("clamp"), x/2 + ½ as it is
@@ -73,6 +74,7 @@ class ModelSpec(Record):
     respacing: str = ""
     dpmpp_clips: bool = True
     lower_order_final: Literal["never", "short", "always"] = "never"
+    second_difference: Literal["whole", "half"] = "whole"
     to_bytes: Literal["round", "truncate"] = "round"
     to_unit: Literal["clamp", "affine", "identity"] = "clamp"
     self_condition: bool = False

@@ -614,7 +614,7 @@ def test_diffusers_configurations_that_are_not_supported(tmp_path, changes, mess
             {"_class_name": "DDPMScheduler", "num_train_timesteps": 2.5},
             "num_train_timesteps must be an integer, got 2.5",
         ),
-        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 1}, "solver_order must be 2 or 3, got 1"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 1}, "solver_order must be one of 2, 3, got 1"),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "use_karras_sigmas must be False"),
         ([], "must hold a JSON object"),
     ],

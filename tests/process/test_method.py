@@ -30,7 +30,7 @@ def test_type_checkers_see_the_same_options():
     [
         {"solver": "ddpm", "steps": 7, "variance": "fixed_large"},
         {"solver": "ddim", "timesteps": "ddim5", "eta": 0.3, "clipped_eps": "raw"},
-        {"solver": "dpmpp_2m", "timesteps": [40, 20, 3], "clip": DynamicThreshold(0.9)},
+        {"solver": "dpmpp_2m", "timesteps": [39, 20, 3], "clip": DynamicThreshold(0.9)},
     ],
     ids=lambda options: options["solver"],
 )

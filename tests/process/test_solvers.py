@@ -122,7 +122,7 @@ def test_dpmpp_3m_rows_equal_diffusers(peer, S, lower, euler, final):
     theirs.set_timesteps(S)
     table = dpmpp_3m_table(
         schedule, theirs.timesteps, prediction="x_start", clip=None, final_alpha_to_one=final == "zero",
-        lower_order_final=euler or short, lower_order_second=short,
+        lower_order_final=euler or short, lower_order_second=short, second_difference="half",
     )  # fmt: skip
     a = schedule.alphas_cumprod_exact[torch.cat([theirs.timesteps, torch.zeros(1, dtype=torch.int64)])]
     theirs.sigmas = ((1 - a) / a).sqrt()
