@@ -122,7 +122,7 @@ def _unet_config(path: Path, flags: Flags) -> UNetConfig:
         raise CheckpointError(f"{path}: the network must be a UNet2DModel, got {got}, which is not supported")
     with blamed_on(str(path)):
         config = read_record(UNet2DConfig, values, more=True)
-        _check_sample_size(config.sample_size, flags)
+        _check_sample_size(values.get("sample_size"), flags)
         flags.note_all({name: vars(config)[name] for name in vars(config) if name != "sample_size"}, values, "file")
         if "image_size" in flags or "sample_size" in flags:
             size = flags.size(("image_size", "sample_size"), len(config.block_out_channels))
@@ -131,13 +131,13 @@ def _unet_config(path: Path, flags: Flags) -> UNetConfig:
     return structure
 
 
-def _check_sample_size(size: int | tuple[int, int] | None, flags: Flags) -> None:
+def _check_sample_size(size: object, flags: Flags) -> None:
     """Ask for the size of pictures where the configuration has none, and compare where both say it."""
     if size is None:
         if "image_size" not in flags:
             flags.require("sample_size")
         return
-    pair = size if isinstance(size, tuple) else (size, size)
+    pair = tuple(size) if isinstance(size, list) else (size, size)
     if "sample_size" in flags and flags.size(("sample_size",), 1) != pair:
         raise flags.wrong("sample_size", f"{size}, as {CONFIG_NAME} has it (image_size= draws pictures of another)")
     flags.note("sample_size", size, "file")
