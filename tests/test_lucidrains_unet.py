@@ -131,6 +131,19 @@ def test_in_bfloat16_all_but_the_embedding_is_cast(name):
     assert kept == embedding | {name for name, _ in ours.named_parameters() if ".mlp." in name}
 
 
+@pytest.mark.parametrize("name", ["self-conditioned", "classes"])
+@torch.no_grad()
+def test_a_trace_is_of_any_batch(name):
+    _, ours = pair(name)
+    x, t, *y, more = inputs(ours)
+    batch = [{0: torch.export.Dim.DYNAMIC}] * (2 + len(y))
+    shapes = {**dict(zip(("x", "t", "y"), batch, strict=False)), **{key: batch[0] for key in more}}
+    traced = torch.export.export(ours, (x, t, *y), more, dynamic_shapes=shapes).module()
+    few = [value[:2] for value in (x, t, *y)]
+    less = {key: value[:2] for key, value in more.items()}
+    assert_close(traced(*few, **less), ours(*few, **less))
+
+
 def test_labels_and_estimates_of_x_0_must_fit():
     plain, classes = pair("one level")[1], pair("classes")[1]
     x, t = torch.zeros(1, 3, 8, 8), torch.tensor([1])

@@ -144,7 +144,7 @@ class Attention(nn.Module):
     def _with_memory(self, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         if self.mem_kv is None:
             return k, v
-        memory = self.mem_kv.unsqueeze(1).expand(-1, len(k), -1, -1, -1)
+        memory = self.mem_kv.unsqueeze(1).expand(-1, k.shape[0], -1, -1, -1)  # `len` would fix a traced batch
         return torch.cat((memory[0], k), dim), torch.cat((memory[1], v), dim)
 
 
