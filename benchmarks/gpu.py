@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastddpm.files import atomic_path
-from fastddpm.kernels._cache import cache_folder
+from fastddpm.kernels.kept import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 6.0

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ._dispatch import HAS_TRITON, INTERPRETED
+from .dispatch import HAS_TRITON, INTERPRETED
 from .machine_code import amd_bits, read_amdgcn, read_cubin, sass_bits
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -236,7 +236,7 @@ def compile_variant(variant: Variant, target: str, *, ones: Iterable[str] = (), 
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from ._triton import GROUPS
+    from .triton_tools import GROUPS
 
     cuda = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)

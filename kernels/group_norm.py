@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import OUT_DTYPES, check_tensor
-from ._dispatch import runs_triton
+from .checks import OUT_DTYPES, check_tensor
+from .dispatch import runs_triton
 from .group_norm_tiles import tile
 
 Mode = Literal["none", "add", "scale_shift"]

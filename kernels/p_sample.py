@@ -14,9 +14,9 @@ al. 2022).
 import torch
 from torch import Tensor
 
-from ._checks import COLUMNS as COLUMNS
-from ._checks import check_p_sample
-from ._dispatch import runs_triton
+from .checks import COLUMNS as COLUMNS
+from .checks import check_p_sample
+from .dispatch import runs_triton
 from .philox import normals_reference
 
 P_SAMPLE_RTOL = 2.0**-20

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ._checks import check_q_sample
-from ._dispatch import runs_triton
+from .checks import check_q_sample
+from .dispatch import runs_triton
 from .philox import normals_reference
 
 Q_SAMPLE_RTOL = 2.0**-21

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastddpm.kernels._native import load
+from fastddpm.kernels.native import load
 
 WINOGRAD_RTOL = 2e-5
 """Kernel against the exact convolution, relative to the largest |x|, for weights as PyTorch starts them: the transforms

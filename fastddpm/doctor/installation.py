@@ -12,9 +12,9 @@ from fastddpm.bench.hardware import PACKAGES
 from fastddpm.doctor.surroundings import ProblemError
 from fastddpm.engines.cache import cache_folder, no_cache, packages
 from fastddpm.engines.devices import versions
-from fastddpm.kernels._cache import is_damaged
-from fastddpm.kernels._dispatch import HAS_TRITON
-from fastddpm.kernels._native import compiler
+from fastddpm.kernels.dispatch import HAS_TRITON
+from fastddpm.kernels.kept import is_damaged
+from fastddpm.kernels.native import compiler
 
 SUFFIXES = (".pt2", ".onnx", ".so")
 """Of what is kept in the cache."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastddpm.bench.cases import LOW_TOLERANCE
 from fastddpm.doctor.surroundings import ProblemError
 from fastddpm.kernels import COLUMNS, normals_reference, p_sample, philox4x32_reference, q_sample
-from fastddpm.kernels._checks import OUT_DTYPES
+from fastddpm.kernels.checks import OUT_DTYPES
 from fastddpm.kernels.group_norm import GROUP_NORM_RTOL, add_group_norm
 from fastddpm.kernels.p_sample import P_SAMPLE_RTOL
 from fastddpm.kernels.philox import NORMALS_ATOL

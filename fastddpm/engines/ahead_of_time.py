@@ -28,8 +28,8 @@ from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError, check_step, not_one_graph
 from fastddpm.engines.fast_layers import with_fast_layers
 from fastddpm.engines.runner import Runner, StepFunction, StepRunner
-from fastddpm.kernels._cache import private_folder
-from fastddpm.kernels._native import processor
+from fastddpm.kernels.kept import private_folder
+from fastddpm.kernels.native import processor
 from fastddpm.step.network import Network
 from fastddpm.step.step import Call, Step
 

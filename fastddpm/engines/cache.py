@@ -1,6 +1,6 @@
 """Packages of compiled steps on disk: found by key, made once, whole or absent, removed when they take too much room.
 
-Folders, checksums and who may write what are `fastddpm.kernels._cache`'s; see there.
+Folders, checksums and who may write what are `fastddpm.kernels.kept`'s; see there.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from filelock import FileLock, Timeout
 
 import fastddpm
-from fastddpm.kernels import _cache as files
-from fastddpm.kernels._cache import CacheWarning as CacheWarning
-from fastddpm.kernels._cache import cache_folder as cache_folder
-from fastddpm.kernels._cache import no_cache as no_cache
+from fastddpm.kernels import kept as files
+from fastddpm.kernels.kept import CacheWarning as CacheWarning
+from fastddpm.kernels.kept import cache_folder as cache_folder
+from fastddpm.kernels.kept import no_cache as no_cache
 
 CACHE_BYTES = 4 << 30
 """Most that the packages on disk may take; the ones that were used longest ago go first."""

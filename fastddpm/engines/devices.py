@@ -12,7 +12,7 @@ import torch
 
 from fastddpm.engines.cache import cache_folder, no_cache, packages
 from fastddpm.engines.measured import remembered
-from fastddpm.kernels._dispatch import runs_triton
+from fastddpm.kernels.dispatch import runs_triton
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastddpm.kernels._native import NativeError
+from fastddpm.kernels.native import NativeError
 from fastddpm.kernels.winograd import fits, pack, winograd_conv
 from fastddpm.nets.blocks import Attention
 

@@ -12,7 +12,7 @@ from typing import Annotated
 from fastddpm.common.records import RecordError, Within, read_record
 from fastddpm.engines.cache import cache_folder, locked
 from fastddpm.files import write_json
-from fastddpm.kernels._cache import folders
+from fastddpm.kernels.kept import folders
 
 _FILE = "measured.json"
 _LOCK_S = 3.0

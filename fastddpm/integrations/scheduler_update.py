@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.integrations.scheduler_rows import Row, Rows
-from fastddpm.kernels._dispatch import runs_triton
+from fastddpm.kernels.dispatch import runs_triton
 from fastddpm.kernels.p_sample import p_sample, p_sample_reference
 from fastddpm.process.table import StepTable, dynamic_bound
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastddpm.kernels._dispatch import runs_triton
+from fastddpm.kernels.dispatch import runs_triton
 from fastddpm.kernels.group_norm import add_group_norm_unchecked
 from fastddpm.nets.blocks import Attention, Downsample, ResBlock, Stage, Upsample, resample
 from fastddpm.nets.config import UNetConfig

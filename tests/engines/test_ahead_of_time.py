@@ -12,7 +12,7 @@ from fastddpm.engines.ahead_of_time import AheadOfTime
 from fastddpm.engines.choose import Engine
 from fastddpm.engines.compare import CompileError
 from fastddpm.engines.devices import describe_choices
-from fastddpm.kernels import _cache
+from fastddpm.kernels import kept
 from tests.engines.common import RUNS, like
 from tests.networks import tiny_sampler
 from tests.steps import begin
@@ -121,7 +121,7 @@ def test_a_damaged_package_is_made_anew(compiled, monkeypatch, damage):
         whole[:middle] if damage == "cut" else whole[:middle] + bytes([whole[middle] ^ 8]) + whole[middle + 1 :]
     )
     built = []
-    monkeypatch.setattr(_cache, "_said", set())  # what was said once is not said again
+    monkeypatch.setattr(kept, "_said", set())  # what was said once is not said again
     monkeypatch.setattr(ahead_of_time, "compile_step", lambda call, path: built.append(path.write_bytes(whole)))
     sampler = like(compiled, "compiled")
     with pytest.warns(cache.CacheWarning, match="damaged"):

@@ -12,7 +12,7 @@ from filelock import FileLock
 import fastddpm
 from fastddpm.engines import cache as store
 from fastddpm.engines.cache import find, find_or_make, forget, key_of, locked, packages, source_digest
-from fastddpm.kernels._cache import CacheWarning, private_folder
+from fastddpm.kernels.kept import CacheWarning, private_folder
 from tests.cache_folders import cache
 
 __all__ = ["cache"]

@@ -10,7 +10,7 @@ from fastddpm.engines.compare import CompileError
 from fastddpm.engines.measured import Measured
 from fastddpm.engines.precision import check_precision
 from fastddpm.engines.runner import StepRunner
-from fastddpm.kernels._cache import CACHE_VARIABLE
+from fastddpm.kernels.kept import CACHE_VARIABLE
 from tests.engines.common import like
 from tests.networks import tiny_sampler
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastddpm.engines.fast_layers import Layer, WinogradConv2d, with_fast_layers
-from fastddpm.kernels._native import NativeError
+from fastddpm.kernels.native import NativeError
 from fastddpm.kernels.winograd import fits
 from fastddpm.nets.blocks import Attention, attention_by_products
 from tests.networks import CONFIG

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from fastddpm.engines import measured as module
 from fastddpm.engines.measured import Measured, remember, remembered
-from fastddpm.kernels._cache import CacheWarning, private_folder
+from fastddpm.kernels.kept import CacheWarning, private_folder
 from tests.cache_folders import cache
 
 __all__ = ["cache"]

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fastddpm.kernels._dispatch import INTERPRETED
+from fastddpm.kernels.dispatch import INTERPRETED
 from fastddpm.kernels.group_norm import GROUP_NORM_RTOL, add_group_norm
 
 TERMS = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastddpm.kernels import _cache
-from fastddpm.kernels._cache import CacheWarning, cache_folder, find, keep, no_cache, private_folder, sealed
+from fastddpm.kernels import kept as store
+from fastddpm.kernels.kept import CacheWarning, cache_folder, find, keep, no_cache, private_folder, sealed
 from tests.cache_folders import cache, give_away, users_cache
 
 __all__ = ["cache", "users_cache"]
@@ -226,7 +226,7 @@ def test_a_file_that_others_could_have_written_is_left_alone(cache, monkeypatch)
         assert find("key", ".so") is None
     path.chmod(0o644)
     assert find("key", ".so") == path
-    monkeypatch.setattr(_cache, "_said", set())
+    monkeypatch.setattr(store, "_said", set())
     give_away(path, monkeypatch)
     with pytest.warns(CacheWarning, match="must be a file of yours alone, got one that belongs to user"):
         assert find("key", ".so") is None
@@ -285,7 +285,7 @@ def test_a_private_folder_that_was_cleaned_away_is_made_anew(cache):
 
 def test_without_any_place_there_is_an_error(cache, monkeypatch, tmp_path):
     a_file(cache, monkeypatch)
-    monkeypatch.setattr(_cache.tempfile, "tempdir", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(store.tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.warns(CacheWarning):
         assert find("key", ".so") is None
     with pytest.raises(OSError):
@@ -306,7 +306,7 @@ if os.fork():
 
 
 def test_it_is_removed_at_exit(tmp_path):
-    command = [sys.executable, "-c", ENDS, _cache.__file__]
+    command = [sys.executable, "-c", ENDS, store.__file__]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

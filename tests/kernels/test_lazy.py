@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fastddpm.kernels import _dispatch
+from fastddpm.kernels import dispatch
 
 HEAVY = (
     "triton",
@@ -72,7 +72,7 @@ names = [module.name for module in pkgutil.iter_modules(fastddpm.kernels.__path_
 for name in names:
     if not name.endswith("_triton"):
         importlib.import_module(f"fastddpm.kernels.{name}")
-assert not fastddpm.kernels._dispatch.HAS_TRITON and not fastddpm.kernels._dispatch.INTERPRETED
+assert not fastddpm.kernels.dispatch.HAS_TRITON and not fastddpm.kernels.dispatch.INTERPRETED
 from tests.kernels.first_use import run_on_the_cpu
 run_on_the_cpu()
 from fastddpm.kernels import report
@@ -87,7 +87,7 @@ def test_without_triton_everything_runs_but_the_kernels(request):
 def test_a_folder_named_triton_is_not_triton(tmp_path, request):
     (tmp_path / "triton").mkdir()
     code = "import sys; sys.path[:] = sys.argv[1:]; from importlib.util import find_spec; assert find_spec('triton')\n"
-    code += "import runpy; assert not runpy.run_path('kernels/_dispatch.py')['HAS_TRITON']"
+    code += "import runpy; assert not runpy.run_path('kernels/dispatch.py')['HAS_TRITON']"
     in_new_process("-S", "-c", code, *(str(tmp_path), os.path.dirname(os.__file__)), cwd=request.config.rootpath)
 
 
@@ -100,4 +100,4 @@ def test_the_environment_is_read_as_triton_reads_it(value, monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     else:
         monkeypatch.setenv("TRITON_INTERPRET", value)
-    assert _dispatch._is_interpreted() is bool(triton.knobs.runtime.interpret)
+    assert dispatch._is_interpreted() is bool(triton.knobs.runtime.interpret)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastddpm.kernels import _native
-from fastddpm.kernels._cache import CacheWarning, keep, private_folder, sealed
-from fastddpm.kernels._native import NativeError, load
+from fastddpm.kernels import native
+from fastddpm.kernels.kept import CacheWarning, keep, private_folder, sealed
+from fastddpm.kernels.native import NativeError, load
 from tests.cache_folders import cache, give_away
 
 __all__ = ["cache"]
@@ -29,20 +29,20 @@ def source(tmp_path: Path) -> Path:
 def builds(cache, monkeypatch) -> list[str]:
     """The compiler's outputs so far."""
     made = []
-    run = _native.subprocess.run
+    run = native.subprocess.run
 
     def counted(command, **options):
         if "-fopenmp" in command:
             made.append(command[-1])
         return run(command, **options)
 
-    monkeypatch.setattr(_native.subprocess, "run", counted)
+    monkeypatch.setattr(native.subprocess, "run", counted)
     return made
 
 
 def load_anew(source: Path, functions: tuple[str, ...] = ("answer",)):
     """The library as another process loads it, which has no private folder with what this one made."""
-    _native._loaded.cache_clear()
+    native._loaded.cache_clear()
     shutil.rmtree(private_folder())
     return load(source, functions)
 
@@ -134,8 +134,8 @@ def test_a_cache_that_nothing_may_be_executed_from(cache, source, builds, monkey
             raise OSError("failed to map segment from shared object")
         return ctypes_cdll(path)
 
-    ctypes_cdll = _native.ctypes.CDLL
-    monkeypatch.setattr(_native.ctypes, "CDLL", refuse)
+    ctypes_cdll = native.ctypes.CDLL
+    monkeypatch.setattr(native.ctypes, "CDLL", refuse)
     assert [load_anew(source).answer() for _ in range(2)] == [42, 42]
 
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_had_is_said_and_not_tried_again(cache, source, builds, t
 
 def test_a_kept_library_needs_no_compiler(cache, source, monkeypatch):
     load_anew(source)
-    monkeypatch.setattr(_native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
     assert load_anew(source).answer() == 42
     source.write_text("int answer(void) { return 43; }\n")
     with pytest.raises(NativeError, match="no C compiler; install gcc"):

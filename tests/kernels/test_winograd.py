@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastddpm.engines.fast_layers import WinogradConv2d
-from fastddpm.kernels._native import NativeError
+from fastddpm.kernels.native import NativeError
 from fastddpm.kernels.winograd import WINOGRAD_RTOL, fits, pack, winograd_conv
 
 try:

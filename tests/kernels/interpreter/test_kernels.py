@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastddpm.kernels import _dispatch, p_sample, p_sample_reference, p_sample_triton, q_sample, q_sample_triton
+from fastddpm.kernels import dispatch, p_sample, p_sample_reference, p_sample_triton, q_sample, q_sample_triton
 from tests.kernels import checks
 from tests.kernels.cases import CHAPTERS, OPTIONS, PAST, S, make_case
 
@@ -20,8 +20,8 @@ def approximations(request, monkeypatch):
 
 
 def test_cpu_tensors_reach_the_kernels():
-    assert _dispatch.INTERPRETED
-    assert _dispatch.runs_triton("cpu")
+    assert dispatch.INTERPRETED
+    assert dispatch.runs_triton("cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

@@ -12,8 +12,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastddpm.kernels._cache import cache_folder as cache_folder
-from fastddpm.kernels._cache import find, keep, sealed, unsealed
+from fastddpm.kernels.kept import cache_folder as cache_folder
+from fastddpm.kernels.kept import find, keep, sealed, unsealed
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno")
 

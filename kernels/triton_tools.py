@@ -1,6 +1,6 @@
 """What the modules of kernels share: Triton itself, and parts that several kernels are made of.
 
-It imports Triton, so only modules that hold kernels (`…_triton.py`) may import it; see `_dispatch` for the others.
+It imports Triton, so only modules that hold kernels (`…_triton.py`) may import it; see `dispatch` for the others.
 """
 
 from collections.abc import Callable
