@@ -236,7 +236,7 @@ def compile_variant(variant: Variant, target: str, *, ones: Iterable[str] = (), 
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from .triton_tools import GROUPS
+    from .common_triton import GROUPS
 
     cuda = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)

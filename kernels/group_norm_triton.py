@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
+from .common_triton import jit, launcher, tl
 from .group_norm_tiles import next_power, tile, warps_for
-from .triton_tools import jit, launcher, tl
 
 
 @jit

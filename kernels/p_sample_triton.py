@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.library import triton_op
 
 from .checks import COLUMNS
+from .common_triton import GROUPS, approximations, jit, launcher, load_two_quads, num_warps, tl
 from .philox_triton import MINUS_2_LN_2, normal_quad
-from .triton_tools import GROUPS, approximations, jit, launcher, load_two_quads, num_warps, tl
 
 _WIDTH = tl.constexpr(len(COLUMNS))
 _QUARTER_LOG2_E = tl.constexpr(0.25 / math.log(2.0))

@@ -2,8 +2,8 @@
 
 import math
 
+from .common_triton import ON_INTERPRETER, jit, libdevice, tl
 from .philox import MULTIPLIERS, ROUNDS, WEYL
-from .triton_tools import ON_INTERPRETER, jit, libdevice, tl
 
 _ROUNDS_IN_KERNEL = tl.constexpr(ROUNDS)
 _M0, _M1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
+from .common_triton import GROUPS, approximations, jit, launcher, load_two_quads, num_warps, store_quad, tl
 from .philox_triton import MINUS_2_LN_2, normal_quad
-from .triton_tools import GROUPS, approximations, jit, launcher, load_two_quads, num_warps, store_quad, tl
 
 
 @jit
