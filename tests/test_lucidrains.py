@@ -608,7 +608,7 @@ def test_names_and_shapes_that_do_not_fit(tmp_path):
     some = "model.mid_attn.to_qkv.weight"
     refuse(tmp_path, {**state, some: state[some][:, :1]}, "mid_attn.to_qkv.weight must have shape")
     refuse(tmp_path, {**state, some: state[some] * torch.nan}, "NaN or infinity, first mid_attn.to_qkv.weight")
-    refuse(tmp_path, {**state, some: state[some].long()}, "mid_attn.to_qkv.weight holds torch.int64")
+    refuse(tmp_path, {**state, some: state[some].long()}, "mid_attn.to_qkv.weight must hold floats, got torch.int64")
     refuse(tmp_path, {**state, "betas": state["betas"][:10]}, "must hold one float per training step")
     refuse(tmp_path, {**state, "betas": state["betas"] * 0.99}, "must follow from the betas beside it")
     refuse(tmp_path, {**state, "betas": state["betas"] * torch.nan}, "betas must be finite")
