@@ -359,7 +359,7 @@ def test_a_peer_that_draws_something_else_is_not_timed(model, tmp_path, asked):
         there.judge(one)
         assert [peer.equality.holds for peer in one.peers] == [True, True, False]
         assert "not timed" in one.peers[2].note
-        runner.WorkloadRun(workload(model), settings(), Deadline(60))._time(there, one)
+        runner.WorkloadRun(workload(model), settings(), Deadline(60))._time(there, one, 10.0)
     assert [name for name, request in asked if request == "run"].count("diffusers") == 0
     assert one.rounds == 3 and not one.peers[2].seconds
 

@@ -271,7 +271,7 @@ class TestLucidrains:
             ({"learned_variance": True}, "lucidrains and spec must agree, got 3→6 channels"),
             ({"num_classes": 3}, "lucidrains and spec must agree, got 3→3 channels, 3 classes"),
             ({"self_condition": True}, "lucidrains and spec must agree, .* and self_condition True but"),
-            ({"dim": 16}, "weights do not fit the configuration"),
+            ({"dim": 16}, "weights do not fit: "),
         ],
     )
     def test_damaged_entries(self, lucid, tmp_path, change, message):
