@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastddpm import DynamicThreshold, ModelSpec, NoiseSchedule, Sampler, reference
+from fastddpm import DynamicThreshold, ModelSpec, NoiseSchedule, Sampler
 from fastddpm.kernels.philox import X_T_COUNTER
+from fastddpm.process import reference
 from fastddpm.process.noise import normals
 from tests.networks import ODD_SHAPES, tiny_sampler
 

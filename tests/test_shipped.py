@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import fastddpm
-from fastddpm import Sampler, reference
+from fastddpm import Sampler
 from fastddpm.kernels.philox import X_T_COUNTER
+from fastddpm.process import reference
 from fastddpm.process.noise import normals
 from tests.helpers import mnist_dir
 from tests.judge import classify, judge

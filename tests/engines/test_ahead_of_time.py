@@ -42,6 +42,7 @@ def test_one_package_serves_all_solvers_steps_and_labels(compiled):
     assert set(cache.packages()) == before
 
 
+@pytest.mark.slow
 def test_two_histories_have_a_package_of_their_own(compiled):
     """Other solvers' packages carry one history, so that they are no slower; the second serves any run of its kind."""
     before = set(cache.packages())

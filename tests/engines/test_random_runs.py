@@ -50,6 +50,7 @@ def test_replayed_runs_are_the_textbooks(graphs, plain, data):
     check(graphs, plain, run, data.draw(orders(run)), 2)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=40)
 @given(data=st.data())
 def test_compiled_runs_are_the_textbooks(compiled, plain, data):

@@ -262,8 +262,17 @@ def test_external_weights(exported, tmp_path):
         OnnxSampler(moved / "m.onnx", "cpu")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("what", ["network", "step", "chain"])
+@pytest.mark.parametrize(
+    ("what", "precision"),
+    [
+        ("network", "fp32"),
+        ("chain", "fp16"),
+        *(
+            pytest.param(what, precision, marks=pytest.mark.slow)
+            for what, precision in (("network", "fp16"), ("step", "fp32"), ("step", "fp16"), ("chain", "fp32"))
+        ),
+    ],
+)
 def test_models_that_are_too_large_for_one_file(sampler, tmp_path, monkeypatch, what, precision):
     """The limit is 2 GB; nothing on the way may copy or check such a model as one message."""
     monkeypatch.setattr("fastddpm.export.model_file.LIMIT", 1000)

@@ -178,10 +178,8 @@ def test_what_tells_networks_apart():
     assert len({LucidrainsUNet(config).identity() for config in identities}) == 4
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["one level", *(pytest.param(name, marks=pytest.mark.slow) for name in ("self-conditioned", "classes"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one level", "self-conditioned", "classes"])
 def test_compiled_steps_are_kept(name):
     one = sampler(name, engine="compiled")
     guided = one.spec.num_classes is not None
