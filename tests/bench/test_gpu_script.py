@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_section
 from tests.tiny import environment
 
 ROOT = Path(__file__).parents[2]
+
+with pytest.MonkeyPatch.context() as patch:  # the repository's root is on no path while tests run
+    patch.syspath_prepend(ROOT)
+    from benchmarks import gpu, gpu_section
 
 
 def script(*arguments, **extra):
