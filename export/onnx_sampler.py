@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from fastddpm.common.progress import StepProgress
-from fastddpm.engines.choose import Engine
 from fastddpm.engines.loop import Begin, Course, Loop
 from fastddpm.engines.options import SampleOptions, split_options
 from fastddpm.engines.runner import Runner
 from fastddpm.engines.stepper import Stepper
 from fastddpm.export.session import OnnxSession, Provider
-from fastddpm.export.step_loop import ChainRunner, OnnxRunner, StepLoop, pad
+from fastddpm.export.step_loop import ChainRunner, OnnxRunner, StepLoop
 from fastddpm.images import Output, ToBytes, check_output, to_output
 from fastddpm.process.method import Method
 from fastddpm.process.noise import NoiseSource, seed_bits
@@ -126,19 +125,24 @@ class OnnxSampler:
             self._check(request, run.noise, run.callback, output, n)
         course, begin = self._course(method)
         check_noise(run.noise, course.S, n, self.spec.shape)
-        loop = Loop(begin, course, self.spec.shape, self.device, run.noise, run.callback, torch.no_grad)
+        around = self._stepper.undisturbed if what == "network" else torch.no_grad
+        loop = Loop(begin, course, self.spec.shape, self.device, run.noise, run.callback, around)
         with StepProgress(course.S * request.parts, n, run.progress) as bar:
             drawn = torch.cat([final for _, final, _ in loop.batches(request, bar)])
         if what == "chain" and self.facts["output"] == "unit":
             return _from_unit(drawn, output, self.spec.to_bytes)
         return to_output(drawn, output, self.spec.to_bytes, self.spec.to_unit)
 
+    @functools.cached_property
+    def _stepper(self) -> Stepper:
+        """What makes the steps around a file that is a network."""
+        return Stepper.eager(self.network, self.spec, self.schedule.T)
+
     def _course(self, method: Method) -> tuple[Course, Begin]:
         """The steps of a run, and what starts a batch of it."""
         if self.facts["what"] == "network":
             table = method.table(self.schedule, self.spec)
-            stepper = Stepper(self.network, self.spec, self.schedule.T, self.device, "fp32", _eager)
-            return Course.of(table), functools.partial(stepper.begin, table)
+            return Course.of(table), functools.partial(self._stepper.begin, table)
         timesteps, noisy = self.facts["timesteps"], set(self.facts["noisy_rows"])
         takes = "noise" in self.session.inputs
         course = Course(timesteps, [takes and i in noisy for i in range(len(timesteps))], takes)
@@ -151,15 +155,14 @@ class OnnxSampler:
         batch: Request,
         *,
         x_T: Tensor | None = None,
-        to_come: int = 0,
         **_: object,
     ) -> Iterator[Runner]:
         """A batch of a step's or a chain's file at its start; see `Stepper.begin`."""
         state, feeds = self._start(batch, x_T), self._feeds(batch)
         if self.facts["what"] == "chain":
-            yield ChainRunner(self.session, state, feeds, len(batch.ids))
+            yield ChainRunner(self.session, state, feeds)
             return
-        size = self.session.batch or len(batch.ids)
+        size = len(batch.ids)
         loop = self._loops.get(size) or StepLoop(self.session, size)
         self._loops = {size: loop}
         yield OnnxRunner(loop, state, feeds, course)
@@ -207,7 +210,7 @@ class OnnxSampler:
             )
 
     def _feeds(self, batch: Request) -> dict[str, np.ndarray]:
-        """What a batch is, as arrays, padded to the file's batch: names that the file does not take are left out."""
+        """What a batch is, as arrays; names that the file does not take are left out."""
         n = len(batch.ids)
         feeds = {"sample_id": batch.ids.numpy(), "seed": np.full(n, seed_bits(batch.seed), dtype=np.int64)}
         if batch.labels is not None:
@@ -215,12 +218,7 @@ class OnnxSampler:
         if self.facts["guidance"]:
             scales = np.ones(n, dtype=np.float32) if batch.guidance is None else batch.guidance.numpy()
             feeds["guidance"] = scales
-        kept = {name: value for name, value in feeds.items() if name in self.session.inputs}
-        return {name: pad(value, self.session.batch) for name, value in kept.items()}
-
-
-def _eager(weights: Callable[[], str]) -> Engine:
-    return Engine("eager", torch.device("cpu"), weights=weights)
+        return {name: value for name, value in feeds.items() if name in self.session.inputs}
 
 
 def _in_batches(session: OnnxSession, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -230,9 +228,16 @@ def _in_batches(session: OnnxSession, feeds: Mapping[str, np.ndarray]) -> dict[s
         return session.run(feeds)
     n = len(feeds["x"])
     parts = [
-        session.run({name: pad(value[i : i + size], size) for name, value in feeds.items()}) for i in range(0, n, size)
+        session.run({name: _full(value[i : i + size], size) for name, value in feeds.items()})
+        for i in range(0, n, size)
     ]
     return {name: np.concatenate([part[name] for part in parts])[:n] for name in session.outputs}
+
+
+def _full(value: np.ndarray, size: int) -> np.ndarray:
+    """An array with its last entry repeated up to `size`: a fixed batch is always full."""
+    missing = size - len(value)
+    return value if missing <= 0 else np.concatenate((value, np.repeat(value[-1:], missing, axis=0)))
 
 
 def _from_unit(pictures: Tensor, output: Output, to_bytes: ToBytes) -> Tensor | list[Image]:

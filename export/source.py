@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.checkpoints import Checkpoint, load_checkpoint
-from fastddpm.engines.choose import Engine
 from fastddpm.engines.precision import Precision
 from fastddpm.engines.stepper import Stepper
 from fastddpm.export.modules import as_module
@@ -67,6 +66,4 @@ class Source:
 
     def stepper(self) -> Stepper:
         """What makes the network's steps eagerly on the CPU."""
-        return Stepper(
-            self.network, self.spec, self.schedule.T, CPU, "fp32", lambda weights: Engine("eager", CPU, weights=weights)
-        )
+        return Stepper.eager(self.network, self.spec, self.schedule.T)

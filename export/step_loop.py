@@ -109,16 +109,14 @@ class OnnxRunner:
             course: the steps.
         """
         self._loop, self._start, self._course, self._made = loop, state, course, 0
-        self._size = loop.session.batch or len(state.x)
-        loop.begin(pad(state.x.numpy(), self._size), feeds)
+        loop.begin(state.x.numpy(), feeds)
 
     @property
     def state(self) -> State:
         """The samples as they are now; may be overwritten by the next but one step."""
-        start, n = self._start, len(self._start.x)
-        keeps = "history" in self._loop.session.inputs
-        history = torch.from_numpy(self._loop.read("history")[:n]) if keeps else None
-        x = torch.from_numpy(self._loop.read("x")[:n])
+        start, keeps = self._start, "history" in self._loop.session.inputs
+        history = torch.from_numpy(self._loop.read("history")) if keeps else None
+        x = torch.from_numpy(self._loop.read("x"))
         return State(x, start.step + self._made, start.end, start.sample_id, start.seed, history=history)
 
     def run(self, most: int, noise: Tensor | None = None) -> int:
@@ -131,7 +129,7 @@ class OnnxRunner:
                 _, C, H, W = start.x.shape
                 noise = normals(start.seed, start.sample_id, t, (C, H, W))[None]
             if noise is not None:
-                self._loop.write("noise", pad(noise[0].cpu().numpy(), self._size))
+                self._loop.write("noise", noise[0].cpu().numpy())
             self._loop.step()
         self._made += made
         return made
@@ -143,27 +141,20 @@ class OnnxRunner:
 class ChainRunner:
     """Draws one batch by an exported chain, which is one call; a `fastddpm.engines.runner.Runner`."""
 
-    def __init__(self, session: OnnxSession, state: State, feeds: Mapping[str, np.ndarray], n: int) -> None:
+    def __init__(self, session: OnnxSession, state: State, feeds: Mapping[str, np.ndarray]) -> None:
         """Take a batch.
 
         Args:
             session: the chain.
             state: the samples at their start.
             feeds: its inputs.
-            n: samples.
         """
-        self._session, self._feeds, self._n, self.state = session, dict(feeds), n, state
+        self._session, self._feeds, self.state = session, dict(feeds), state
 
     def run(self, most: int, noise: Tensor | None = None) -> int:
         """All steps, whatever is asked for; see `Runner.run`."""
-        self.state.x = torch.from_numpy(self._session.run(self._feeds)["pictures"][: self._n])
+        self.state.x = torch.from_numpy(self._session.run(self._feeds)["pictures"])
         return int(self.state.end[0])
 
     def close(self) -> None:
         """Nothing is to be given back."""
-
-
-def pad(value: np.ndarray, size: int | None) -> np.ndarray:
-    """An array with its last entry repeated up to `size`: a fixed batch is always full."""
-    missing = 0 if size is None else size - len(value)
-    return value if missing <= 0 else np.concatenate((value, np.repeat(value[-1:], missing, axis=0)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from fastddpm.engines.precision import processor_has_bf16
 
 _ENGINES = {"eager": "eager", "compiled": "compiled", "graph": "cuda_graph"}
 _LOW = ("bf16", "tf32")
@@ -60,7 +60,7 @@ PACKAGED = frozenset(name for name in PEERS if name.startswith("fastddpm-compile
 
 def cannot(name: str, device: str) -> str:
     """Why a peer cannot be measured on this machine, or nothing."""
-    if device == "cpu" and precision_of(name) == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device == "cpu" and precision_of(name) == "bf16" and not processor_has_bf16():
         return "left out: this processor has no instructions for bfloat16"
     return ""
 

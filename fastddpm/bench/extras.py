@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastddpm.bench.entrants import COMPILES
 from fastddpm.bench.figures import BatchResult, PeerResult
 from fastddpm.bench.lineup import Lineup
 from fastddpm.bench.process import WorkerError
-from fastddpm.bench.settings import Deadline
 
 OUTSIDE_S = {False: 5.0, True: 45.0}
 """What measuring a step outside the network takes, without and with compiling."""
 REPEATS = 3
 
 
-def look(lineup: Lineup, result: BatchResult, deadline: Deadline, ahead_s: float, is_first: bool) -> None:
+def look(lineup: Lineup, result: BatchResult, spare: Callable[[], float], is_first: bool) -> None:
     """Memory of each timed peer, and its time outside the network; a failure only leaves these out.
 
     Args:
         lineup: the workers.
         result: of a batch size; it is filled in.
-        deadline: of the run.
-        ahead_s: seconds that must be left for what comes.
+        spare: tells the seconds that are left beside what comes.
         is_first: whether this is the smallest batch, where the time outside the network weighs most.
     """
     for peer in [peer for peer in result.peers if peer.seconds]:
@@ -32,7 +30,7 @@ def look(lineup: Lineup, result: BatchResult, deadline: Deadline, ahead_s: float
         try:
             memory = lineup.ask(peer.peer, do="memory")
             peer.run_bytes, peer.whole_bytes = memory["run_bytes"], memory["whole_bytes"]
-            time_is_left = deadline.left - ahead_s > OUTSIDE_S[compiles]
+            time_is_left = spare() > OUTSIDE_S[compiles]
             if lineup.job.model and not lineup.job.steps_only and time_is_left and (is_first or not compiles):
                 peer.outside_ms = lineup.ask(peer.peer, do="outside")["ms"]
         except WorkerError as error:
@@ -40,10 +38,10 @@ def look(lineup: Lineup, result: BatchResult, deadline: Deadline, ahead_s: float
             lineup.end(peer.peer)  # it may still be at it
 
 
-def over_steps(lineup: Lineup, result: BatchResult, counts: Sequence[int], deadline: Deadline, ahead_s: float) -> None:
+def over_steps(lineup: Lineup, result: BatchResult, counts: Sequence[int], spare: Callable[[], float]) -> None:
     """Whole runs of several lengths, the fastest of three counted, of those in float32."""
     for peer in [peer for peer in result.peers if peer.seconds and peer.precision == "fp32"]:
-        if peer.peer not in lineup.workers or deadline.left - ahead_s < _estimate(peer, result.steps, counts):
+        if peer.peer not in lineup.workers or spare() < _estimate(peer, result.steps, counts):
             continue
         lineup.say(result.batch, peer.peer, "cost over steps")
         costs: dict[str, float] = {}

@@ -138,26 +138,28 @@ class WorkloadRun:
         lineup.judge(one)
         self.result.flop = self.result.flop or lineup.flops("reference", *self.workload.everyone)
         self.result.lucidrains_flop = self.result.lucidrains_flop or lineup.flops("lucidrains")
-        spare = self.deadline.left - self.pace.factor * ahead_s
-        peaks = self._time(lineup, one, min(self.settings.rounds_s, max(LEAST_ROUNDS_S, spare)))
+        spare = functools.partial(self._spare, ahead_s)
+        peaks = self._time(lineup, one, min(self.settings.rounds_s, max(LEAST_ROUNDS_S, spare())))
         is_first = one.batch == self.workload.batches[0]
         if self.settings.looks:
-            extras.look(lineup, one, self.deadline, ahead_s, is_first)
+            extras.look(lineup, one, spare, is_first)
         if self.settings.over_steps and is_first and self.workload.model:
-            extras.over_steps(lineup, one, self.settings.over_steps, self.deadline, ahead_s)
+            extras.over_steps(lineup, one, self.settings.over_steps, spare)
         self._summarise(one, peaks)
 
     def _allowed(self, name: str, ahead_s: float) -> float:
         """Seconds in which a peer may get ready; 0 if it is left out.
 
-        Those that always take part may have all that is left. The others get what is spare when all that is still to
-        come takes as much longer than estimated as what is done did.
+        Those that always take part may have all that is left, the others what is spare.
         """
-        left = self.deadline.left
         if name not in self.workload.more:
-            return max(0.0, min(self.settings.allowance_s, left))
-        spare = left - self.pace.factor * ahead_s
+            return max(0.0, min(self.settings.allowance_s, self.deadline.left))
+        spare = self._spare(ahead_s)
         return min(self.settings.allowance_s, spare) if spare >= self.pace.factor * _estimate(name) else 0.0
+
+    def _spare(self, ahead_s: float) -> float:
+        """Seconds that are left when what is still to come takes as much longer than estimated as what is done did."""
+        return self.deadline.left - self.pace.factor * ahead_s
 
     def _time(self, lineup: Lineup, one: BatchResult, within_s: float) -> list[dict[str, float]]:
         """Rounds in which each peer runs once, within `within_s`; returns the machine's limits in each of them."""

@@ -60,12 +60,6 @@ class StepProgress:
         self._outer: StepProgress | None = None
         self._token: Token[StepProgress | None] | None = None
 
-    @property
-    def remaining(self) -> int:
-        """Steps that are still to be made, those of the outermost bar."""
-        bar = self._outer or self
-        return bar._total - bar._done
-
     def advance_to(self, step: int) -> None:
         """So many steps of the batch under way are done."""
         made, self._in_batch = step - self._in_batch, step
@@ -76,10 +70,6 @@ class StepProgress:
             if now - bar._drawn > _REDRAW_S or bar._done >= bar._total:
                 bar._drawn = now
                 bar._progress.update(bar._task, completed=bar._done)
-
-    def step(self) -> None:
-        """One step of the batch under way is done."""
-        self.advance_to(self._in_batch + 1)
 
     def batch_done(self) -> None:
         """The next step is the first of another batch."""

@@ -27,6 +27,7 @@ from fastddpm.common.wording import first_line
 from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError, check_step, not_one_graph
 from fastddpm.engines.fast_layers import with_fast_layers
+from fastddpm.engines.precision import processor_has_bf16
 from fastddpm.engines.runner import Runner, StepFunction, StepRunner
 from fastddpm.kernels.kept import private_folder
 from fastddpm.kernels.native import processor
@@ -144,7 +145,7 @@ def _network(call: Call) -> Network:
 def _check_processor(call: Call) -> None:
     """Raise CompileError where Inductor would stumble over a processor without instructions for bfloat16."""
     half = any(p.dtype == torch.bfloat16 for p in call.step.network.parameters())
-    if half and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if half and not processor_has_bf16():
         raise CompileError(
             "engine: precision must be fp32 for compiled steps on this processor, which has no instructions for "
             "bfloat16, got bf16; use engine='eager' or precision='fp32'"

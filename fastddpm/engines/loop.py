@@ -178,7 +178,7 @@ class Loop:
         if batch.x_T is not None or not isinstance(self.noise, torch.Generator):
             return None
         shape = (len(batch.ids), *self.shape)
-        return _filled(torch.randn(shape, generator=self.noise, device=self.noise.device), batch)
+        return batch.fill(torch.randn(shape, generator=self.noise, device=self.noise.device))
 
     def _source(self, batch: Request) -> Callable[[int], Tensor | None] | None:
         """What gives z of a loop step, float32 [1, B, C, H, W] of a filled batch; None where nothing is asked for."""
@@ -192,7 +192,7 @@ class Loop:
 
         def draw(i: int) -> Tensor | None:
             z = self._draw(noise, i, batch, shape) if draws[i] else torch.zeros(shape)
-            return _filled(z.to(self.device, torch.float32), batch).contiguous()[None] if takes else None
+            return batch.fill(z.to(self.device, torch.float32)).contiguous()[None] if takes else None
 
         return draw
 
@@ -205,9 +205,3 @@ class Loop:
             got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
             raise ValueError(f"sample: noise must return a tensor {shape}, got {got}")
         return z
-
-
-def _filled(values: Tensor, batch: Request) -> Tensor:
-    """The batch's values with the last one repeated, as `Request.filled` repeats its sample."""
-    missing = batch.batch_size - len(values) if batch.fills else 0
-    return values if missing <= 0 else torch.cat((values, values[-1:].expand(missing, *values.shape[1:])))

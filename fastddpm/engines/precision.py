@@ -11,6 +11,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Those that a network is cast to."""
 
 
+def processor_has_bf16() -> bool:
+    """Whether the processor has the instructions for bfloat16 that compiled code needs; without, it is emulated."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def check_precision(precision: str, device: torch.device) -> None:
     """Refuse what the device cannot do.
 

@@ -62,6 +62,12 @@ class Stepper:
         with self.undisturbed():
             self.book = Book(cast(Network, self.network), spec, T, device)
 
+    @classmethod
+    def eager(cls, model: Callable[..., Tensor], spec: ModelSpec, T: int) -> Stepper:
+        """What makes a network's steps eagerly on the CPU, in float32; arguments as above."""
+        cpu = torch.device("cpu")
+        return cls(model, spec, T, cpu, "fp32", lambda weights: Engine("eager", cpu, weights=weights))
+
     def undisturbed(self) -> contextlib.AbstractContextManager[None]:
         """See `fastddpm.engines.surroundings.undisturbed`."""
         return undisturbed(self.network, self.precision, self.device)

@@ -1,7 +1,6 @@
 """The U-Net of denoising-diffusion-pytorch, of all its versions since 0.32, under the names of today's weights.
 
-What depends on the time (and the class) alone is one row of numbers for all blocks, as in `fastddpm.nets.unet`; with
-`tabulate` and `body` it is a `fastddpm.step.network.Network`.
+What depends on the time (and the class) alone is one row of numbers for all blocks (`fastddpm.nets.rows`).
 """
 
 from __future__ import annotations
@@ -22,12 +21,15 @@ from fastddpm.nets.lucidrains_blocks import (
     upsample,
 )
 from fastddpm.nets.lucidrains_config import LucidrainsConfig
+from fastddpm.nets.rows import RowNetwork
 
 __all__ = ["LucidrainsConfig", "LucidrainsUNet"]
 
 
-class LucidrainsUNet(nn.Module):
+class LucidrainsUNet(RowNetwork):
     """ε(x_t, t[, y][, x̂_0]), or whatever the network was trained to predict."""
+
+    config: LucidrainsConfig
 
     def __init__(self, config: LucidrainsConfig) -> None:
         """Make a network for weights to be loaded into."""
@@ -71,51 +73,18 @@ class LucidrainsUNet(nn.Module):
     def _blocks(self) -> list[ResnetBlock]:
         return [module for module in self.modules() if isinstance(module, ResnetBlock)]
 
-    def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """All blocks' projections of timesteps t and classes y.
-
-        Args:
-            t: Timesteps, [B].
-            y: int64 [B] in 0 … num_classes, of which the last is "no class"; required if and only if there are classes.
-
-        Returns:
-            [B, sum of projection_widths], the input of `body`.
-
-        Raises:
-            ValueError: If y is missing or superfluous.
-        """
-        if (y is None) != (self.classes_emb is None):
-            wanted = "labels y" if self.classes_emb is not None else "no labels"
-            raise ValueError(f"LucidrainsUNet: y must be {wanted} here, got {'none' if y is None else 'labels'}")
-        return self._projected(self._embedded(t), y)
-
     def _embedded(self, t: Tensor) -> Tensor:
-        """The embeddings [B, E] of timesteps [B], without class."""
         return torch.as_tensor(self.time_mlp(t.to(torch.float32)))
 
     def _projected(self, embedding: Tensor, y: Tensor | None) -> Tensor:
-        """All blocks' projections [B, D] of embeddings [B, E] and classes [B]."""
         if y is not None and self.classes_emb is not None:
             rows = torch.cat((self.classes_emb.weight, self.null_classes_emb[None]))
             embedding = torch.cat((embedding, self.classes_mlp(rows[y])), dim=1)
         return torch.cat([block.mlp(embedding) for block in self._blocks()], dim=1)
 
-    @torch.no_grad()
-    def tabulate(self, times: Tensor, label: int | None = None) -> Tensor:
-        """What `body` has to know of each row of a step table; see `fastddpm.nets.unet.UNet.tabulate`."""
-        if self.classes_emb is None:
-            return self.embed(times)
-        if label is None:
-            return self._embedded(times)
-        return self.embed(times, torch.full((len(times),), label, dtype=torch.int64, device=times.device))
-
     def row_numbers(self) -> int:
         """D, the numbers in a row of projections."""
         return sum(self.projection_widths)
-
-    def identity(self) -> str:
-        """All that tells networks of the same weights apart."""
-        return repr(self.config)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, *, x_self_cond: Tensor | None = None) -> Tensor:
         """Predict from x [B, C, H, W] at timesteps t [B] (and classes y [B]); see `embed` and `body`."""

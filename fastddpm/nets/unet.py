@@ -22,12 +22,15 @@ from torch.utils.checkpoint import checkpoint
 from fastddpm.nets.blocks import Attention, Downsample, ResBlock, Stage, Upsample, timestep_embedding
 from fastddpm.nets.config import UNetConfig
 from fastddpm.nets.fused_body import fused_body, is_fusable
+from fastddpm.nets.rows import RowNetwork
 
 __all__ = ["UNet", "UNetConfig"]
 
 
-class UNet(nn.Module):
+class UNet(RowNetwork):
     """ε(x_t, t[, y]), or whatever the network was trained to predict."""
+
+    config: UNetConfig
 
     def __init__(self, config: UNetConfig) -> None:
         """Make a network with Ho et al.'s initialisation: each residual branch and the output start at zero."""
@@ -75,60 +78,19 @@ class UNet(nn.Module):
             elif isinstance(module, Attention):
                 nn.init.zeros_(module.out.weight)
 
-    def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """All blocks' time projections for timesteps t and classes y.
-
-        Args:
-            t: Timesteps as the network was trained to be fed, [B], integer or float.
-            y: Class indices int64 [B] in [0, num_classes); required if and only if the network has classes.
-
-        Returns:
-            [B, sum of projection_widths], the input of `body`.
-
-        Raises:
-            ValueError: If y is missing or superfluous.
-        """
-        if (y is None) != (self.label_embedding is None):
-            wanted = "labels y" if self.label_embedding is not None else "no labels"
-            raise ValueError(f"UNet: y must be {wanted} for this network, got {'none' if y is None else 'labels'}")
-        return self._projected(self._embedded(t), y)
-
     def _embedded(self, t: Tensor) -> Tensor:
-        """The embeddings [B, E] of timesteps [B], without class."""
         c = self.config
         features = timestep_embedding(t, c.sinusoids, order=c.embedding, shift=c.embedding_shift)
         return torch.as_tensor(self.time_mlp(features.to(self.time_projection.weight.dtype)))
 
     def _projected(self, embedding: Tensor, y: Tensor | None) -> Tensor:
-        """All blocks' projections [B, D] of embeddings [B, E] and classes [B]."""
         if y is not None and self.label_embedding is not None:
             embedding = embedding + self.label_embedding(y)
         return torch.as_tensor(self.time_projection(F.silu(embedding)))
 
-    @torch.no_grad()
-    def tabulate(self, times: Tensor, label: int | None = None) -> Tensor:
-        """What `body` has to know of each row of a step table.
-
-        Args:
-            times: the value of t that is fed at each row, [R], integer or float.
-            label: the class that all rows are for; None for networks without classes, or where `body` is told.
-
-        Returns:
-            [R, D], the projections; without label, for networks with classes, [R, E], the embeddings of the times.
-        """
-        if self.label_embedding is None:
-            return self.embed(times)
-        if label is None:
-            return self._embedded(times)
-        return self.embed(times, torch.full((len(times),), label, dtype=torch.int64, device=times.device))
-
     def row_numbers(self) -> int:
         """D, the numbers in a row of projections."""
         return self.time_projection.out_features
-
-    def identity(self) -> str:
-        """All that tells U-Nets of the same weights apart."""
-        return repr(self.config)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict from x [B, C, H, W] at timesteps t [B] (and classes y [B]): [B, out_channels, H, W]."""

@@ -75,16 +75,22 @@ class Request:
 
     def filled(self) -> Request:
         """A batch with its last sample repeated up to `batch_size`, if that was asked for; otherwise as it is."""
-        n, size = len(self.ids), self.batch_size
-        if n >= size or not self.fills:
+        if len(self.ids) >= self.batch_size or not self.fills:
             return self
-        index = torch.arange(size).clamp(max=n - 1)
 
         def fill(values: Tensor | None, axis: int = 0) -> Tensor | None:
-            return None if values is None else values.index_select(axis, index.to(values.device))
+            return None if values is None else self.fill(values, axis)
 
         filled = (fill(self.labels), fill(self.guidance), fill(self.x_T), fill(self.noise, 1))
-        return Request(self.ids[index], *filled, size, self.fills, self.seed)
+        return Request(self.fill(self.ids), *filled, self.batch_size, self.fills, self.seed)
+
+    def fill(self, values: Tensor, axis: int = 0) -> Tensor:
+        """A tensor of this batch as it is in the `filled` one: its last entry along an axis repeated."""
+        n = len(self.ids)
+        if n >= self.batch_size or not self.fills:
+            return values
+        index = torch.arange(self.batch_size, device=values.device).clamp(max=n - 1)
+        return values.index_select(axis, index)
 
     @property
     def parts(self) -> int:
