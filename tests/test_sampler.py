@@ -1,6 +1,8 @@
 """Sampler: the same pictures whatever the batches, the noise a caller supplies, guidance, and clear refusals."""
 
+import copy
 import json
+import pickle
 import re
 import signal
 import subprocess
@@ -525,3 +527,16 @@ class TestStream:
         first, second = next(one).pictures, next(other).pictures
         assert torch.equal(first, sampler.sample(2, **options))
         assert torch.equal(second, sampler.sample(2, seed=1, **options))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["copy", "pickle"])
+def test_copies_draw_the_same(copied):
+    """What was compiled or captured is made anew, and locks are no hindrance."""
+    sampler = Sampler.from_pretrained("mnist", device="cpu", engine="eager")
+    options = {"solver": "ddpm", "steps": 2, "class_labels": 3, "progress": False}
+    expected, other = sampler.sample(1, **options), copied(sampler)
+    assert torch.equal(other.sample(1, **options), expected)
+    assert other.engine is not sampler.engine and other.engine.name == "eager"
+    assert (
+        other.checkpoint.path == sampler.checkpoint.path and other.checkpoint.network is not sampler.checkpoint.network
+    )
