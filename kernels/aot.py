@@ -12,6 +12,7 @@ from typing import Any
 
 from .dispatch import HAS_TRITON, INTERPRETED
 from .machine_code import amd_bits, read_amdgcn, read_cubin, sass_bits
+from .philox import TRAINING
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 """The GPUs that every kernel is compiled for: A100, H100 and H200, B200, MI300."""
@@ -212,7 +213,7 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[str, object]
         return _p_sample_kernel, types, constants | dict.fromkeys(optional - given)
     types = _POINTERS | {"x_start": f"*{variant.dtype}", "numel": "i32", "steps": "i32"}
     unused = ("eps",) if variant.noise == "made" else ("seed", "sample_id")
-    return _q_sample_kernel, types, dict.fromkeys(unused)
+    return _q_sample_kernel, types, {"DOMAIN": TRAINING} | dict.fromkeys(unused)
 
 
 def compile_variant(variant: Variant, target: str, *, ones: Iterable[str] = (), aligned: bool = True) -> Any:  # noqa: ANN401 - Triton's classes are untyped

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 X_T_COUNTER = 0xFFFFFFFF
-"""The counter t of x_T; training timesteps are 0 ... T-1."""
+"""The counter t of x_T; a step's is its timestep, 0 ... T-1."""
+
+VISIT = 1 << 20
+"""What a step's counter grows by each time that a run comes back to its timestep; T is at most this."""
+
+TRAINING, LIKELIHOOD, START = 1 << 28, 2 << 28, 3 << 28
+"""Domains of noise, added to a timestep's counter, so that one seed serves different purposes with different noise:
+that of training, of likelihoods, and of runs that start from a noised picture. Sampling's steps have none."""
 
 NORMALS_ATOL = 1e-5
 """How closely every backend's normals agree; the words are equal bit for bit."""

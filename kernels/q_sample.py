@@ -20,6 +20,7 @@ def q_sample_reference(
     eps: Tensor | None = None,
     seed: Tensor | None = None,
     sample_id: Tensor | None = None,
+    domain: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`q_sample` in plain PyTorch: it can be compiled, traced with fake tensors and exported to ONNX.
 
@@ -31,6 +32,7 @@ def q_sample_reference(
         eps: supplied normals.
         seed: each sample's seed.
         sample_id: each sample's id.
+        domain: of the noise.
 
     Returns:
         x_t and ε, both float32 [B, C, H, W].
@@ -41,7 +43,7 @@ def q_sample_reference(
     if eps is None:
         if seed is None or sample_id is None:
             raise ValueError("q_sample: seed and sample_id must be given without eps, got None; pass both, or eps")
-        eps = normals_reference(seed, sample_id, t, x_start[0].numel()).reshape(x_start.shape)
+        eps = normals_reference(seed, sample_id, t + domain, x_start[0].numel()).reshape(x_start.shape)
     if x_start.dtype == torch.uint8:
         x_start = x_start.float() / 127.5 - 1.0
     signal = sqrt_alphas_cumprod.index_select(0, t).reshape(-1, 1, 1, 1)
@@ -58,6 +60,7 @@ def q_sample(
     eps: Tensor | None = None,
     seed: Tensor | None = None,
     sample_id: Tensor | None = None,
+    domain: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Noise a batch: x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε (Ho et al. 2020, eq. 4), in one pass.
 
@@ -68,9 +71,11 @@ def q_sample(
         t: int64 [B], 0 ... T-1. Outside, the CPU raises IndexError; a GPU cannot, and gives NaN.
         sqrt_alphas_cumprod: float32 [T], √ᾱ.
         sqrt_one_minus_alphas_cumprod: float32 [T], √(1−ᾱ).
-        eps: float32 [B, C, H, W]: the noise; without it, it is made from Philox with counter t.
+        eps: float32 [B, C, H, W]: the noise; without it, it is made from Philox with counter t + domain.
         seed: int64 [B]: each sample's seed, a 64-bit pattern.
         sample_id: int64 [B]: each sample's id.
+        domain: what is added to t to make the counter: a domain of `fastddpm.kernels.philox`, so that one seed makes
+            different noise for training, for likelihoods, and for sampling.
 
     Returns:
         x_t and ε, both float32 [B, C, H, W]; a given `eps` is returned as it is.
@@ -89,10 +94,11 @@ def q_sample(
             eps=eps,
             seed=seed,
             sample_id=sample_id,
+            domain=domain,
         )
     from .q_sample_triton import q_sample_op
 
     tables = sqrt_alphas_cumprod.contiguous(), sqrt_one_minus_alphas_cumprod.contiguous()
     given = (None if tensor is None else tensor.contiguous() for tensor in (eps, seed, sample_id))
-    x_t, made = q_sample_op(x_start.contiguous(), t.contiguous(), *tables, *given)
+    x_t, made = q_sample_op(x_start.contiguous(), t.contiguous(), *tables, *given, domain)
     return x_t, made if eps is None else eps

@@ -1,5 +1,7 @@
 """The Triton kernel of `q_sample`, its op and the op's gradients; the equations stand there."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import triton_op
@@ -42,6 +44,7 @@ def _q_sample_kernel(
     eps_out: tl.tensor,
     numel: tl.tensor,
     steps: tl.tensor,
+    DOMAIN: tl.constexpr,
     APPROX: tl.constexpr,
     GROUPS: tl.constexpr,
 ) -> None:
@@ -64,7 +67,7 @@ def _q_sample_kernel(
     lane = tl.arange(0, 4)[None, :]
     if x_start.dtype.element_ty == tl.uint8:
         # x/127.5 − 1, folded into the signal's coefficient.
-        c = (signal / 127.5, -signal, spread, step, number, key)
+        c = (signal / 127.5, -signal, spread, step + DOMAIN, number, key)
         e = group[:, None] * 16 + tl.arange(0, 16)[None, :]
         x = tl.load(x_start + e, mask=e < numel).to(tl.float32)
         even, odd = tl.split(tl.permute(tl.reshape(x, (GROUPS, 2, 2, 4)), (0, 1, 3, 2)))
@@ -81,7 +84,7 @@ def _q_sample_kernel(
         _noised(x2, e2, x_t, eps_out, e + 8, q + 2, c, numel, MAKE, APPROX)
         _noised(x3, e3, x_t, eps_out, e + 12, q + 3, c, numel, MAKE, APPROX)
     else:
-        c = (signal, 0.0, spread, step, number, key)
+        c = (signal, 0.0, spread, step + DOMAIN, number, key)
         x0, x1 = load_two_quads(x_start, group, numel)
         e = group[:, None] * 8 + lane
         q = (group * 2).to(tl.uint32)
@@ -101,6 +104,7 @@ def q_sample_op(
     eps: Tensor | None,
     seed: Tensor | None,
     sample_id: Tensor | None,
+    domain: int,
 ) -> tuple[Tensor, Tensor]:
     """x_t and the ε that was made; an op may not return its argument, so a given ε comes back as an empty tensor."""
     x_t = torch.empty_like(x_start, dtype=torch.float32)
@@ -119,6 +123,7 @@ def q_sample_op(
         eps_out,
         numel,
         sqrt_alphas_cumprod.shape[0],
+        DOMAIN=domain,
         APPROX=approximations(),
         GROUPS=GROUPS,
         num_warps=num_warps(),
@@ -127,18 +132,18 @@ def q_sample_op(
 
 
 def _setup_context(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 ) -> None:
     _, t, signals, spreads, *_ = inputs
-    ctx.save_for_backward(*(tensor for tensor in (t, signals, spreads) if tensor is not None))
+    ctx.save_for_backward(t, signals, spreads)
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, grad_eps: Tensor) -> tuple[Tensor | None, ...]:
     t, signals, spreads = ctx.saved_tensors  # type: ignore[attr-defined]
-    needs_x, _, _, _, needs_eps, _, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
+    needs_x, _, _, _, needs_eps, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
     of_x = signals.index_select(0, t).reshape(-1, 1, 1, 1) * grad if needs_x else None
     of_eps = spreads.index_select(0, t).reshape(-1, 1, 1, 1) * grad if needs_eps else None
-    return of_x, None, None, None, of_eps, None, None
+    return of_x, None, None, None, of_eps, None, None, None
 
 
 q_sample_op.register_autograd(_backward, setup_context=_setup_context)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastddpm.train.data import load_images, read_idx
+from fastddpm.pictures.data import load_images, read_idx
 
 
 def _network() -> nn.Sequential:

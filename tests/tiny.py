@@ -11,9 +11,9 @@ import torch
 
 from fastddpm.checkpoints import native
 from fastddpm.nets.unet import UNet, UNetConfig
+from fastddpm.pictures.data import ImageData
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
-from fastddpm.train.data import ImageData
 
 SIDE = 8
 CLASSES = 3

@@ -193,8 +193,9 @@ def noising_case(shape: tuple[int, ...], noise_given: bool, uint8: bool, device:
     t = torch.arange(B, device=device) * 37 % T
 
     def ours(i: int) -> Tensor:
-        noise = {"eps": epses[i]} if noise_given else {"seed": seed, "sample_id": ids}
-        return q_sample(xs[i], t, signal, spread, **noise)[0]
+        if noise_given:
+            return q_sample(xs[i], t, signal, spread, eps=epses[i])[0]
+        return q_sample(xs[i], t, signal, spread, seed=seed, sample_id=ids)[0]
 
     def drawn(x: Tensor) -> tuple[Tensor, Tensor]:
         eps = torch.randn(x.shape, device=x.device)

@@ -12,8 +12,8 @@ from fastddpm.common.progress import progress_bar
 from fastddpm.common.terminal import clean, on_terminal, say
 
 if TYPE_CHECKING:
+    from fastddpm.pictures.data import ImageData
     from fastddpm.process.spec import ModelSpec
-    from fastddpm.train.data import ImageData
     from fastddpm.train.loop import Progress, Trainer
 
 GRID_SAMPLES = 64
@@ -134,9 +134,9 @@ def train(
     from fastddpm.files import check_writable, remove_leftovers
     from fastddpm.images import SHOWN_CHANNELS
     from fastddpm.nets.unet import UNet, UNetConfig
+    from fastddpm.pictures.data import load_images
     from fastddpm.process.schedule import NoiseSchedule
     from fastddpm.process.spec import ModelSpec
-    from fastddpm.train.data import load_images
     from fastddpm.train.loop import TrainConfig, Trainer
 
     config = TrainConfig(

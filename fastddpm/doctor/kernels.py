@@ -73,9 +73,9 @@ def check_q_sample(device: torch.device) -> str:
         exact = x.double() / 127.5 - 1 if dtype == torch.uint8 else x.double()
         for given in (True, False):
             eps = torch.randn(SHAPE, generator=generator) if given else made
-            noise = {"eps": eps} if given else {"seed": ids, "sample_id": ids}
-            moved = {name: value.to(device) for name, value in noise.items()}
-            got, _ = q_sample(x.to(device), t.to(device), *(table.to(device) for table in tables), **moved)
+            supplied, numbers = (eps.to(device), None) if given else (None, ids.to(device))
+            positional = (x.to(device), t.to(device), *(table.to(device) for table in tables))
+            got, _ = q_sample(*positional, eps=supplied, seed=numbers, sample_id=numbers)
             # The map of bytes to [-1, 1] rounds too, by up to a unit of 1.
             size = (signal * exact).abs() + (spread * eps).abs() + signal
             what = f"q_sample, {_name(dtype)}, noise {'given' if given else 'made'}"

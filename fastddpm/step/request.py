@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -77,12 +79,7 @@ class Request:
         """A batch with its last sample repeated up to `batch_size`, if that was asked for; otherwise as it is."""
         if len(self.ids) >= self.batch_size or not self.fills:
             return self
-
-        def fill(values: Tensor | None, axis: int = 0) -> Tensor | None:
-            return None if values is None else self.fill(values, axis)
-
-        filled = (fill(self.labels), fill(self.guidance), fill(self.x_T), fill(self.noise, 1))
-        return Request(self.fill(self.ids), *filled, self.batch_size, self.fills, self.seed)
+        return self._each(self.fill)
 
     def fill(self, values: Tensor, axis: int = 0) -> Tensor:
         """A tensor of this batch as it is in the `filled` one: its last entry along an axis repeated."""
@@ -100,17 +97,20 @@ class Request:
     def batches(self) -> Iterator[Request]:
         """The request in pieces of `batch_size` samples, in order."""
         for first in range(0, len(self.ids), self.batch_size):
-            cut = slice(first, first + self.batch_size)
-            yield Request(
-                self.ids[cut],
-                None if self.labels is None else self.labels[cut],
-                None if self.guidance is None else self.guidance[cut],
-                None if self.x_T is None else self.x_T[cut],
-                None if self.noise is None else self.noise[:, cut].contiguous(),
-                self.batch_size,
-                self.fills,
-                self.seed,
-            )
+            index = torch.arange(first, min(first + self.batch_size, len(self.ids)))
+            yield self._each(functools.partial(_taken, index))
+
+    def _each(self, change: Callable[[Tensor, int], Tensor]) -> Request:
+        """The request with each of its tensors changed; `change` is told the axis of the samples."""
+        new = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                object.__setattr__(new, name, change(value, int(name == "noise")))
+        return new
+
+
+def _taken(index: Tensor, values: Tensor, axis: int) -> Tensor:
+    return values.index_select(axis, index.to(values.device))
 
 
 def default_batch_size(device: torch.device) -> int:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from fastddpm.checkpoints import native
 from fastddpm.common.interrupts import hold_interrupt
+from fastddpm.kernels.philox import TRAINING
 from fastddpm.kernels.q_sample import q_sample
 from fastddpm.nets.unet import UNet
+from fastddpm.pictures.data import ImageData
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from fastddpm.train.config import TrainConfig as TrainConfig
-from fastddpm.train.data import ImageData
 from fastddpm.train.losses import hybrid_loss, target_of
 from fastddpm.train.run_folder import RunFolder, TrainState
 
@@ -178,7 +179,7 @@ class Trainer:
 
     def _loss(self, x_start: Tensor, t: Tensor, labels: Tensor | None, numbers: Tensor) -> Tensor:
         seed = torch.full_like(numbers, self.config.seed)
-        x_t, eps = q_sample(x_start, t, *self.alphas, seed=seed, sample_id=numbers)
+        x_t, eps = q_sample(x_start, t, *self.alphas, seed=seed, sample_id=numbers, domain=TRAINING)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bf16"):
             out = self.network(x_t, self.spec.times_fed(t), labels)
         out, clean = out.float(), x_start.float() / 127.5 - 1

@@ -7,7 +7,7 @@ import torch
 
 from fastddpm.kernels import COLUMNS, p_sample, q_sample, q_sample_reference
 from fastddpm.kernels.p_sample import P_SAMPLE_RTOL
-from fastddpm.kernels.philox import NORMALS_ATOL
+from fastddpm.kernels.philox import LIKELIHOOD, NORMALS_ATOL
 from fastddpm.kernels.q_sample import Q_SAMPLE_RTOL
 from tests.kernels.cases import PAST, Case, S, make_case, make_chapters, p_sample_float64
 
@@ -134,8 +134,8 @@ def check_q_sample(shape, source, given, device="cpu") -> None:
     """The op against its reference, which is itself checked against float64."""
     positional, options = q_arguments(shape, source, given, device)
     cpu, cpu_options = q_arguments(shape, source, given)
-    want, want_eps = q_sample_reference(*cpu, **cpu_options)
-    got, eps = q_sample(*positional, **options)
+    want, want_eps = q_sample_reference(*cpu, **cpu_options, domain=LIKELIHOOD)
+    got, eps = q_sample(*positional, **options, domain=LIKELIHOOD)
     assert got.dtype == eps.dtype == torch.float32 and got.shape == eps.shape == shape
     x = cpu[0].double() / 127.5 - 1 if source == "uint8" else cpu[0].double()
     signal, spread = (table[cpu[1]].double().reshape(-1, 1, 1, 1) for table in cpu[2:])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastddpm.kernels import normals_reference, q_sample
+from fastddpm.kernels.philox import LIKELIHOOD, TRAINING
 from tests.kernels.cases import pretend_on_gpu
 from tests.kernels.checks import check_gradients, check_q_sample, q_arguments
 
@@ -23,9 +24,10 @@ def test_gradients():
 
 def test_made_noise_is_that_of_the_sample_and_its_timestep():
     (x, t, signals, spreads), options = q_arguments((3, 2, 4, 4), "uint8", False)
-    _, eps = q_sample(x, t, signals, spreads, **options)
-    expected = normals_reference(options["seed"], options["sample_id"], t, 32)
-    assert torch.equal(eps.reshape(3, 32), expected)
+    for domain in (0, TRAINING, LIKELIHOOD):
+        _, eps = q_sample(x, t, signals, spreads, **options, domain=domain)
+        expected = normals_reference(options["seed"], options["sample_id"], t + domain, 32)
+        assert torch.equal(eps.reshape(3, 32), expected)
 
 
 def test_bytes_span_minus_one_to_one():
@@ -60,7 +62,7 @@ def test_op_on_a_pretended_gpu(source, given):
     assert x_t.shape == eps.shape == (3, 2, 4, 4)
     assert x_t.dtype == eps.dtype == torch.float32
     assert x_t.device.type == eps.device.type == "cuda"
-    arguments = (*fakes, *(rest.get(name) for name in ("eps", "seed", "sample_id")))
+    arguments = (*fakes, *(rest.get(name) for name in ("eps", "seed", "sample_id")), 0)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.fastddpm.q_sample.default, arguments, test_utils=tests)
 

@@ -107,7 +107,7 @@ def test_p_sample_schema(options):
 def test_q_sample_schema(given):
     (x, t, signals, spreads), options = checks.q_arguments((2, 1, 2, 3), "float", given)
     x.requires_grad_(True)
-    arguments = (x, t, signals, spreads, *(options.get(name) for name in ("eps", "seed", "sample_id")))
+    arguments = (x, t, signals, spreads, *(options.get(name) for name in ("eps", "seed", "sample_id")), 0)
     tests = ("test_schema", "test_autograd_registration")
     torch.library.opcheck(torch.ops.fastddpm.q_sample.default, arguments, test_utils=tests)
 

@@ -1,4 +1,4 @@
-"""Training pictures: idx files (MNIST's format), folders of images and .npz archives, as one uint8 tensor in memory."""
+"""Pictures of a data set, as one uint8 tensor in memory: idx files (MNIST's format), folders, .npz archives."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastddpm.files import check_regular
-from fastddpm.train.arrays import check_bytes, read_idx, read_npz
-from fastddpm.train.picture_file import read_picture
+from fastddpm.pictures.arrays import check_bytes, read_idx, read_npz
+from fastddpm.pictures.picture_file import read_picture
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MAX_SIDE = 4096
@@ -48,7 +48,7 @@ class ImageData:
 def load_images(
     path: str | Path, *, labels: str | Path | None = None, size: int | None = None, classes: bool = True
 ) -> ImageData:
-    """Read training pictures from an idx file, an .npz archive or a folder.
+    """Read pictures from an idx file, an .npz archive or a folder.
 
     A folder may hold MNIST's idx files (the training pair is taken), or images; images in sub-folders belong to the
     class that the sub-folder names. An idx file's labels are found beside it by MNIST's naming unless given.

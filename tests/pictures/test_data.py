@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastddpm.train.data import load_images, read_idx
+from fastddpm.pictures.data import load_images, read_idx
 from tests.helpers import mnist_dir
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (6, 5, 4), dtype=np.uint8)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastddpm.train.picture_file import read_picture
+from fastddpm.pictures.picture_file import read_picture
 
 RANDOM = np.random.default_rng(0)
 DEEP = RANDOM.integers(0, 2**16, (9, 7, 4), dtype=np.uint16)
