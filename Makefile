@@ -44,7 +44,7 @@ help: ## show this list
 
 sample: $(BASE) ## sample 64 digits from the shipped checkpoint into samples/grid.png
 	@mkdir -p samples
-	@$(BIN)/fastddpm sample mnist --n 64 --solver dpmpp_2m --guidance 1.5 --grid samples/grid.png
+	@$(BIN)/fastddpm sample mnist --n 64 --solver dpmpp_2m --guidance-scale 1.5 --grid samples/grid.png
 
 test: lint types ## lint, types and the test suite
 	@$(BIN)/pytest $(SIDE_BY_SIDE)

@@ -53,13 +53,13 @@ def main() -> None:
     parser.add_argument("model", help="the .onnx file")
     parser.add_argument("--n", type=int, default=64, help="how many pictures")
     parser.add_argument("--seed", type=int, default=0, help="a picture depends on seed and number alone")
-    parser.add_argument("--guidance", type=float, default=1.0, help="scale of classifier-free guidance; 1: none")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="scale of classifier-free guidance; 1: none")
     parser.add_argument("--grid", default="grid.png", help="the image to write")
     options = parser.parse_args()
 
     session = onnxruntime.InferenceSession(options.model, providers=onnxruntime.get_available_providers()[-1:])
     facts = json.loads(session.get_modelmeta().custom_metadata_map["fastddpm"])
-    pictures = draw(session, facts, options.n, options.seed, options.guidance)
+    pictures = draw(session, facts, options.n, options.seed, options.guidance_scale)
     make_grid(pictures).save(options.grid)
     print(
         f"wrote {options.grid}: {options.n} pictures, {facts['solver']} in {facts['steps']} steps, seed {options.seed}"

@@ -1,4 +1,4 @@
-"""`--classes`: which classes the pictures are of, in turn."""
+"""`--class-labels`: which classes the pictures are of, in turn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def class_cycle(spec: ModelSpec, text: str, model: str) -> list[int] | None:
     if text == "none" or (text == "all" and spec.num_classes is None):
         return None
     if spec.num_classes is None:
-        raise ValueError(f"--classes must be left out, got {text!r}: the network has no classes")
+        raise ValueError(f"--class-labels must be left out, got {text!r}: the network has no classes")
     if text == "all":
         return [label for label in range(spec.num_classes) if label != spec.null_class]
     numbers = {str(label): label for label in range(spec.num_classes)}
@@ -53,4 +53,6 @@ def _message(spec: ModelSpec, got: str, by_number: bool, model: str) -> str:
         more = len(names) > _NAMED
         ways.append(f"names ({', '.join(names[:_NAMED])}{' …' if more else ''})")
         hint = f"fastddpm info {model} lists them" if more else hint
-    return f"--classes must be {', '.join(ways[:-1])} or {ways[-1]}, with commas between several, got {got!r}; {hint}"
+    return (
+        f"--class-labels must be {', '.join(ways[:-1])} or {ways[-1]}, with commas between several, got {got!r}; {hint}"
+    )

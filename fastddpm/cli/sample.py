@@ -23,7 +23,6 @@ def sample(
         str,
         typer.Option(
             "--class-labels",
-            "--classes",
             help="`all`: each class in turn; `none`; or classes such as `3,1,4`, in turn.",
             rich_help_panel=WHAT,
         ),
@@ -32,7 +31,6 @@ def sample(
         float,
         typer.Option(
             "--guidance-scale",
-            "--guidance",
             help="Scale of classifier-free guidance. 1: none; 1.5 to 4: clearer, less varied.",
             rich_help_panel=WHAT,
         ),
@@ -115,7 +113,7 @@ def sample(
     Examples:
     - `fastddpm sample mnist` writes 64 digits to samples/grid.png
 
-    - `fastddpm sample mnist -n 10 --classes 7 --guidance 1.5 --gif seven.gif`
+    - `fastddpm sample mnist -n 10 --class-labels 7 --guidance-scale 1.5 --gif seven.gif`
 
     - `fastddpm sample mnist -n 10000 --folder digits --solver ddpm --steps 250`
     """

@@ -61,7 +61,13 @@ def test_help_names_every_option(fastddpm, name):
 
     text = good(fastddpm(name, "--help"))
     parameters = inspect.signature(getattr(sys.modules[f"fastddpm.cli.{name}"], name)).parameters
-    special = {"T": "--timesteps", "as_json": "--json", "conditional": "--classes", "model": "model", "data": "data"}
+    special = {
+        "T": "--timesteps",
+        "as_json": "--json",
+        "conditional": "--class-labels",
+        "model": "model",
+        "data": "data",
+    }
     for parameter in parameters:
         assert special.get(parameter, "--" + parameter.replace("_", "-")) in text
     assert "…" not in "".join(re.findall(r"--[\w-]*…", text))
@@ -124,7 +130,7 @@ def test_a_folder_is_continued(fastddpm, place, model):
 @pytest.mark.parametrize(
     ("options", "name"),
     [(["--seed", 1], "seed was 0, is 1"), (["--steps", 3], "steps was None, is 3"), (["--solver", "ddpm"], "solver"),
-     (["--guidance", 2], "guidance was 1.0, is 2.0"), (["--classes", "1"], "classes was 'all', is '1'"),
+     (["--guidance-scale", 2], "guidance was 1.0, is 2.0"), (["--class-labels", "1"], "classes was 'all', is '1'"),
      (["--precision", "bf16"], "precision was 'fp32', is 'bf16'")],
     ids=lambda value: value if isinstance(value, str) else None,
 )  # fmt: skip
@@ -267,7 +273,7 @@ def test_a_large_grid_draws_only_what_it_shows(fastddpm, place, model):
     [("all", [0, 1, 2, 0]), ("2", [2] * 4), ("2,0", [2, 0, 2, 0]), ("dot, bar", [1, 0, 1, 0]), ("none", [3] * 4)],
 )
 def test_classes(fastddpm, place, model, classes, labels):
-    good(fastddpm("sample", model, "-n", 4, "--classes", classes, "--folder", "out"))
+    good(fastddpm("sample", model, "-n", 4, "--class-labels", classes, "--folder", "out"))
     expected = Sampler.from_pretrained(model).sample(4, class_labels=labels, output="uint8", progress=False)
     for i in range(4):
         assert np.array_equal(np.array(Image.open(place / "out" / f"{i:06d}.png")), expected[i, 0].numpy())
@@ -337,8 +343,9 @@ def test_what_a_file_can_hold_is_written(fastddpm, place, monkeypatch, channels,
 @pytest.mark.parametrize(
     "options",
     [["--solver", "ddpm"], ["--solver", "ddpm", "--steps", 5], ["--solver", "dpmpp_2m", "--steps", 4],
-     ["--timesteps", "5"], ["--timesteps", "ddim5"], ["--timesteps", "1,2,3"], ["--eta", 0.5], ["--guidance", 2.5],
-     ["--threshold", 0.9], ["--seed", 2**64 - 1], ["--device", "cpu"], ["--first-id", 2**63 - 2]],
+     ["--timesteps", "5"], ["--timesteps", "ddim5"], ["--timesteps", "1,2,3"], ["--eta", 0.5],
+     ["--guidance-scale", 2.5], ["--threshold", 0.9], ["--seed", 2**64 - 1], ["--device", "cpu"],
+     ["--first-id", 2**63 - 2]],
     ids=lambda options: " ".join(map(str, options)),
 )  # fmt: skip
 def test_options_reach_the_sampler(fastddpm, place, model, options):
@@ -401,7 +408,7 @@ def test_train_then_sample(fastddpm, place, data):
         "config.json", "metrics.jsonl", "model.safetensors", "samples", "samples/epoch_0001.png",
         "samples/epoch_0002.png", "train_state.safetensors",
     ]  # fmt: skip
-    good(fastddpm("sample", "run", "-n", 2, "--guidance", 2))
+    good(fastddpm("sample", "run", "-n", 2, "--guidance-scale", 2))
     lines = good(fastddpm("train", data, "--out", "run", "--epochs", 2, *TINY)).splitlines()
     assert lines[1:] == ["run is trained already: step 4 of 4", "sample from it with: fastddpm sample run"]
 
@@ -459,7 +466,7 @@ def test_without_label_dropout_there_is_no_guidance(fastddpm, place, data):
     assert fastddpm("train", data, "--out", "run", *TINY, "--label-dropout", 0, "--stop-after", 1).code == 0
     facts = json.loads((place / "run" / "config.json").read_text())
     assert facts["spec"]["null_class"] is None and facts["unet"]["num_classes"] == CLASSES
-    refused(fastddpm("sample", "run", "--guidance", 2), "guidance_scale", "trained without dropping labels")
+    refused(fastddpm("sample", "run", "--guidance-scale", 2), "guidance_scale", "trained without dropping labels")
 
 
 def test_train_on_a_folder_of_images(fastddpm, place):
@@ -511,15 +518,15 @@ BAD_SAMPLE = {
     "eta high": (["{model}", "--eta", "1.5"], "eta"),
     "eta for ddpm": (["{model}", "--eta", "0.5", "--solver", "ddpm"], "eta"),
     "eta nan": (["{model}", "--eta", "nan"], "eta"),
-    "class too high": (["{model}", "--classes", "3"], "0 … 2", "'3'"),
-    "class negative": (["{model}", "--classes=-1"], "0 … 2"),
-    "class enormous": (["{model}", "--classes", "9" * 40], "0 … 2"),
-    "class unknown": (["{model}", "--classes", "cat"], "'cat'", "bar"),
-    "class empty": (["{model}", "--classes", ""], "0 … 2"),
-    "classes of none": (["{plain}", "--classes", "1"], "no classes"),
-    "guidance of none": (["{plain}", "--guidance", "2"], "guidance_scale"),
-    "guidance nan": (["{model}", "--guidance", "nan"], "guidance_scale"),
-    "guidance without class": (["{model}", "--guidance", "2", "--classes", "none"], "guidance_scale"),
+    "class too high": (["{model}", "--class-labels", "3"], "0 … 2", "'3'"),
+    "class negative": (["{model}", "--class-labels=-1"], "0 … 2"),
+    "class enormous": (["{model}", "--class-labels", "9" * 40], "0 … 2"),
+    "class unknown": (["{model}", "--class-labels", "cat"], "'cat'", "bar"),
+    "class empty": (["{model}", "--class-labels", ""], "0 … 2"),
+    "classes of none": (["{plain}", "--class-labels", "1"], "no classes"),
+    "guidance of none": (["{plain}", "--guidance-scale", "2"], "guidance_scale"),
+    "guidance nan": (["{model}", "--guidance-scale", "nan"], "guidance_scale"),
+    "guidance without class": (["{model}", "--guidance-scale", "2", "--class-labels", "none"], "guidance_scale"),
     "threshold 0": (["{model}", "--threshold", "0"], "ratio must be in (0, 1]"),
     "threshold nan": (["{model}", "--threshold", "nan"], "ratio"),
     "seed negative": (["{model}", "--seed", "-1"], "seed must be in [0, 2**64)"),

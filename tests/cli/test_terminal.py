@@ -47,7 +47,7 @@ def test_a_checkpoints_strings_do_not_reach_the_terminal(fastddpm, monkeypatch, 
     monkeypatch.setenv("COLUMNS", str(columns))
     out = good(fastddpm("info", tmp_path / "model"))
     assert "\\x1b" in out.replace("\n", "") and not obeyed(out)
-    err = fastddpm("sample", tmp_path / "model", "--classes", "cat").err
+    err = fastddpm("sample", tmp_path / "model", "--class-labels", "cat").err
     assert "\\x1b" in err and not obeyed(err)
     assert not obeyed(fastddpm("sample", EVIL).err)
 
