@@ -359,7 +359,6 @@ def test_options_reach_the_sampler(fastddpm, place, model, options):
     first = arguments.pop("first_id", 0)
     if "threshold" in arguments:
         arguments["clip"] = DynamicThreshold(arguments.pop("threshold"))
-    arguments["guidance_scale"] = arguments.pop("guidance", 1.0)
     sampler = Sampler.from_pretrained(model, device=arguments.pop("device", None))
     ids = [first, first + 1]
     labels = [i % CLASSES for i in ids]
