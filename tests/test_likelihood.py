@@ -185,7 +185,9 @@ def test_a_network_of_another_range_has_the_same_bound():
     sampler = exact(T=50)
     half = dataclasses.replace(sampler.spec, to_unit="identity")
     images = drawn(4)
-    found = measured(Sampler(sampler.model, sampler.schedule, half, device="cpu", engine="eager"), images, timesteps=[49])
+    found = measured(
+        Sampler(sampler.model, sampler.schedule, half, device="cpu", engine="eager"), images, timesteps=[49]
+    )
     a = float(sampler.schedule.alphas_cumprod[49])
     scale = math.sqrt(1 - a)
     x = images.double()

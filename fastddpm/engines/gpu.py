@@ -19,8 +19,8 @@ from fastddpm.common.wording import first_line
 from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError, check_step, not_one_graph
 from fastddpm.engines.runner import Runner, StepFunction, StepRunner
-from fastddpm.step.state import State
 from fastddpm.step.likelihood import LikelihoodForm, LikelihoodStep
+from fastddpm.step.state import State
 from fastddpm.step.step import Call, Step, StepForm
 
 GRAPH_STEPS = 10

@@ -66,12 +66,11 @@ class LikelihoodLoop:
     def _terms(self, batch: Request, to_come: int, watch: Watch) -> Tensor:
         """Float32 [n, S, 3]."""
         stepper, timesteps = self.stepper, self.table.timesteps[:-1].tolist()
-        begin = functools.partial(stepper.begin_likelihood, self.table)
-        course = Course(timesteps, [True] * self.S, takes_noise=True)
-        loop = Loop(stepper.begin, course, stepper.spec.shape, stepper.device, self.noise)
-        n = len(batch.ids)
+        begin, course = functools.partial(stepper.begin, self.table), Course(timesteps, [True] * self.S, True)
+        loop = Loop(begin, course, stepper.spec.shape, stepper.device, self.noise)
+        n, hands = len(batch.ids), loop.hands_noise
         found = torch.empty(n, self.S, len(TERMS), device=stepper.device)
-        with begin(batch.filled(), noise=loop.hands_noise, to_come=to_come, on_compile=watch.compiling) as runner:
+        with begin(batch.filled(), noise=hands, to_come=to_come, on_compile=watch.compiling) as runner:
             watch.advance_to(0)
             for i in loop.driven(runner, batch, one_by_one=True):
                 found[:, i - 1] = torch.as_tensor(runner.state.terms)[:n]
@@ -91,4 +90,4 @@ class LikelihoodLoop:
     def _likelihood(self, x_start: Tensor, terms: Tensor) -> Likelihood:
         timesteps = self.table.timesteps[:-1].clone()
         prior = prior_bits(self.schedule, x_start, int(timesteps[0]))
-        return Likelihood(prior, *terms.unbind(2), timesteps)
+        return Likelihood(prior, terms[..., 0], terms[..., 1], terms[..., 2], timesteps)

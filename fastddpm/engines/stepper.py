@@ -17,7 +17,6 @@ from fastddpm.engines.surroundings import undisturbed
 from fastddpm.engines.weights import Weights
 from fastddpm.process.likelihood_table import LikelihoodTable
 from fastddpm.process.spec import ModelSpec
-from fastddpm.process.table import StepTable
 from fastddpm.step.book import Book, Table
 from fastddpm.step.likelihood import TERMS, LikelihoodForm, LikelihoodStep
 from fastddpm.step.network import Network, as_network
@@ -92,7 +91,7 @@ class Stepper:
     @contextlib.contextmanager
     def begin(
         self,
-        table: StepTable,
+        table: Table,
         batch: Request,
         *,
         x_T: Tensor | None = None,
@@ -105,10 +104,11 @@ class Stepper:
         """A batch at its start, and what drives it.
 
         Args:
-            table: the run.
+            table: the run, or the rows of a bound: then the samples are pictures in the network's range, as the batch's
+                x_T, and after each step the state's `terms` are what it found.
             batch: the samples.
             x_T: float32 [B, C, H, W] to start from instead of the batch's own or seeded noise.
-            noise: whether each step will be handed its z.
+            noise: whether each step will be handed its z, or ε.
             previews: whether somebody wants to see x̂_0.
             to_come: steps of such batches that are to be made; 0 is this batch's.
             eager: whether to run eagerly, whatever the engine.
@@ -121,54 +121,16 @@ class Stepper:
             CompileError: the engine is not "auto" and the step does not compile.
         """
         with self._call(table, batch, x_T=x_T, noise=noise, previews=previews) as call:
-            with self._driven(call, to_come or table.S, on_compile, eager) as runner:
+            if eager:
+                runner: Runner = StepRunner(call.step, call)
+            else:
+                runner = self.engine.runner(call, to_come=to_come or table.S, on_compile=on_compile)
+            try:
                 yield runner
+            finally:
+                runner.close()
 
-    @contextlib.contextmanager
-    def begin_likelihood(
-        self,
-        table: LikelihoodTable,
-        batch: Request,
-        *,
-        noise: bool = False,
-        to_come: int = 0,
-        on_compile: Callable[[bool], None] = lambda _: None,
-    ) -> Iterator[Runner]:
-        """A batch of pictures at the first row of their bound, and what drives it; the rest is as in `begin`.
-
-        Args:
-            table: the rows.
-            batch: the pictures, float32 [B, C, H, W] in the network's range, as its `x_T`.
-            noise: whether each step will be handed its ε.
-            to_come: steps of such batches that are to be made; 0 is this batch's.
-            on_compile: called with True before and False after compiling.
-
-        Yields:
-            The runner; after each step `state.terms` is what it found.
-        """
-        labelled = batch.labels is not None and not self.book.holds_classes
-        with self._places(table, batch, False) as places:
-            state = self._state(batch, places, batch.x_T, labelled)
-            state.terms = torch.zeros(len(batch.ids), len(TERMS), device=self.device)
-            form = LikelihoodForm.of(self.spec, table, labelled=labelled, noise=noise)
-            example = torch.zeros_like(state.x)[None] if noise else None
-            call = Call(LikelihoodStep(self.network, form), state, self.book, example)
-            with self._driven(call, to_come or table.S, on_compile, False) as runner:
-                yield runner
-
-    @contextlib.contextmanager
-    def _driven(self, call: Call, to_come: int, on_compile: Callable[[bool], None], eager: bool) -> Iterator[Runner]:
-        """What drives a call, for the length of the block."""
-        if eager:
-            runner: Runner = StepRunner(call.step, call)
-        else:
-            runner = self.engine.runner(call, to_come=to_come, on_compile=on_compile)
-        try:
-            yield runner
-        finally:
-            runner.close()
-
-    def compile(self, table: StepTable, batch: Request) -> float | None:
+    def compile(self, table: Table, batch: Request) -> float | None:
         """Compile the step for such batches; see `Engine.compile`."""
         with self._call(table, batch) as call:
             return self.engine.compile(call)
@@ -176,7 +138,7 @@ class Stepper:
     @contextlib.contextmanager
     def _call(
         self,
-        table: StepTable,
+        table: Table,
         batch: Request,
         *,
         x_T: Tensor | None = None,
@@ -185,21 +147,23 @@ class Stepper:
     ) -> Iterator[Call]:
         guided, labelled = batch.guidance is not None, batch.labels is not None and not self.book.holds_classes
         with self._places(table, batch, guided) as places:
-            state = self._state(batch, places, batch.x_T if x_T is None else x_T, labelled)
+            state = State.create(
+                self.spec.shape,
+                batch.ids,
+                batch.seed,
+                places,
+                x_T=batch.x_T if x_T is None else x_T,
+                labels=batch.labels if labelled else None,
+                guidance=batch.guidance,
+            )
+            example = torch.zeros_like(state.x)[None] if noise else None
+            if isinstance(table, LikelihoodTable):
+                state.terms = torch.zeros(len(state.x), len(TERMS), device=self.device)
+                bound = LikelihoodForm.of(self.spec, table, labelled=labelled, noise=noise)
+                yield Call(LikelihoodStep(self.network, bound), state, self.book, example)
+                return
             form = StepForm.of(self.spec, table, guided=guided, labelled=labelled, noise=noise, previews=previews)
-            call = Call(Step(self.network, form), state, self.book, torch.zeros_like(state.x)[None] if noise else None)
-            yield call.formed()
-
-    def _state(self, batch: Request, places: Places, x: Tensor | None, labelled: bool) -> State:
-        return State.create(
-            self.spec.shape,
-            batch.ids,
-            batch.seed,
-            places,
-            x_T=x,
-            labels=batch.labels if labelled else None,
-            guidance=batch.guidance,
-        )
+            yield Call(Step(self.network, form), state, self.book, example).formed()
 
     def _places(self, table: Table, batch: Request, guided: bool) -> contextlib.AbstractContextManager[Places]:
         labels: Sequence[int | None] = [None] * len(batch.ids)

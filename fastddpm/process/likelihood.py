@@ -51,8 +51,10 @@ class Likelihood:
 
 def joined(parts: list[Likelihood]) -> Likelihood:
     """What is known of several batches, for the same timesteps, as one."""
-    names = ("prior_bpd", "vlb", "x_start_mse", "eps_mse")
-    return Likelihood(*(torch.cat([getattr(part, name) for part in parts]) for name in names), parts[0].timesteps)
+    prior, vlb, x_start_mse, eps_mse = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("prior_bpd", "vlb", "x_start_mse", "eps_mse")
+    )
+    return Likelihood(prior, vlb, x_start_mse, eps_mse, parts[0].timesteps)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

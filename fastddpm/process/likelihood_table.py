@@ -1,4 +1,4 @@
-"""LikelihoodTable: the terms of the variational bound as numbers, one row a timestep, in float64 and rounded once.
+"""LikelihoodTable: the terms of the variational bound as numbers, a row each, in float64 and rounded once.
 
 For row i, which leads from timestep t to prev, with x_t = signal · x_0 + spread · ε and the network's output `out`:
 
@@ -7,9 +7,9 @@ For row i, which leads from timestep t to prev, with x_t = signal · x_0 + sprea
     term      = KL(N(scale · (x̂_0 − x_0), 1) ‖ N(0, exp(excess)))
     (ε̂ − ε)² = snr · (x̂_0 − x_0)²
 
-in which v is the network's second half of channels (Nichol & Dhariwal 2021, eq. 15) and 0 elsewhere. The term is that of
-Ho et al. 2020, eq. 5, in units of the posterior's own deviation, in which rounding costs least; of their eq. 8 only x_0's
-part is left, for that of x_t is the same in both means. The row that leads to x_0 `decodes`: its term is the
+in which v is the network's second half of channels (Nichol & Dhariwal 2021, eq. 15), and 0 elsewhere. The term is that
+of Ho et al. 2020, eq. 5, in units of the posterior's own deviation, in which rounding costs least; of the means (eq. 7)
+only x_0's part is left, for that of x_t is the same in both. The row that leads to x_0 `decodes`: its term is the
 discretised decoder's of N(x̂_0, σ²) (eq. 13).
 """
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fastddpm.kernels.p_sample import COLUMNS
-from fastddpm.process.spec import ModelSpec
 from fastddpm.process.likelihood_table import LikelihoodTable
+from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
 from fastddpm.step.network import Network, rows_hold_classes
 from fastddpm.step.state import Places

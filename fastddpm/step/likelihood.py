@@ -173,7 +173,7 @@ class LikelihoodStep(nn.Module):
         )
 
     def _decoded(self, x_start: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """log p(x_0 | x_1) of the 256 levels, which are spread over the network's range."""
+        """The log-likelihoods of x_0's levels, of which 256 are spread over the network's range."""
         if self.form.unit_range:
             x_start, mean, log_variance = 2 * x_start - 1, 2 * mean - 1, log_variance + 2 * math.log(2.0)
         return discretized_gaussian_log_likelihood(x_start, mean, 0.5 * log_variance)

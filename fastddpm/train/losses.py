@@ -1,4 +1,4 @@
-"""Training losses of Ho et al. 2020 and Nichol & Dhariwal 2021; the bound in them is `fastddpm.process.likelihood`'s."""
+"""Training losses of Ho et al. 2020 and Nichol & Dhariwal 2021; the bound is `fastddpm.process.likelihood`'s."""
 
 from __future__ import annotations
 

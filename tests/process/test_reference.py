@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from fastddpm.process import reference
+from fastddpm.process import likelihood, reference
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.timesteps import respace, spaced_timesteps
-from fastddpm.process import likelihood
 from fastddpm.train import losses
 from tests.helpers import peers_dir
 
@@ -60,7 +59,9 @@ def test_reverse_gaussian_and_bound_equal_openai(peer):
 def test_prior_term_equals_openai(peer):
     data = oracle(peer)
     spaced = OPENAI[peer].respaced(respace(OPENAI[peer].T, data["bpd/vb"].shape[1]).flip(0))
-    close(likelihood.prior_bits(spaced, data["fwd/x_start"].double()), data["bpd/prior_bpd"].double(), rtol=1e-3, atol=0)
+    close(
+        likelihood.prior_bits(spaced, data["fwd/x_start"].double()), data["bpd/prior_bpd"].double(), rtol=1e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("peer", OPENAI)
