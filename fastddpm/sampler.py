@@ -226,12 +226,13 @@ class Sampler:
         chosen, _ = split_options({"method": method, **options})
         return chosen.table(self.schedule, self.spec).to(self.device)
 
-    def compile(self, batch_size: int, *, guided: bool = False) -> float | None:
+    def compile(self, batch_size: int, *, guided: bool = False, likelihood: bool = False) -> float | None:
         """Compile the step for batches of one size ahead of time; on a CPU it is kept on disk.
 
         Args:
             batch_size: samples that run together.
             guided: whether runs are guided.
+            likelihood: the step of `likelihood` instead of that of `sample`.
 
         Returns:
             Seconds that it took, or None if it was there already.
@@ -252,9 +253,9 @@ class Sampler:
         request = make_request(self.spec, self.device, batch_size, run)
         with self.stepper.undisturbed():
             self.stepper.refresh()
-            return self.stepper.compile(
-                Method("ddpm", min(4, self.schedule.T)).table(self.schedule, self.spec), request
-            )
+            method = Method("ddpm", min(4, self.schedule.T))
+            make = method.likelihood_table if likelihood else method.table
+            return self.stepper.compile(make(self.schedule, self.spec), request)
 
     @overload
     def sample(
