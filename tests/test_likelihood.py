@@ -119,7 +119,12 @@ def exact(variance="fixed_small", prediction="eps", T=60, beta_end=0.2, shape=(1
         gain = a.sqrt() * SCALE**2 / (a * SCALE**2 + 1 - a)
         estimate = MU + gain * (x.double() - a.sqrt() * MU)
         eps = schedule.predict_eps_from_x_start(x.double(), t, estimate)
-        out = {"eps": eps, "x_start": estimate, "v": a.sqrt() * eps - (1 - a).sqrt() * estimate}[prediction].float()
+        out = {
+            "eps": lambda: eps,
+            "x_start": lambda: estimate,
+            "v": lambda: schedule.v_from(estimate, eps, t),
+            "x_prev": lambda: schedule.q_posterior(estimate, x.double(), t)[0],
+        }[prediction]().float()
         return torch.cat((out, torch.zeros_like(out)), 1) if variance == "learned_range" else out
 
     spec = ModelSpec(shape=shape, prediction=prediction, variance=variance, clip=None)
@@ -159,6 +164,15 @@ def test_gaussian_data_has_the_closed_form(variance, steps):
     assert abs(float(z)) < norm.isf(ERROR_RATE / 2), f"{total.mean():.5f} instead of {theory.sum():.5f}"
     z = (terms.mean(0) - theory) / (terms.std(0) / len(total) ** 0.5)
     assert float(z.abs().max()) < norm.isf(ERROR_RATE / 2 / len(theory))
+
+
+@pytest.mark.parametrize("prediction", ["x_start", "v", "x_prev"])
+def test_the_same_model_has_the_same_bound_whatever_it_predicts(prediction):
+    images = drawn(8)
+    expected = measured(exact("fixed_large"), images)
+    found = measured(exact("fixed_large", prediction), images)
+    torch.testing.assert_close(found.vlb, expected.vlb, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found.total_bpd, expected.total_bpd, rtol=1e-5, atol=0.0)
 
 
 def test_the_closed_form_sees_small_errors():

@@ -142,7 +142,10 @@ def test_rate_and_distortion(fastddpm, place, model, data, expected):
     assert found["distortion_rmse_of_255"] == pytest.approx(distortions, rel=1e-5)
     assert found["lossless_bits_per_dim"] == pytest.approx(rates[-1] + float(vlb[-1]), rel=1e-5)
     assert (place / "curve" / "rate_distortion.png").is_file()
-    with Image.open(place / "curve" / "progressive.gif") as film, Image.open(place / "curve" / "progressive.png") as strip:
+    with (
+        Image.open(place / "curve" / "progressive.gif") as film,
+        Image.open(place / "curve" / "progressive.png") as strip,
+    ):
         assert film.n_frames == T and strip.width > strip.height
 
 

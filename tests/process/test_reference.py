@@ -301,3 +301,13 @@ def test_bad_input():
         losses.simple_loss(schedule, x, t, x, x, "noise")
     with pytest.raises(ValueError, match="noise must be given"):
         reference.ddim_sample_loop(lambda x, t: x, schedule, x, torch.tensor([5]), eta=0.5)
+
+
+def test_normal_kl_keeps_its_digits_where_the_two_are_almost_one():
+    """As the terms of good models are; in float32 a sum with ones in it would keep two digits."""
+    m1, l1, m2, l2 = (torch.tensor(value, dtype=F64) for value in (0.3, -9.0, 0.30001, -8.999))
+    exact = likelihood.normal_kl(m1, l1, m2, l2)
+    close_by = likelihood.normal_kl((m1 - m2).float(), (l1 - l2).float(), torch.zeros(()), torch.zeros(()))
+    scaled = exact - 0.5 * (m1 - m2) ** 2 * (-l2).exp() + 0.5 * (m1 - m2) ** 2
+    assert float(close_by) == pytest.approx(float(scaled), rel=1e-3)
+    assert float(scaled) == pytest.approx(2.5e-7, rel=1e-2)
