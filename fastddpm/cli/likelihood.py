@@ -107,9 +107,8 @@ def likelihood(
     if out is not None and rate_distortion:
         written += draw_progressive(sampler, Method("ddpm", steps, timesteps), out, seed=seed, quiet=quiet)
     error = "" if sums.standard_error is None else f" ± {sums.standard_error:.4f}"
-    say(
-        f"{sums.bits_per_dim:.4f}{error} bits per dimension, the mean of {sums.n:,} over {len(sums.timesteps)} timesteps"
-    )
+    of = f"the mean of {sums.n:,} over {len(sums.timesteps)} timesteps"
+    say(f"{sums.bits_per_dim:.4f}{error} bits per dimension, {of}")
     if not quiet:
         for path in written:
             say(f"wrote {path}")

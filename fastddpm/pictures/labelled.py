@@ -35,7 +35,7 @@ class LabelledPictures:
         return len(self.pictures)
 
     def labels_for(self, num_classes: int | None, class_names: tuple[str, ...] | None) -> Tensor | None:
-        """The labels by which a network knows the pictures' classes: by their names if it has them all, else as they are.
+        """The labels by which a network knows the pictures' classes: by name if it has all names, else as they are.
 
         Args:
             num_classes: of the network; None for one without classes.
