@@ -273,6 +273,14 @@ def test_batches_come_as_they_are_finished_and_files_are_read_when_their_turn_co
         next(stream)
 
 
+def test_bfloat16_is_the_networks_and_the_bounds_are_close():
+    sampler = tiny_sampler()
+    low = Sampler(sampler.model, sampler.schedule, sampler.spec, device="cpu", engine="eager", precision="bf16")
+    expected, found = (measured(one, class_labels=1, steps=5) for one in (sampler, low))
+    assert found.vlb.dtype == torch.float32
+    torch.testing.assert_close(found.total_bpd, expected.total_bpd, rtol=0.05, atol=0.0)
+
+
 def test_a_self_conditioned_network_is_told_nothing():
     seen = []
 

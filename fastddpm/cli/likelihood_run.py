@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 from torch import Tensor
@@ -15,10 +15,14 @@ from fastddpm.cli.likelihood_folder import LikelihoodFolder
 from fastddpm.cli.picture_folder import checksums
 from fastddpm.common.progress import StepProgress
 from fastddpm.pictures.labelled import LabelledPictures
+from fastddpm.process.likelihood import Likelihood
 from fastddpm.process.method import Method
 from fastddpm.process.rate_distortion import LikelihoodSums
 from fastddpm.sampler import Sampler
 from fastddpm.step.request import RunOptions, default_batch_size
+
+Part = tuple[int, int]
+"""A batch: its first picture, and the one after its last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +63,15 @@ class LikelihoodRun:
             folder.check()
         parts = [(first, min(first + self._size(), self.count)) for first in range(0, self.count, self._size())]
         there = set() if folder is None else set(folder.kept())
-        found = {part: folder.read(*part) for part in parts if folder is not None and part in there}
-        missing = [part for part in parts if part not in found]
+        missing = [part for part in parts if part not in there]
         if folder is not None and missing:
             folder.begin()
         try:
-            self._measure(missing, labels, folder, found)
+            with self._bar(missing):
+                measured = self._measured(missing, labels)
+                return functools.reduce(operator.add, self._found(parts, there, measured, folder))
         except KeyboardInterrupt:
             raise Stopped("; the same command continues" if folder is not None else "") from None
-        return functools.reduce(operator.add, (found[part] for part in parts))
 
     @property
     def count(self) -> int:
@@ -103,27 +107,32 @@ class LikelihoodRun:
         more = {"classes": labels is not None, "batch_size": self._size()}
         return {name: getattr(self, name) for name in mine} | data | more | checksums(self.sampler)
 
-    def _measure(
-        self,
-        missing: list[tuple[int, int]],
-        labels: Tensor | None,
-        folder: LikelihoodFolder | None,
-        found: dict[tuple[int, int], LikelihoodSums],
-    ) -> None:
-        """Measure what is missing, batch by batch, into `found` and the folder."""
+    def _bar(self, missing: Sequence[Part]) -> StepProgress:
+        """A bar for the rows of all batches that are measured."""
+        table = Method("ddpm", self.steps, self.timesteps).likelihood_table(self.sampler.schedule, self.sampler.spec)
+        pictures = sum(end - first for first, end in missing)
+        return StepProgress(table.S * len(missing), pictures, False if self.quiet else None, doing="measuring")
+
+    def _found(
+        self, parts: Sequence[Part], there: Set[Part], measured: Iterator[Likelihood], folder: LikelihoodFolder | None
+    ) -> Iterator[LikelihoodSums]:
+        """What is found of each batch, in order: kept before, or measured now and kept."""
+        for part in parts:
+            if folder is not None and part in there:
+                yield folder.read(*part)
+                continue
+            sums = LikelihoodSums.of(next(measured))
+            if folder is not None:
+                folder.keep(part[0], sums)
+            yield sums
+
+    def _measured(self, missing: Sequence[Part], labels: Tensor | None) -> Iterator[Likelihood]:
+        """Measure the batches that are missing, each when it is asked for."""
         if not missing:
-            return
+            return iter(())
         numbers = [i for first, end in missing for i in range(first, end)]
         # A run that is one short batch is not filled up.
         size = self._size() if self.batch_size is not None or self.count > self._size() else None
-        options = RunOptions(
-            self.seed, numbers, None if labels is None else labels[numbers], batch_size=size,
-        )  # fmt: skip
+        options = RunOptions(self.seed, numbers, None if labels is None else labels[numbers], batch_size=size)
         pictures = [self.data.pictures[i] for i in numbers]
-        stream = self.sampler.stream_likelihood(pictures, options, steps=self.steps, timesteps=self.timesteps)
-        table = Method("ddpm", self.steps, self.timesteps).likelihood_table(self.sampler.schedule, self.sampler.spec)
-        with StepProgress(table.S * len(missing), len(numbers), False if self.quiet else None, doing="measuring"):
-            for part, likelihood in zip(missing, stream, strict=True):
-                found[part] = LikelihoodSums.of(likelihood)
-                if folder is not None:
-                    folder.keep(part[0], found[part])
+        return self.sampler.stream_likelihood(pictures, options, steps=self.steps, timesteps=self.timesteps)
