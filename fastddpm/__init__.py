@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from fastddpm.nets.unet import UNet as UNet
     from fastddpm.nets.unet import UNetConfig as UNetConfig
+    from fastddpm.process.likelihood import Likelihood as Likelihood
     from fastddpm.process.method import Method as Method
     from fastddpm.process.schedule import NoiseSchedule as NoiseSchedule
     from fastddpm.process.solvers import make_table as make_table
@@ -45,6 +46,7 @@ _HOME = {
     "FastDDIMScheduler": "integrations.diffusers_schedulers",
     "FastDDPMScheduler": "integrations.diffusers_schedulers",
     "FastDPMSolverMultistepScheduler": "integrations.diffusers_schedulers",
+    "Likelihood": "process.likelihood",
     "Method": "process.method",
     "ModelSpec": "process.spec",
     "NoiseSchedule": "process.schedule",

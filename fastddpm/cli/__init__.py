@@ -1,4 +1,4 @@
-"""The command line: `fastddpm sample | train | convert | export | compile | bench | info | doctor`."""
+"""The command line: `fastddpm sample | likelihood | train | convert | export | compile | bench | info | doctor`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fastddpm.cli.doctor import doctor
 from fastddpm.cli.errors import INTERRUPTED, report
 from fastddpm.cli.export import export
 from fastddpm.cli.info import info
+from fastddpm.cli.likelihood import likelihood
 from fastddpm.cli.sample import sample
 from fastddpm.cli.train import train
 from fastddpm.common.terminal import NARROW, say, settle_streams, tell
@@ -51,6 +52,7 @@ def help_without_command(
 
 
 app.command()(sample)
+app.command()(likelihood)
 app.command()(train)
 app.command()(convert)
 app.command()(export)

@@ -20,13 +20,14 @@ def compile_model(
         typer.Option(help="Pictures that run together, the same as when sampling. May be repeated. [default: 64]"),
     ] = None,
     guided: Annotated[bool, typer.Option(help="For runs with classifier-free guidance.")] = False,
+    likelihood: Annotated[bool, typer.Option("--likelihood", help="For `fastddpm likelihood`.")] = False,
     precision: PrecisionOption = "fp32",
     flag: FlagOption = None,
 ) -> None:
     """Compile a network's step ahead of time, so that sampling starts with it at once.
 
     One package serves any number of steps and any solver but dpmpp_3m, whose own is compiled when sampling begins; each
-    batch size, precision, and guidance or none has its own.
+    batch size, precision, and guidance or none has its own, and so has the step of likelihoods.
     On a GPU steps are compiled when sampling begins: this command is for CPUs.
 
     Examples:
@@ -42,9 +43,11 @@ def compile_model(
     sampler = Sampler.from_pretrained(model, device="cpu", precision=precision, **parse_flags(flag))
     if guided and sampler.spec.null_class is None:
         raise ValueError(f"--guided must be left out, got it, but {model} has no label that stands for no class")
+    if guided and likelihood:
+        raise ValueError("--guided must be left out with --likelihood, got both; a bound knows no guidance")
     for size in batch_size or [64]:
         with patience(f"batch {size}: compiling the step, which takes a minute or more"):
-            seconds = sampler.compile(size, guided=guided)
+            seconds = sampler.compile(size, guided=guided, likelihood=likelihood)
         say(f"batch {size}: " + ("was compiled already" if seconds is None else f"compiled in {seconds:.0f} s"))
     for label, choice in describe_choices(sampler.stepper.weights).items():
         say(f"{label}: {choice}")

@@ -275,16 +275,25 @@ def _told(folder: Path, drawn: int, found: int) -> str:
 class Animation:
     """Keeps pictures of some of the states on the way, evenly spread, over all batches that it is shown."""
 
-    def __init__(self, steps: int, to_bytes: ToBytes = "round", to_unit: ToUnit = "clamp") -> None:
-        """Choose at most GIF_FRAMES of the steps, the last one included."""
-        self._to_bytes, self._to_unit = to_bytes, to_unit
-        count = min(GIF_FRAMES, steps)
+    def __init__(
+        self,
+        steps: int,
+        to_bytes: ToBytes = "round",
+        to_unit: ToUnit = "clamp",
+        *,
+        frames: int = GIF_FRAMES,
+        estimates: bool = False,
+    ) -> None:
+        """Choose at most so many of the steps, the last one included; of each the state, or its estimate of x_0."""
+        self._to_bytes, self._to_unit, self._estimates = to_bytes, to_unit, estimates
+        count = min(frames, steps)
         self._parts: dict[int, list[Tensor]] = {round((i + 1) * steps / count): [] for i in range(count)}
 
     def __call__(self, preview: Preview) -> None:
         """Take in the state after a step."""
         if preview.step in self._parts:
-            self._parts[preview.step].append(to_uint8(preview.x, self._to_bytes, self._to_unit).cpu())
+            x = preview.x_start if self._estimates else preview.x
+            self._parts[preview.step].append(to_uint8(x, self._to_bytes, self._to_unit).cpu())
 
     def frames(self) -> list[Tensor]:
         """The pictures of each chosen step, uint8 [n, C, H, W]."""

@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,18 +51,9 @@ class PictureFolder:
             if foreign is not None:
                 raise ValueError(f"{self.path} must be a run's, got {foreign} without {RUN_FILE}; use another folder")
             return ""
-        try:
-            unrecorded = {"precision": "fp32", "engine": "auto", "conventions": self.settings["conventions"]}
-            found = {**unrecorded, **json.loads(file.read_text(encoding="utf-8"))}  # older folders do not say these
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{file}: not readable ({error}); remove it or use another folder") from error
-        different = [
-            f"{name} was {found.get(name)!r}, is {value!r}"
-            for name, value in self.settings.items()
-            if name not in _FOR_PEOPLE and found.get(name) != value
-        ]
-        if different:
-            raise ValueError(f"{self.path} holds a run with other settings: {'; '.join(different)}; use another folder")
+        unrecorded = {"precision": "fp32", "engine": "auto", "conventions": self.settings["conventions"]}
+        found = {**unrecorded, **read_settings(file)}  # older folders do not say these
+        check_settings(self.path, found, self.settings)
         remove_leftovers(self.path, alone=True)
         was, is_now = found["engine"], self.settings["engine"]
         return "" if was == is_now else f"engine was {was}, is {is_now}: pictures differ by rounding"
@@ -74,6 +66,33 @@ class PictureFolder:
         """Write down the settings, before the first picture."""
         if not (self.path / RUN_FILE).exists():
             write_json(self.path / RUN_FILE, self.settings)
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings that a run wrote down.
+
+    Raises:
+        ValueError: If the file is not readable.
+    """
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: not readable ({error}); remove it or use another folder") from error
+
+
+def check_settings(folder: Path, found: Mapping[str, Any], settings: Mapping[str, object]) -> None:
+    """See that a folder's run has these settings, but for those that are only for people.
+
+    Raises:
+        ValueError: If it has not; says which.
+    """
+    different = [
+        f"{name} was {found.get(name)!r}, is {value!r}"
+        for name, value in settings.items()
+        if name not in _FOR_PEOPLE and found.get(name) != value
+    ]
+    if different:
+        raise ValueError(f"{folder} holds a run with other settings: {'; '.join(different)}; use another folder")
 
 
 def checksums(sampler: Sampler) -> dict[str, str]:

@@ -43,16 +43,17 @@ class StepProgress:
     Within another one's block it shows nothing and adds its steps to that one, which is how several runs share a bar.
     """
 
-    def __init__(self, total: int, samples: int, show: bool | None = None) -> None:
+    def __init__(self, total: int, samples: int, show: bool | None = None, *, doing: str = "sampling") -> None:
         """Make the bar.
 
         Args:
             total: steps of all batches together.
-            samples: pictures that are being drawn, for the caption.
+            samples: pictures that it is about, for the caption.
             show: whether to show it; None shows it if standard error is a terminal.
+            doing: what is done with them.
         """
         visible = on_terminal() if show is None else show
-        self._caption = f"sampling {samples} picture{'' if samples == 1 else 's'}"
+        self._caption = f"{doing} {samples} picture{'' if samples == 1 else 's'}"
         self._progress = progress_bar("{task.description}", visible=visible)
         self._task = self._progress.add_task(self._caption, total=total)
         self._total, self._done, self._in_batch = total, 0, 0

@@ -32,7 +32,7 @@ from fastddpm.engines.runner import Runner, StepFunction, StepRunner
 from fastddpm.kernels.kept import private_folder
 from fastddpm.kernels.native import processor
 from fastddpm.step.network import Network
-from fastddpm.step.step import Call, Step
+from fastddpm.step.step import Call, step_of
 
 OPTIONS = {"freezing": True, "cpp.min_chunk_size": 4096}
 """Inductor's: weights are laid out for the processor at compile time, and a loop is shared out among threads only where
@@ -57,11 +57,8 @@ class AheadOfTime:
         self._steps: dict[str, StepFunction] = {}
 
     def formed(self, call: Call) -> Call:
-        """The call that a package serves: it keeps a history and makes noise, so that one serves most solvers.
-
-        Only solvers that look back two steps have packages of their own, or the others' would carry a second history.
-        """
-        return call.formed(history=max(1, call.step.form.history), stochastic=True, in_place=False)
+        """The call that a package serves; see `for_packages` of its form."""
+        return call.with_form(call.step.form.for_packages())
 
     def key(self, call: Call) -> str:
         """Names the package: all that it depends on. Two calls with the same key can share it."""
@@ -188,15 +185,15 @@ def _own_folder() -> Iterator[None]:
         yield
 
 
-def with_quick_layers(call: Call) -> Step:
+def with_quick_layers(call: Call) -> nn.Module:
     """The call's step with its network's layers run the way that is quicker for this batch."""
     arguments = call.copy().arguments()
 
     def run(network: nn.Module) -> None:
-        Step(network, call.step.form)(*arguments)
+        step_of(network, call.step.form)(*arguments)
 
     network, _ = with_fast_layers(call.step.network, run)
-    return Step(network, call.step.form).eval()
+    return step_of(network, call.step.form).eval()
 
 
 def load_step(path: Path, key: str) -> StepFunction:

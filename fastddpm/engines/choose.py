@@ -196,8 +196,7 @@ class Engine:
         compiled_ms = _milliseconds(self.quick.runner, call)
         eager_ms = known.eager_ms if known is not None else self._eager_ms(call)
         batch, *shape = call.state.x.shape
-        guided = ", guided" if call.step.form.guided else ""
-        label = f"batch {batch} of {' × '.join(map(str, shape))}{guided} on {self.device}, "
+        label = f"batch {batch} of {' × '.join(map(str, shape))}{call.step.form.caption} on {self.device}, "
         label += f"{torch.get_num_threads()} threads"
         measured = Measured(round(eager_ms, 3), round(compiled_ms, 3), seconds, label)
         if self.quick.is_kept(call):

@@ -19,13 +19,15 @@ from fastddpm.common.wording import first_line
 from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError, check_step, not_one_graph
 from fastddpm.engines.runner import Runner, StepFunction, StepRunner
+from fastddpm.step.likelihood import LikelihoodForm, LikelihoodStep
 from fastddpm.step.state import State
-from fastddpm.step.step import HISTORIES, Call, Step, StepForm
+from fastddpm.step.step import Call, Step, StepForm
 
 GRAPH_STEPS = 10
 """Steps that one launch from the host makes; what a run's length leaves over is made by graphs of one step."""
 _WARM_UPS = 3  # as PyTorch's documentation has it: libraries allocate their workspaces in the first calls
 _MANY = 1 << 16
+_Kind = tuple[StepForm | LikelihoodForm, tuple[int, ...]]
 
 
 class Graph(Protocol):
@@ -57,7 +59,7 @@ def capture_cuda_graph(launches: Callable[[], object]) -> Graph:
     return graph
 
 
-def compile_in_place(step: Step, arguments: list[Tensor], backend: str = "inductor") -> StepFunction:
+def compile_in_place(step: Step | LikelihoodStep, arguments: list[Tensor], backend: str = "inductor") -> StepFunction:
     """Compile a step for tensors like these, the book's capacity left open.
 
     Args:
@@ -112,7 +114,7 @@ class Gpu:
         *,
         graphs: bool,
         graph_steps: int | None = None,
-        compile_step: Callable[[Step, list[Tensor]], StepFunction] = compile_in_place,
+        compile_step: Callable[[Step | LikelihoodStep, list[Tensor]], StepFunction] = compile_in_place,
         capture: Capture = capture_cuda_graph,
     ) -> None:
         """Nothing is compiled yet.
@@ -126,8 +128,8 @@ class Gpu:
         self.name = "cuda_graph" if graphs else "compiled"
         self.graph_steps = graph_steps or GRAPH_STEPS
         self._graphs, self._compile, self._capture = graphs, compile_step, capture
-        self._steps: dict[tuple[StepForm, tuple[int, ...]], StepFunction] = {}
-        self._free: dict[tuple[StepForm, tuple[int, ...]], list[_Slot]] = {}
+        self._steps: dict[_Kind, StepFunction] = {}
+        self._free: dict[_Kind, list[_Slot]] = {}
 
     def formed(self, call: Call) -> Call:
         """The call that a compiled step serves: in place, and with noise for every solver.
@@ -135,10 +137,9 @@ class Gpu:
         No more history is kept than is asked for, unless a step with more is compiled already and one with just that
         is not.
         """
-        lean = call.formed(stochastic=True, in_place=True)
-        depths = range(lean.step.form.history, len(HISTORIES) + 1)
-        there = [depth for depth in depths if _kind(lean, depth) in self._steps]
-        return lean.formed(history=there[0]) if there else lean
+        forms = call.step.form.for_graphs()
+        shape = tuple(call.state.x.shape)
+        return call.with_form(next((form for form in forms if (form, shape) in self._steps), forms[0]))
 
     def key(self, call: Call) -> str:
         """Names what was measured of such a step; weights do not matter."""
@@ -228,11 +229,9 @@ class Gpu:
         return _Slot(own.state, own.noise, arguments, one, many, _addresses(call))
 
 
-def _kind(call: Call, history: int | None = None) -> tuple[StepForm, tuple[int, ...]]:
-    """What a compiled step depends on, the network aside; for another depth of history if one is given."""
-    form = call.step.form
-    form = form if history is None else dataclasses.replace(form, history=history)
-    return form, tuple(call.state.x.shape)
+def _kind(call: Call) -> _Kind:
+    """What a compiled step depends on, the network aside."""
+    return call.step.form, tuple(call.state.x.shape)
 
 
 def _addresses(call: Call) -> tuple[int, ...]:

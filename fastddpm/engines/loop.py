@@ -121,13 +121,13 @@ class Loop:
         with self.begin(
             batch.filled(),
             x_T=self._drawn(batch),
-            noise=self._hands_noise,
+            noise=self.hands_noise,
             previews=looks,
             to_come=to_come,
             on_compile=watch.compiling,
         ) as runner:
             watch.advance_to(0)
-            for i in self._driven(runner, batch, one_by_one=looks):
+            for i in self.driven(runner, batch, one_by_one=looks):
                 state = runner.state
                 if self.callback is not None and state.history is not None:
                     x, x_start, t = state.x[:n].clone(), state.history[:n].clone(), self.course.timesteps[i - 1]
@@ -141,8 +141,17 @@ class Loop:
             raise self._where_it_broke(batch)
         return final
 
-    def _driven(self, runner: Runner, batch: Request, *, one_by_one: bool) -> Iterator[int]:
-        """Advance all samples to the end; yields i where i steps are done."""
+    def driven(self, runner: Runner, batch: Request, *, one_by_one: bool) -> Iterator[int]:
+        """Advance all samples to the end, handing each step the noise that somebody supplies for it.
+
+        Args:
+            runner: drives the filled batch.
+            batch: the samples.
+            one_by_one: whether to stop after each step.
+
+        Yields:
+            i where i steps are done.
+        """
         i, S = 0, self.course.S
         source = self._source(batch)
         while i < S:
@@ -153,8 +162,8 @@ class Loop:
     def _where_it_broke(self, batch: Request) -> FloatingPointError:
         """Run a batch again, which noise as a pure function allows, and name the step where the trouble began."""
         S = self.course.S
-        with self.begin(batch.filled(), x_T=self._drawn(batch), noise=self._hands_noise, eager=True) as runner:
-            for i in self._driven(runner, batch, one_by_one=True):
+        with self.begin(batch.filled(), x_T=self._drawn(batch), noise=self.hands_noise, eager=True) as runner:
+            for i in self.driven(runner, batch, one_by_one=True):
                 bad = ~torch.isfinite(runner.state.x[: len(batch.ids)]).flatten(1).all(1)
                 if bool(bad.any()):
                     ids, t = batch.ids[bad.cpu()].tolist(), self.course.timesteps[i - 1]
@@ -169,7 +178,7 @@ class Loop:
     # ------------------------------------------------------------------ noise
 
     @property
-    def _hands_noise(self) -> bool:
+    def hands_noise(self) -> bool:
         """Whether each step is handed its z."""
         return self.noise is not None and self.course.takes_noise
 
@@ -182,7 +191,7 @@ class Loop:
 
     def _source(self, batch: Request) -> Callable[[int], Tensor | None] | None:
         """What gives z of a loop step, float32 [1, B, C, H, W] of a filled batch; None where nothing is asked for."""
-        noise, takes, draws = self.noise, self._hands_noise, self.course.draws
+        noise, takes, draws = self.noise, self.hands_noise, self.course.draws
         if noise is None or not (takes or any(draws)):
             return None
         if isinstance(noise, Tensor):

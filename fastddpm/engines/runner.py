@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastddpm.step.state import State
-from fastddpm.step.step import CHANGED, Call
+from fastddpm.step.step import Call
 
 StepFunction = Callable[..., Sequence[Tensor]]
-"""A step's arguments, in order → the new values of `CHANGED`."""
+"""A step's arguments, in order → the new values of those that it `changed`."""
 
 LOOK_S = 0.05  # small steps are made without looking up for so long
 FIRST_TIMED = 2  # the first step of a run also allocates, and says little about the others
@@ -31,7 +31,7 @@ class Runner(Protocol):
 
         Args:
             most: steps that are left.
-            noise: float32 [1, B, C, H, W], z of the next step, where the step takes it; then one step is made.
+            noise: float32 [1, B, C, H, W], z or ε of the next step, where the step takes it; then one step is made.
         """
 
     def close(self) -> None:
@@ -51,7 +51,8 @@ class StepRunner:
         self._function, self.state = function, call.state
         names = call.step.names
         self._arguments = call.arguments()[: len(names) - ("noise" in names)]
-        self._places = [names.index(name) for name in CHANGED if name in names]
+        self._changed = call.step.changed
+        self._places = [names.index(name) for name in self._changed]
 
     def run(self, most: int, noise: Tensor | None = None) -> int:
         """Make steps until it is time to look up; see `Runner.run`."""
@@ -71,7 +72,7 @@ class StepRunner:
         changed = self._function(*self._arguments, *noise)
         for place, value in zip(self._places, changed, strict=True):
             self._arguments[place] = value
-        for name, value in zip(CHANGED, changed, strict=False):
+        for name, value in zip(self._changed, changed, strict=True):
             setattr(self.state, name, value)
 
 

@@ -15,9 +15,10 @@ from fastddpm.engines.precision import DTYPES, Precision
 from fastddpm.engines.runner import Runner, StepRunner
 from fastddpm.engines.surroundings import undisturbed
 from fastddpm.engines.weights import Weights
+from fastddpm.process.likelihood_table import LikelihoodTable
 from fastddpm.process.spec import ModelSpec
-from fastddpm.process.table import StepTable
-from fastddpm.step.book import Book
+from fastddpm.step.book import Book, Table
+from fastddpm.step.likelihood import TERMS, LikelihoodForm, LikelihoodStep
 from fastddpm.step.network import Network, as_network
 from fastddpm.step.request import Request
 from fastddpm.step.state import Places, State
@@ -90,7 +91,7 @@ class Stepper:
     @contextlib.contextmanager
     def begin(
         self,
-        table: StepTable,
+        table: Table,
         batch: Request,
         *,
         x_T: Tensor | None = None,
@@ -103,10 +104,11 @@ class Stepper:
         """A batch at its start, and what drives it.
 
         Args:
-            table: the run.
+            table: the run, or the rows of a bound: then the samples are pictures in the network's range, as the batch's
+                x_T, and after each step the state's `terms` are what it found.
             batch: the samples.
             x_T: float32 [B, C, H, W] to start from instead of the batch's own or seeded noise.
-            noise: whether each step will be handed its z.
+            noise: whether each step will be handed its z, or ε.
             previews: whether somebody wants to see x̂_0.
             to_come: steps of such batches that are to be made; 0 is this batch's.
             eager: whether to run eagerly, whatever the engine.
@@ -128,7 +130,7 @@ class Stepper:
             finally:
                 runner.close()
 
-    def compile(self, table: StepTable, batch: Request) -> float | None:
+    def compile(self, table: Table, batch: Request) -> float | None:
         """Compile the step for such batches; see `Engine.compile`."""
         with self._call(table, batch) as call:
             return self.engine.compile(call)
@@ -136,7 +138,7 @@ class Stepper:
     @contextlib.contextmanager
     def _call(
         self,
-        table: StepTable,
+        table: Table,
         batch: Request,
         *,
         x_T: Tensor | None = None,
@@ -154,11 +156,16 @@ class Stepper:
                 labels=batch.labels if labelled else None,
                 guidance=batch.guidance,
             )
+            example = torch.zeros_like(state.x)[None] if noise else None
+            if isinstance(table, LikelihoodTable):
+                state.terms = torch.zeros(len(state.x), len(TERMS), device=self.device)
+                bound = LikelihoodForm.of(self.spec, table, labelled=labelled, noise=noise)
+                yield Call(LikelihoodStep(self.network, bound), state, self.book, example)
+                return
             form = StepForm.of(self.spec, table, guided=guided, labelled=labelled, noise=noise, previews=previews)
-            call = Call(Step(self.network, form), state, self.book, torch.zeros_like(state.x)[None] if noise else None)
-            yield call.formed()
+            yield Call(Step(self.network, form), state, self.book, example).formed()
 
-    def _places(self, table: StepTable, batch: Request, guided: bool) -> contextlib.AbstractContextManager[Places]:
+    def _places(self, table: Table, batch: Request, guided: bool) -> contextlib.AbstractContextManager[Places]:
         labels: Sequence[int | None] = [None] * len(batch.ids)
         uncond = None
         if batch.labels is not None and self.book.holds_classes:

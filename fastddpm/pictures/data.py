@@ -119,8 +119,8 @@ def _load_npz(path: Path, classes: bool) -> ImageData:
 
 
 def _load_folder(folder: Path, size: int | None, classes: bool) -> ImageData:
-    files, others = _image_files(folder)
-    names, labels = _classes_of(folder, files) if classes else (None, None)
+    files, others = image_files(folder)
+    names, labels = classes_of(folder, files) if classes else (None, None)
     pictures: list[NDArray[np.uint8]] = []
     remarks: Counter[str] = Counter()
     for file in files:
@@ -150,7 +150,7 @@ def _load_folder(folder: Path, size: int | None, classes: bool) -> ImageData:
 _KINDS = {1: "gray", 2: "gray with alpha", 3: "in colour", 4: "in colour with alpha"}
 
 
-def _image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """The images below a folder, through links too, and the other files; hidden ones are neither."""
     found: list[Path] = []
     seen: set[str] = set()
@@ -168,7 +168,7 @@ def _image_files(folder: Path) -> tuple[list[Path], list[Path]]:
     return images, sorted(set(found) - set(images))
 
 
-def _classes_of(folder: Path, files: list[Path]) -> tuple[list[str] | None, NDArray[np.integer] | None]:
+def classes_of(folder: Path, files: list[Path]) -> tuple[list[str] | None, NDArray[np.integer] | None]:
     """The classes that the sub-folders name and each image's, or None for both where no image is in a sub-folder."""
     tops = [file.relative_to(folder).parts for file in files]
     stray = next((file for file, parts in zip(files, tops, strict=True) if len(parts) == 1), None)

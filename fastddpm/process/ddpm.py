@@ -73,17 +73,25 @@ def ddpm_table(
     if variance == "learned_range":
         columns["sigma"] = noisy
         columns["log_beta"] = beta.log()
-        columns["log_beta_tilde"] = _clipped_log(beta_tilde, beta, noisy)
+        columns["log_beta_tilde"] = clipped_log(beta_tilde, beta, noisy)
     else:
         columns["sigma"] = noisy * (beta if variance == "fixed_large" else beta_tilde).sqrt()
     return assemble("ddpm_table", "ddpm", pairs.t, columns, prediction=prediction, variance=variance, clip=clip)
 
 
-def _clipped_log(beta_tilde: Tensor, beta: Tensor, noisy: Tensor) -> Tensor:
+def clipped_log(beta_tilde: Tensor, beta: Tensor, noisy: Tensor) -> Tensor:
     """Log β̃, finite on rows that lead to x_0, where β̃ = 0.
 
-    Without noise there the value is never used and follows Nichol & Dhariwal 2021, sec. 3.1: the row
+    Without noise there only the bound's decoder uses it, and it follows Nichol & Dhariwal 2021, sec. 3.1: the row
     before lends its own. With noise (noise_gate "t0") it is the floor of the peer that adds it.
+
+    Args:
+        beta_tilde: float64 [S], β̃ of each row.
+        beta: float64 [S].
+        noisy: float64 [S], 1 where a row adds noise.
+
+    Returns:
+        float64 [S].
     """
     lent = torch.cat([beta[:1], beta_tilde[:-1]])
     floor = torch.where(noisy > 0, torch.full_like(beta, _SMALLEST_VARIANCE), lent)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastddpm.common.arguments import integers, whole
 from fastddpm.process.ddim import ClippedEps
+from fastddpm.process.likelihood_table import LikelihoodTable, likelihood_table
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.solvers import make_table
 from fastddpm.process.spec import ModelSpec, Variance
@@ -77,9 +78,7 @@ class Method:
             TypeError: timesteps are not integers.
             ValueError: an option is out of range, or is not the solver's.
         """
-        check_choice("sample", "solver", self.solver, tuple(DEFAULT_STEPS))
-        chosen = integers("sample", "timesteps", _timesteps(schedule.T, spec, self.solver, self.steps, self.timesteps))
-        variance = _variance(spec, self.solver, self.variance)
+        chosen, variance = self._visited(schedule, spec), _variance(spec, self.solver, self.variance)
         if self.clipped_eps != "spec" and self.solver != "ddim":
             raise ValueError(
                 f"sample: clipped_eps must be left out for {self.solver}, got {self.clipped_eps!r}; it is ddim's"
@@ -90,11 +89,41 @@ class Method:
             chosen,
             solver=self.solver,
             prediction=spec.prediction,
-            clip=_bound(spec, self.solver) if isinstance(self.clip, str) and self.clip == "spec" else self.clip,
+            clip=self._clip(spec),
             prev_timesteps=_previous(schedule.T, spec, self.solver, chosen) if prev is None else prev,
             variance=variance,
             **self._conventions(spec, chosen.numel()),
         )
+
+    def likelihood_table(self, schedule: NoiseSchedule, spec: ModelSpec) -> LikelihoodTable:
+        """The rows of the bound on the likelihood of which this method, "ddpm", samples.
+
+        Args:
+            schedule: the noise schedule of training.
+            spec: the checkpoint's conventions, which fill in what the method leaves open.
+
+        Returns:
+            The table, on the CPU.
+
+        Raises:
+            TypeError: timesteps are not integers.
+            ValueError: an option is out of range.
+        """
+        return likelihood_table(
+            schedule,
+            self._visited(schedule, spec),
+            prediction=spec.prediction,
+            variance=_variance(spec, "ddpm", self.variance) or spec.variance,
+            clip=self._clip(spec),
+        )
+
+    def _visited(self, schedule: NoiseSchedule, spec: ModelSpec) -> Tensor:
+        """The timesteps of the run, as they are given or by the checkpoint's rule."""
+        check_choice("sample", "solver", self.solver, tuple(DEFAULT_STEPS))
+        return integers("sample", "timesteps", _timesteps(schedule.T, spec, self.solver, self.steps, self.timesteps))
+
+    def _clip(self, spec: ModelSpec) -> float | DynamicThreshold | None:
+        return _bound(spec, self.solver) if isinstance(self.clip, str) and self.clip == "spec" else self.clip
 
     def _conventions(self, spec: ModelSpec, steps: int) -> dict[str, Any]:
         """The options that only some solvers have."""

@@ -14,6 +14,7 @@ both logs, so that the factor is 1: such tables drive networks with C and with 2
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -199,29 +200,8 @@ def assemble(
     Raises:
         ValueError: clip is out of range, or a coefficient is not finite in float32.
     """
-    threshold, bound = (clip, None) if isinstance(clip, DynamicThreshold) else (None, clip)
-    bound = None if bound is None else number(function, "clip", bound)
-    if bound is not None and not 0.0 < bound < math.inf:
-        raise ValueError(
-            f"{function}: clip must be above 0 and finite, None or a DynamicThreshold, got {bound}; "
-            "use None for no clipping"
-        )
-    S = timesteps.numel()
-    exact = torch.zeros(S + 1, len(COLUMNS), dtype=torch.float64)
-    for name, values in columns.items():
-        exact[:S, _COLUMN[name]] = values
-    exact[S, _COLUMN["c_x"]] = 1.0
-    rows = exact.float()
-    bad = (~rows.isfinite()).nonzero()
-    if bad.numel():
-        i, j = bad[0].tolist()
-        raise ValueError(
-            f"{function}: coefficients must be finite in float32, got {COLUMNS[j]} = {exact[i, j].item()} "
-            f"in row {i}; the signal all but vanishes at t={int(timesteps[i])}: leave that timestep out"
-        )
-    rows[:, _COLUMN["bound"]] = math.inf
-    if bound is not None:
-        rows[:S, _COLUMN["bound"]] = bound
+    rows, threshold = rounded(function, timesteps, columns, clip)
+    rows[-1, _COLUMN["c_x"]] = 1.0
 
     def uses(name: str) -> bool:
         return bool((rows[:, _COLUMN[name]] != 0).any())
@@ -236,3 +216,50 @@ def assemble(
         uses_noise=uses("sigma"),
         threshold=threshold,
     )
+
+
+def rounded(
+    function: str,
+    timesteps: Tensor,
+    columns: dict[str, Tensor],
+    clip: float | DynamicThreshold | None,
+    names: Sequence[str] = COLUMNS,
+) -> tuple[Tensor, DynamicThreshold | None]:
+    """Float64 columns rounded once to float32, with the bound of x̂_0 and a last row of zeros, whose bound is infinite.
+
+    Args:
+        function: name that starts the error messages.
+        timesteps: int64 [S].
+        columns: some of the names, without bound → float64 [S]; absent columns are 0.
+        clip: bound of |x̂_0|, None, or a DynamicThreshold.
+        names: what the columns are called, in their order in memory.
+
+    Returns:
+        float32 [S+1, len(COLUMNS)], and the dynamic threshold, if `clip` is one.
+
+    Raises:
+        ValueError: clip is out of range, or a coefficient is not finite in float32.
+    """
+    threshold, bound = (clip, None) if isinstance(clip, DynamicThreshold) else (None, clip)
+    bound = None if bound is None else number(function, "clip", bound)
+    if bound is not None and not 0.0 < bound < math.inf:
+        raise ValueError(
+            f"{function}: clip must be above 0 and finite, None or a DynamicThreshold, got {bound}; "
+            "use None for no clipping"
+        )
+    S = timesteps.numel()
+    exact = torch.zeros(S + 1, len(COLUMNS), dtype=torch.float64)
+    for name, values in columns.items():
+        exact[:S, names.index(name)] = values
+    rows = exact.float()
+    bad = (~rows.isfinite()).nonzero()
+    if bad.numel():
+        i, j = bad[0].tolist()
+        raise ValueError(
+            f"{function}: coefficients must be finite in float32, got {names[j]} = {exact[i, j].item()} "
+            f"in row {i}; the signal all but vanishes at t={int(timesteps[i])}: leave that timestep out"
+        )
+    rows[:, _COLUMN["bound"]] = math.inf
+    if bound is not None:
+        rows[:S, _COLUMN["bound"]] = bound
+    return rows, threshold

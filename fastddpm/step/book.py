@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.process.likelihood_table import LikelihoodTable
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
 from fastddpm.step.network import Network, rows_hold_classes
@@ -36,13 +37,15 @@ class Chapter:
 
 
 _Key = tuple[bytes, int | None]
+Table = StepTable | LikelihoodTable
+"""What a chapter holds: the rows of a run, or those of a bound."""
 
 
 class Book:
     """The rows of several runs, and what the network has to know of each.
 
     Attributes:
-        rows: float32 [capacity, len(COLUMNS)], the solvers' coefficients.
+        rows: float32 [capacity, len(COLUMNS)], the coefficients of solvers' rows and of bounds'.
         timesteps: int64 [capacity], each row's training timestep.
         conditions: [capacity, …], what the network is told in each row (`Network.tabulate`).
         holds_classes: whether each class has chapters of its own; otherwise the network is told of it in each step.
@@ -87,7 +90,7 @@ class Book:
             }  # fmt: skip
 
     @contextlib.contextmanager
-    def open(self, table: StepTable, labels: Sequence[int | None], uncond: int | None = None) -> Iterator[Places]:
+    def open(self, table: Table, labels: Sequence[int | None], uncond: int | None = None) -> Iterator[Places]:
         """Have a run's chapters in the book for the length of the block.
 
         Args:
@@ -111,7 +114,7 @@ class Book:
                 for chapter in chapters.values():
                     chapter.readers -= 1
 
-    def _opened(self, table: StepTable, key: _Key) -> Chapter:
+    def _opened(self, table: Table, key: _Key) -> Chapter:
         """A chapter, written if it is not there, with one reader more."""
         chapter = self._chapters.pop(key, None)
         if chapter is None:
@@ -149,7 +152,7 @@ class Book:
         for new, before in zip((self.rows, self.timesteps, self.conditions), old, strict=True):
             new[: len(before)] = before
 
-    def _write(self, chapter: Chapter, table: StepTable, label: int | None) -> None:
+    def _write(self, chapter: Chapter, table: Table, label: int | None) -> None:
         place = slice(chapter.begin, chapter.end + 1)
         timesteps = table.timesteps.to(self.device)
         self.rows[place] = table.rows.to(self.device)
@@ -164,7 +167,7 @@ class Book:
         return torch.zeros((capacity, *row.shape[1:]), dtype=row.dtype, device=self.device)
 
 
-def table_digest(table: StepTable) -> bytes:
+def table_digest(table: Table) -> bytes:
     """Tells tables apart by their numbers."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in (table.rows, table.timesteps):

@@ -27,6 +27,8 @@ class State:
         guidance: float32 [B], scales of classifier-free guidance, or None for none.
         history: float32 [B, C, H, W], the previous step's x̂_0, zeros before the first, or None where nobody reads it.
         history2: float32 [B, C, H, W], that of the step before it, likewise.
+        terms: float32 [B, 3], what the last step found out of each picture, in the order of
+            `fastddpm.step.likelihood.TERMS`, where x is pictures whose likelihood is asked for; or None.
     """
 
     x: Tensor
@@ -39,6 +41,7 @@ class State:
     guidance: Tensor | None = None
     history: Tensor | None = None
     history2: Tensor | None = None
+    terms: Tensor | None = None
 
     @classmethod
     def create(

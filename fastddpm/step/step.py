@@ -16,6 +16,7 @@ from fastddpm.kernels.p_sample import p_sample, p_sample_reference
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import DynamicThreshold, StepTable, dynamic_bound
 from fastddpm.step.book import Book
+from fastddpm.step.likelihood import LikelihoodForm, LikelihoodStep
 from fastddpm.step.network import Network
 from fastddpm.step.state import State
 
@@ -81,6 +82,23 @@ class StepForm:
         }
         return (*ALWAYS, *(name for name, is_wanted in wanted.items() if is_wanted))
 
+    @property
+    def caption(self) -> str:
+        """What tells its times from those of other steps."""
+        return ", guided" if self.guided else ""
+
+    def for_packages(self) -> StepForm:
+        """The form that is compiled ahead of time for such steps: with a history and noise it serves most solvers.
+
+        Only solvers that look back two steps have packages of their own, or the others' would carry a second history.
+        """
+        return dataclasses.replace(self, history=max(1, self.history), stochastic=True, in_place=False)
+
+    def for_graphs(self) -> tuple[StepForm, ...]:
+        """The forms that do for such steps in captured graphs, the leanest first; all have noise for every solver."""
+        depths = range(self.history, len(HISTORIES) + 1)
+        return tuple(dataclasses.replace(self, history=depth, stochastic=True, in_place=True) for depth in depths)
+
     @classmethod
     def of(
         cls,
@@ -131,6 +149,7 @@ class Step(nn.Module):
         """
         super().__init__()
         self.network, self.form, self.names = network, form, form.names
+        self.changed = tuple(name for name in CHANGED if name in form.names)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Make the step.
@@ -257,10 +276,10 @@ class Call:
         step: the step.
         state: the samples.
         book: the rows that they are at.
-        noise: float32 [1, B, C, H, W], an example of the z that each step will be given, or None.
+        noise: float32 [1, B, C, H, W], an example of the z or ε that each step will be given, or None.
     """
 
-    step: Step
+    step: Step | LikelihoodStep
     state: State
     book: Book
     noise: Tensor | None = None
@@ -277,8 +296,16 @@ class Call:
 
     def formed(self, **changes: Any) -> Call:  # noqa: ANN401 - the fields of `StepForm` type them
         """The call with another form of the step; where it keeps a history now, there is room for it."""
-        form = dataclasses.replace(self.step.form, **changes)
+        return self.with_form(dataclasses.replace(self.step.form, **changes))
+
+    def with_form(self, form: StepForm | LikelihoodForm) -> Call:
+        """The call with this form of the step, which must be of its kind."""
         state = self.state
         if missing := [name for name in form.histories if getattr(state, name) is None]:
             state = dataclasses.replace(state, **{name: torch.zeros_like(state.x) for name in missing})
-        return dataclasses.replace(self, step=Step(self.step.network, form), state=state)
+        return dataclasses.replace(self, step=step_of(self.step.network, form), state=state)
+
+
+def step_of(network: nn.Module, form: StepForm | LikelihoodForm) -> Step | LikelihoodStep:
+    """The step of a network in a form: one that moves samples, or one that measures pictures."""
+    return LikelihoodStep(network, form) if isinstance(form, LikelihoodForm) else Step(network, form)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from fastddpm.process import reference
+from fastddpm.process import likelihood, reference
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.timesteps import respace, spaced_timesteps
 from fastddpm.train import losses
@@ -51,7 +51,7 @@ def test_reverse_gaussian_and_bound_equal_openai(peer):
         close(p.log_variance, log_variance)
         close(p.variance, log_variance.exp())
         # In float32 as there: far from the mean, differences of Φ vanish in float32 and meet the floor of 1e-12.
-        bound = losses.vlb_terms(schedule, x_start.float(), x_t.float(), t, out.float(), clip=1.0)
+        bound = likelihood.vlb_terms(schedule, x_start.float(), x_t.float(), t, out.float(), clip=1.0)
         close(bound, data["fwd/vb"][k], rtol=1e-4)
 
 
@@ -59,7 +59,9 @@ def test_reverse_gaussian_and_bound_equal_openai(peer):
 def test_prior_term_equals_openai(peer):
     data = oracle(peer)
     spaced = OPENAI[peer].respaced(respace(OPENAI[peer].T, data["bpd/vb"].shape[1]).flip(0))
-    close(losses.prior_bits(spaced, data["fwd/x_start"].double()), data["bpd/prior_bpd"].double(), rtol=1e-3, atol=0)
+    close(
+        likelihood.prior_bits(spaced, data["fwd/x_start"].double()), data["bpd/prior_bpd"].double(), rtol=1e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("peer", OPENAI)
@@ -102,13 +104,13 @@ def test_targets_equal_the_peers(peer, schedule, prediction):
 def test_normal_kl_is_torchs(values):
     m1, l1, m2, l2 = torch.tensor(values, dtype=F64)
     expected = kl_divergence(Normal(m1, (l1 / 2).exp()), Normal(m2, (l2 / 2).exp()))
-    torch.testing.assert_close(losses.normal_kl(m1, l1, m2, l2), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(likelihood.normal_kl(m1, l1, m2, l2), expected, rtol=1e-9, atol=1e-12)
 
 
 @given(mean=st.floats(-1.2, 1.2), log_scale=st.floats(-5, 2))
 def test_decoder_is_a_distribution_over_the_256_levels(mean, log_scale):
     levels = torch.arange(256, dtype=F64) / 127.5 - 1.0
-    mass = losses.discretized_gaussian_log_likelihood(
+    mass = likelihood.discretized_gaussian_log_likelihood(
         levels, torch.tensor(mean, dtype=F64), torch.tensor(log_scale, dtype=F64)
     ).exp()
     assert float(mass.sum()) == pytest.approx(1.0, abs=1e-9)
@@ -118,7 +120,7 @@ def test_decoder_is_close_to_the_exact_normal():
     levels, mean, scale = torch.arange(256, dtype=F64) / 127.5 - 1.0, 0.13, 0.2
     exact = Normal(mean, scale)
     mass = exact.cdf(levels[1:-1] + 1 / 255) - exact.cdf(levels[1:-1] - 1 / 255)
-    ours = losses.discretized_gaussian_log_likelihood(
+    ours = likelihood.discretized_gaussian_log_likelihood(
         levels[1:-1], torch.tensor(mean, dtype=F64), torch.tensor(math.log(scale), dtype=F64)
     ).exp()
     assert (ours - mass).abs().max() < 0.01 * mass.max()
@@ -145,7 +147,7 @@ def test_a_perfect_small_variance_network_has_no_kl():
     schedule = NoiseSchedule.cosine(100)
     x_start, eps, t, x_t = batch(schedule)
     out = torch.cat([eps, -torch.ones_like(eps)], dim=1)
-    bound = losses.vlb_terms(schedule, x_start, x_t, t, out)
+    bound = likelihood.vlb_terms(schedule, x_start, x_t, t, out)
     assert bound[1:].abs().max() < 1e-9
     assert bound[0] > 0
 
@@ -157,7 +159,7 @@ def test_hybrid_loss_trains_the_mean_by_the_simple_part_alone():
     out = torch.randn(4, 4, 3, 3, generator=generator, dtype=F64, requires_grad=True)
     (hybrid,) = torch.autograd.grad(losses.hybrid_loss(schedule, x_start, x_t, t, eps, out), out)
     (simple,) = torch.autograd.grad(losses.simple_loss(schedule, x_start, t, eps, out).mean(), out)
-    (bound,) = torch.autograd.grad(losses.vlb_terms(schedule, x_start, x_t, t, out).mean(), out)
+    (bound,) = torch.autograd.grad(likelihood.vlb_terms(schedule, x_start, x_t, t, out).mean(), out)
     torch.testing.assert_close(hybrid[:, :2], simple[:, :2])
     assert simple[:, 2:].abs().max() == 0
     assert bound[:, :2].abs().max() > 0  # what is stopped
@@ -169,7 +171,7 @@ def test_hybrid_loss_is_the_weighted_sum():
     x_start, eps, t, x_t = batch(schedule)
     out = torch.cat([0.5 * eps, 0.1 * eps], dim=1)
     simple = losses.simple_loss(schedule, x_start, t, eps, out).mean()
-    bound = losses.vlb_terms(schedule, x_start, x_t, t, out).mean()
+    bound = likelihood.vlb_terms(schedule, x_start, x_t, t, out).mean()
     hybrid = losses.hybrid_loss(schedule, x_start, x_t, t, eps, out, vlb_weight=0.02)
     torch.testing.assert_close(hybrid, simple + 0.02 * 50 * bound)
 
@@ -299,3 +301,13 @@ def test_bad_input():
         losses.simple_loss(schedule, x, t, x, x, "noise")
     with pytest.raises(ValueError, match="noise must be given"):
         reference.ddim_sample_loop(lambda x, t: x, schedule, x, torch.tensor([5]), eta=0.5)
+
+
+def test_normal_kl_keeps_its_digits_where_the_two_are_almost_one():
+    """As the terms of good models are; in float32 a sum with ones in it would keep two digits."""
+    m1, l1, m2, l2 = (torch.tensor(value, dtype=F64) for value in (0.3, -9.0, 0.30001, -8.999))
+    exact = likelihood.normal_kl(m1, l1, m2, l2)
+    close_by = likelihood.normal_kl((m1 - m2).float(), (l1 - l2).float(), torch.zeros(()), torch.zeros(()))
+    scaled = exact - 0.5 * (m1 - m2) ** 2 * (-l2).exp() + 0.5 * (m1 - m2) ** 2
+    assert float(close_by) == pytest.approx(float(scaled), rel=1e-3)
+    assert float(scaled) == pytest.approx(2.5e-7, rel=1e-2)
