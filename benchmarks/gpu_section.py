@@ -156,7 +156,7 @@ def ceiling(section: Section) -> None:
     from fastddpm.bench import sections
 
     found = sections.measure_peaks(section.device, section.dry)
-    section.keep(True, found["text"].strip(), found.pop("text"), **found)
+    section.keep(True, found["text"].strip(), **found)
 
 
 def kernels(section: Section) -> None:
@@ -166,7 +166,7 @@ def kernels(section: Section) -> None:
     found = sections.measure_kernels(section.device, section.dry, _say)
     failed, count = found["failed"], len(found["cases"])
     says = f"{count} cases" + (f", {len(failed)} failed: {failed[0]}" if failed else "")
-    section.keep(not failed and count > 0, says, found.pop("text"), **found)
+    section.keep(not failed and count > 0, says, **found)
 
 
 def steps(section: Section) -> None:
@@ -176,7 +176,7 @@ def steps(section: Section) -> None:
     place = [workload.name for workload in sections.networks()].index(section.name)
     name = sections.networks(section.dry)[place].name
 
-    def keep(found: dict[str, Any], done: bool) -> None:
+    def keep(found: sections.StepsFound, done: bool) -> None:
         left_out = found["left_out"]
         batches = sum(len(network["batches"]) for network in found["networks"])
         timed = sum(bool(p["seconds"]) for n in found["networks"] for one in n["batches"] for p in one["peers"])
@@ -196,7 +196,7 @@ def trace(section: Section) -> None:
     from fastddpm.bench import sections
 
     found = sections.take_apart(section.device, section.out, section.dry)
-    text = found.pop("text")
+    text = str(found.pop("text"))
     section.keep(True, text.splitlines()[0], text, **found)
 
 

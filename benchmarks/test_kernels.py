@@ -1,7 +1,6 @@
 """The kernels beside what they replace: all contenders are compared first, then timed in turn."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -28,6 +27,6 @@ def copy_gb_s(request: pytest.FixtureRequest) -> float:
 
 def test_kernel(make: Callable[[], cases.Case], device: str, copy_gb_s: float, record: Callable[..., None]) -> None:
     """Assert that all compute the same, then time them."""
-    result: dict[str, Any] = cases.measure(make(), device, cases.Effort.of(device, False), copy_gb_s)
+    result = cases.measure(make(), device, cases.Effort.of(device, False), copy_gb_s)
     ours = result["contenders"][0]
     record([ms / 1e3 for ms in ours["samples_ms"]], copy_gb_s=copy_gb_s, **result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from fastddpm.export.source import Source
 from fastddpm.export.tracing import require_onnx
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
-from fastddpm.step.network import Foreign, as_network
+from fastddpm.step.network import Foreign, Network, as_network
 
 _ONE_FILE_BYTES = 1_900_000_000
 
@@ -38,7 +38,7 @@ class EngineNetwork(Foreign):
             device: where states are; on a GPU, ONNX Runtime's CUDA provider runs it.
         """
         super().__init__(model)
-        self._network: Any = as_network(model)
+        self._network = cast(Network, as_network(model))
         self._schedule, self._spec, self._device = schedule, spec, device
         self._session: OnnxSession | None = None
         self._weights = Weights(self)

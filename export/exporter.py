@@ -11,7 +11,7 @@ import torch
 from fastddpm import __version__
 from fastddpm.engines.options import split_options
 from fastddpm.export.facts import facts_of
-from fastddpm.export.form import Exported, NoisePlace, Precision, Range, What, make_form
+from fastddpm.export.form import Exported, Form, NoisePlace, Precision, Range, What
 from fastddpm.export.levels import build
 from fastddpm.export.model_file import set_metadata, write_model
 from fastddpm.export.source import Exportable, Source
@@ -78,7 +78,7 @@ def export_onnx(
     """
     require_onnx()
     source = model if isinstance(model, Source) else Source.of(model)
-    form = make_form(source.spec, what, precision, opset, batch, noise, guidance, output, tensorrt)
+    form = Form(what, precision, opset, batch, noise, guidance, output, tensorrt).checked(source.spec)
     _check_path(path)
     chosen, _ = split_options({"method": method, **options})
     table = None if what == "network" else chosen.table(source.schedule, source.spec)

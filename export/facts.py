@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import cast
 
 from fastddpm.engines.weights import weights_hash
 from fastddpm.export.form import Form
-from fastddpm.export.model_file import FORMAT, licence_of
+from fastddpm.export.model_file import FORMAT, Facts, licence_of
 from fastddpm.export.source import Source
 from fastddpm.process.table import StepTable
 
@@ -32,10 +32,10 @@ _MEANING = {
 }
 
 
-def facts_of(source: Source, table: StepTable | None, form: Form, licence: str | None) -> dict[str, Any]:
+def facts_of(source: Source, table: StepTable | None, form: Form, licence: str | None) -> Facts:
     """The metadata: everything that a user of the file must know, and what `OnnxSampler` needs to run it."""
     spec, checkpoint = source.spec, source.checkpoint
-    facts: dict[str, Any] = {
+    facts: Facts = {
         "format": FORMAT,
         "what": form.what,
         "precision": form.precision,
@@ -72,10 +72,10 @@ def facts_of(source: Source, table: StepTable | None, form: Form, licence: str |
         "range": "pictures in [0, 1]" if form.output == "unit" else "final states, in the network's own range",
     }
     facts["meaning"] = {name: text.format(**words) for name, text in _MEANING.items()}
-    return {name: value for name, value in _finite(facts).items() if value is not None}
+    return cast(Facts, {name: _finite(value) for name, value in facts.items() if value is not None})
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _finite(value: object) -> object:
     """JSON has no infinity: such numbers become words."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}

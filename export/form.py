@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+from fastddpm.export.model_file import Facts
 from fastddpm.export.modules import EXAMPLE_BATCH
 from fastddpm.export.tracing import check_opset
 from fastddpm.process.spec import ModelSpec
@@ -27,12 +27,12 @@ class Exported:
     """
 
     files: tuple[Path, ...]
-    facts: Mapping[str, Any]
+    facts: Facts
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """The checked wishes of one export; see `export_onnx`.
+    """The wishes of one export; see `export_onnx`, and `checked`.
 
     Attributes:
         what: the level.
@@ -40,7 +40,7 @@ class Form:
         opset: version of ONNX's operators.
         batch: a fixed batch, or None.
         noise: where the noise comes from.
-        guided: whether the scale of classifier-free guidance is an input.
+        guidance: whether the scale of classifier-free guidance is an input; None: where the network can do it.
         output: what a chain gives.
         tensorrt: whether TensorRT's parser must take it.
     """
@@ -50,9 +50,14 @@ class Form:
     opset: int
     batch: int | None
     noise: NoisePlace
-    guided: bool
+    guidance: bool | None
     output: Range
     tensorrt: bool
+
+    @property
+    def guided(self) -> bool:
+        """Whether the scale of classifier-free guidance is an input."""
+        return bool(self.guidance)
 
     @property
     def dynamic(self) -> bool:
@@ -69,43 +74,35 @@ class Form:
         """The batch of a traced example."""
         return self.batch or EXAMPLE_BATCH
 
+    def checked(self, spec: ModelSpec) -> Form:
+        """The same with all that was left open settled, if it is something that an export may be asked for.
 
-def make_form(
-    spec: ModelSpec,
-    what: What,
-    precision: Precision,
-    opset: int,
-    batch: int | None,
-    noise: NoisePlace,
-    guidance: bool | None,
-    output: Range,
-    tensorrt: bool,
-) -> Form:
-    """Check what an export may be asked for; the arguments are `export_onnx`'s.
-
-    Raises:
-        ValueError: one is out of range or does not fit the network.
-    """
-    check_opset(opset)
-    for name, value, kind in (
-        ("what", what, What),
-        ("precision", precision, Precision),
-        ("noise", noise, NoisePlace),
-        ("output", output, Range),
-    ):
-        if value not in get_args(kind):
-            raise ValueError(f"export: {name} must be one of {', '.join(get_args(kind))}, got {value!r}; pick one")
-    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
-        raise ValueError(f"export: batch must be a positive int or None, got {batch!r}; None leaves it open")
-    if tensorrt and what == "chain":
-        raise ValueError("export: what must be network or step for TensorRT, got chain; its loops go one step too far")
-    if tensorrt:
-        noise, batch = "input" if what == "step" else "philox", batch or 1
-    if noise == "input" and what != "step":
-        raise ValueError(f"export: noise must be philox for {what}, got 'input'; only a step can take its noise")
-    possible = spec.num_classes is not None and spec.null_class is not None and what != "network"
-    if guidance and not possible:
-        why = "a network alone is asked once" if what == "network" else "the network has no label for no class"
-        raise ValueError(f"export: guidance must be False here, got True: {why}")
-    guided = possible if guidance is None else guidance
-    return Form(what, precision, opset, batch, noise, guided, output, tensorrt)
+        Raises:
+            ValueError: one is out of range or does not fit the network.
+        """
+        check_opset(self.opset)
+        what, noise, batch = self.what, self.noise, self.batch
+        for name, value, kind in (
+            ("what", what, What),
+            ("precision", self.precision, Precision),
+            ("noise", noise, NoisePlace),
+            ("output", self.output, Range),
+        ):
+            if value not in get_args(kind):
+                raise ValueError(f"export: {name} must be one of {', '.join(get_args(kind))}, got {value!r}; pick one")
+        if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+            raise ValueError(f"export: batch must be a positive int or None, got {batch!r}; None leaves it open")
+        if self.tensorrt and what == "chain":
+            raise ValueError(
+                "export: what must be network or step for TensorRT, got chain; its loops go one step too far"
+            )
+        if self.tensorrt:
+            noise, batch = "input" if what == "step" else "philox", batch or 1
+        if noise == "input" and what != "step":
+            raise ValueError(f"export: noise must be philox for {what}, got 'input'; only a step can take its noise")
+        possible = spec.num_classes is not None and spec.null_class is not None and what != "network"
+        if self.guidance and not possible:
+            why = "a network alone is asked once" if what == "network" else "the network has no label for no class"
+            raise ValueError(f"export: guidance must be False here, got True: {why}")
+        guidance = possible if self.guidance is None else self.guidance
+        return dataclasses.replace(self, noise=noise, batch=batch, guidance=guidance)

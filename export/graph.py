@@ -193,37 +193,26 @@ def _rename(graph: onnx.GraphProto, prefix: str, names: Mapping[str, str]) -> No
         item.name = new(item.name)
 
 
-def join_step(
-    graph: Graph,
-    network: onnx.ModelProto,
-    update: onnx.ModelProto,
-    *,
-    null_class: int | None,
-    batch: int | None,
-    network_inputs: Sequence[str],
-    update_inputs: Sequence[str],
+def ask(
+    graph: Graph, network: onnx.ModelProto, inputs: Sequence[str], null_class: int | None, batch: int | None
 ) -> None:
-    """Append one step: names x, step, sample_id, seed[, y, guidance, histories, noise] → x_next, step_next[, …].
+    """Append a step's network: names x, step[, y, guidance, history] → out[, out_uncond].
 
     Args:
         graph: where to append.
         network: (x, step[, y][, history]) → out.
-        update: (x, out, step, …) → x_next, step_next[, history_next[, history2_next]].
-        null_class: the label of "no class" of a guided step, whose update takes `out_uncond` and `guidance`; or None.
+        inputs: what the network takes.
+        null_class: the label of "no class" of a guided step, which gets `out_uncond`; or None.
         batch: None: only the samples whose scale is not 1 are asked for twice, because for the others the output
             without class has no weight. A fixed batch: all are, and no shape depends on data.
-        network_inputs: what the network takes.
-        update_inputs: what the update takes.
     """
-    fed = {name: name for name in (*network_inputs, "out")}
+    fed = {name: name for name in (*inputs, "out")}
     if null_class is not None:
-        _ask_twice(graph, null_class, batch, [name for name in network_inputs if name != "y"])
+        _ask_twice(graph, null_class, batch, [name for name in inputs if name != "y"])
         fed = {name: f"both_{name}" for name in fed}
     graph.add(network, "net/", fed)
     if null_class is not None:
         _tell_apart(graph, batch)
-    outputs = ("x_next", "step_next", "history_next", "history2_next")
-    graph.add(update, "update/", {name: name for name in (*update_inputs, *outputs)})
 
 
 def _ask_twice(graph: Graph, null_class: int, batch: int | None, names: Sequence[str]) -> None:
@@ -264,7 +253,7 @@ def scan_steps(graph: Graph, step: Graph, shape: Sequence[int | str], S: int, hi
 
     Args:
         graph: where to append; has inputs sample_id, seed[, y, guidance] and a value x_T.
-        step: the body's operators, as `join_step` makes them; it is consumed.
+        step: the body's operators, those of a whole step; it is consumed.
         shape: of x, with the batch's name.
         S: steps.
         histories: those that the step has.

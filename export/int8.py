@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -17,8 +13,8 @@ from torch import Tensor
 
 from fastddpm.export.model_file import is_large
 from fastddpm.export.source import CPU, Source
-from fastddpm.process.method import Method
-from fastddpm.process.spec import ModelSpec
+from fastddpm.export.tracing import quiet
+from fastddpm.process.method import Method, MethodOptions
 from fastddpm.process.table import StepTable
 from fastddpm.step.request import RunOptions, make_request
 
@@ -26,6 +22,7 @@ if TYPE_CHECKING:
     import onnx
 
     from fastddpm.export.form import Exported
+    from fastddpm.sampler import Sampler
 
 CALIBRATION_STEPS = 20
 CALIBRATION_SAMPLES = 8
@@ -111,7 +108,7 @@ def to_int8(model: onnx.ModelProto, feeds: Sequence[dict[str, np.ndarray]]) -> o
     # By `type`, because the base class comes from a package that need not be there.
     reader = type("Reader", (CalibrationDataReader,), {"get_next": get_next})()
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet(""):  # its root logger has advice on preprocessing
         source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
         large = is_large(model)
         heavy = _heavy(model)
@@ -150,16 +147,7 @@ def _heavy(model: onnx.ModelProto) -> list[str]:
     return [node.name for node in nodes if node.name not in (convolutions[:1] + convolutions[-1:])]
 
 
-class Draws(Protocol):
-    """What a `Sampler` offers, whose pictures are compared."""
-
-    spec: ModelSpec
-
-    def sample(self, n: int, *, output: Any = ..., **options: Any) -> Any:  # noqa: ANN401
-        """Draw n samples."""
-
-
-def psnr(exported: Exported, sampler: Draws) -> str:
+def psnr(exported: Exported, sampler: Sampler) -> str:
     """A line on how far an exported model's pictures are from the sampler's, for seed 0."""
     n = 16 if int(exported.facts.get("steps", 0)) <= 50 else 4
     decibels = picture_psnr(exported, sampler, n)
@@ -169,14 +157,14 @@ def psnr(exported: Exported, sampler: Draws) -> str:
     )
 
 
-def picture_psnr(exported: Exported, sampler: Draws, n: int) -> np.ndarray:
+def picture_psnr(exported: Exported, sampler: Sampler, n: int) -> np.ndarray:
     """PSNR in dB of each of n pictures of an exported model against the sampler's own, for seed 0."""
     from fastddpm.export.onnx_sampler import OnnxSampler
 
     facts, spec = exported.facts, sampler.spec
     labels = None if spec.num_classes is None else [i % spec.num_classes for i in range(n)]
-    method: dict[str, Any] = {"steps": 20} if facts["what"] == "network" else {}
-    output: Any = "raw" if facts["output"] == "raw" and facts["what"] == "chain" else "unit"
+    method: MethodOptions = {"steps": 20} if facts["what"] == "network" else {}
+    output: Literal["raw", "unit"] = "raw" if facts["output"] == "raw" and facts["what"] == "chain" else "unit"
     other = OnnxSampler(exported.files[0], "cpu").sample(
         n, class_labels=labels, output=output, progress=False, **method
     )
@@ -186,17 +174,3 @@ def picture_psnr(exported: Exported, sampler: Draws, n: int) -> np.ndarray:
     error = (ours.cpu() - other).flatten(1).square().mean(1).clamp(min=1e-12)
     span = 2.0 if output == "raw" else 1.0
     return np.asarray(10 * torch.log10(span**2 / error))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the quantizer's advice on preprocessing to itself."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -8,11 +8,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 from fastddpm.checkpoints import CheckpointError
 from fastddpm.common.interrupts import hold_interrupt
 from fastddpm.files import check_replaceable, sync, temporary_folder
+from fastddpm.process.table import Solver
 
 if TYPE_CHECKING:
     import onnx
@@ -25,6 +26,33 @@ LIMIT = 2**31 - 2**20
 """A protobuf file ends at 2 GiB: larger models keep their weights in a file of their own."""
 _INLINE = 1024
 _ALIGNMENT = 4096
+
+
+class Facts(TypedDict, total=False):
+    """What a model says about itself; what does not apply to it is left out."""
+
+    format: int
+    what: Literal["network", "step", "chain"]
+    precision: Literal["fp32", "fp16", "int8"]
+    opset: int
+    batch: int | None
+    noise: Literal["philox", "input"]
+    guidance: bool
+    output: Literal["unit", "raw"]
+    tensorrt: bool
+    weights_sha256: str
+    source: str
+    licence: str
+    schedule: Mapping[str, object]
+    spec: Mapping[str, object]
+    value_range: str
+    solver: Solver
+    steps: int
+    timesteps: list[int]
+    noisy_rows: list[int]
+    uses_noise: bool
+    keeps_history: bool
+    meaning: Mapping[str, str]
 
 
 def licence_of(path: Path | None) -> str | None:
@@ -45,7 +73,7 @@ def licence_of(path: Path | None) -> str | None:
     return None
 
 
-def set_metadata(model: onnx.ModelProto, facts: Mapping[str, Any], version: str) -> None:
+def set_metadata(model: onnx.ModelProto, facts: Facts, version: str) -> None:
     """Write `facts` into a model: all of them as JSON under `KEY`, the plain ones under their own names too."""
     model.producer_name, model.producer_version = "fastddpm", version
     model.domain, model.model_version = "", FORMAT
@@ -56,7 +84,7 @@ def set_metadata(model: onnx.ModelProto, facts: Mapping[str, Any], version: str)
         model.metadata_props.add(key=name, value=entries[name])
 
 
-def read_metadata(values: Mapping[str, str], source: str) -> dict[str, Any]:
+def read_metadata(values: Mapping[str, str], source: str) -> Facts:
     """What `set_metadata` wrote.
 
     Raises:
@@ -74,7 +102,7 @@ def read_metadata(values: Mapping[str, str], source: str) -> dict[str, Any]:
         ) from error
     if version > FORMAT:
         raise CheckpointError(f"{source}: format must be at most {FORMAT}, got {version}; renew fastddpm")
-    return facts
+    return cast(Facts, facts)
 
 
 def is_large(model: onnx.ModelProto) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from fastddpm.engines.loop import Begin, Course, Loop
 from fastddpm.engines.options import SampleOptions, split_options
 from fastddpm.engines.runner import Runner
 from fastddpm.engines.stepper import Stepper
-from fastddpm.export.session import OnnxSession, Provider
+from fastddpm.export.session import OnnxSession, Provider, SessionOptions
 from fastddpm.export.step_loop import ChainRunner, OnnxRunner, StepLoop
 from fastddpm.images import Output, ToBytes, check_output, to_output
 from fastddpm.process.method import Method
@@ -45,7 +45,9 @@ class OnnxSampler:
         facts: the file's metadata.
     """
 
-    def __init__(self, path: str | os.PathLike[str], provider: Provider = "auto", **options: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self, path: str | os.PathLike[str], provider: Provider = "auto", **options: Unpack[SessionOptions]
+    ) -> None:
         """Open a model; `options` are those of `OnnxSession`.
 
         Args:
@@ -59,7 +61,7 @@ class OnnxSampler:
             ValueError: the provider is missing, or an option does not fit.
         """
         self.session = OnnxSession(path, provider, **options)
-        self.facts: Mapping[str, Any] = self.session.facts
+        self.facts = self.session.facts
         self.device = torch.device("cpu")
         self.spec = ModelSpec.from_dict(self.facts["spec"])
         self.schedule = NoiseSchedule.from_config(self.facts["schedule"])
@@ -173,11 +175,11 @@ class OnnxSampler:
         places = Places(clock, clock + len(self.facts["timesteps"]))
         return State.create(self.spec.shape, batch.ids, batch.seed, places, x_T=batch.x_T if x_T is None else x_T)
 
-    def _check_settled(self, options: Mapping[str, Any]) -> None:
+    def _check_settled(self, options: Mapping[str, object]) -> None:
         """Refuse what was settled when the file was written."""
-        settled = {field.name for field in dataclasses.fields(Method)} | {"method"}
+        settled, facts = {field.name for field in dataclasses.fields(Method)} | {"method"}, dict(self.facts)
         for name, value in options.items():
-            if name in settled and value is not None and value != self.facts.get(name):
+            if name in settled and value is not None and value != facts.get(name):
                 raise ValueError(
                     f"sample: {name} must be left out for a {self.facts['what']}, got {value!r}: "
                     "it was settled when the file was written; export it anew"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import os
 import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 
@@ -31,6 +34,60 @@ _DTYPES: dict[str, type[np.generic]] = {
 _GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
 
 
+class SessionOptions(TypedDict, total=False):
+    """The keyword arguments of `OnnxSession`."""
+
+    device_id: int
+    threads: int | None
+    cuda_graph: bool
+    fp16: bool
+    cache: str | os.PathLike[str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """How a session runs, with its defaults."""
+
+    device_id: int = 0
+    threads: int | None = None
+    cuda_graph: bool = False
+    fp16: bool = False
+    cache: str | os.PathLike[str] | None = None
+
+    def of_session(self, ort: ModuleType) -> onnxruntime.SessionOptions:
+        """ONNX Runtime's own options."""
+        threads = self.threads
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise ValueError(f"OnnxSession: threads must be a positive int or None, got {threads!r}; leave it out")
+        torch = sys.modules.get("torch")
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = threads or (torch.get_num_threads() if torch else 0)
+        # PyTorch's own threads wait in the same process; two pools that spin while they wait starve each other.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0" if torch and not threads else "1")
+        return options
+
+    def of_provider(self, chosen: str) -> dict[str, str]:
+        """Those of a provider, "cpu", "cuda" or "tensorrt"."""
+        if self.fp16 and chosen != "tensorrt":
+            raise ValueError(f"OnnxSession: fp16 must be False for {chosen}, got True; export with precision='fp16'")
+        if chosen == "cuda":
+            return {"device_id": str(self.device_id), "enable_cuda_graph": str(int(self.cuda_graph))}
+        if chosen != "tensorrt":
+            return {}
+        options = {
+            "device_id": str(self.device_id),
+            "trt_fp16_enable": str(int(self.fp16)),
+            "trt_cuda_graph_enable": str(int(self.cuda_graph)),
+        }
+        if self.cache is not None:
+            Path(self.cache).mkdir(parents=True, exist_ok=True)
+            for kind in ("engine", "timing"):
+                options[f"trt_{kind}_cache_enable"] = "1"
+                options[f"trt_{kind}_cache_path"] = str(self.cache)
+        return options
+
+
 class OnnxSession:
     """A model that `export_onnx` wrote, loaded.
 
@@ -43,15 +100,7 @@ class OnnxSession:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        provider: Provider = "auto",
-        *,
-        device_id: int = 0,
-        threads: int | None = None,
-        cuda_graph: bool = False,
-        fp16: bool = False,
-        cache: str | os.PathLike[str] | None = None,
+        self, path: str | os.PathLike[str], provider: Provider = "auto", **options: Unpack[SessionOptions]
     ) -> None:
         """Open a model.
 
@@ -59,42 +108,44 @@ class OnnxSession:
             path: the .onnx file.
             provider: "auto" takes the GPU through CUDA if there is one and falls back to the CPU with a warning if that
                 fails; the others are what they say, or an error.
-            device_id: which GPU.
-            threads: of the CPU provider; None takes as many as PyTorch uses.
-            cuda_graph: capture the step into a CUDA graph and replay it; for steps and networks of a fixed batch.
-            fp16: let TensorRT choose half precision where that is quicker.
-            cache: folder for TensorRT's engines and timings, so that the next start need not build them again.
+            options: `device_id`, which GPU (0); `threads` of the CPU provider (as many as PyTorch uses); `cuda_graph`,
+                to capture the step into a CUDA graph and replay it, for steps and networks of a fixed batch; `fp16`, to
+                let TensorRT choose half precision where that is quicker; and `cache`, a folder for TensorRT's engines
+                and timings, so that the next start need not build them again.
 
         Raises:
             CheckpointError: there is no such file, it is damaged, or it is another program's.
+            TypeError: an option is unknown.
             ValueError: the provider is missing, or an option does not fit.
         """
-        self.path = Path(path)
+        if unknown := sorted(options.keys() - SessionOptions.__annotations__.keys()):
+            known = ", ".join(SessionOptions.__annotations__)
+            raise TypeError(f"OnnxSession: options must be among {known}, got {', '.join(unknown)}; mend the name")
+        self.path, wanted = Path(path), _Options(**options)
         ort = _runtime()
         if provider not in get_args(Provider):
             raise ValueError(f"OnnxSession: provider must be auto, cpu, cuda or tensorrt, got {provider!r}; pick one")
         if not self.path.is_file():
             raise CheckpointError(f"no model at {self.path}; write one with fastddpm export")
         chosen = self._choose(ort, provider)
-        options = _session_options(ort, threads)
-        extra = _provider_options(chosen, device_id, cuda_graph, fp16, cache)
+        given, extra = wanted.of_session(ort), wanted.of_provider(chosen)
         try:
-            self._open(ort, options, chosen, extra)
+            self._open(ort, given, chosen, extra)
         except ValueError:
             if provider != "auto" or chosen == "cpu":
                 raise
             warnings.warn(f"OnnxSession: {chosen} does not work here, running on the cpu", stacklevel=2)
-            self._open(ort, options, "cpu", {})
+            self._open(ort, given, "cpu", {})
         self.facts = read_metadata(self.raw.get_modelmeta().custom_metadata_map, str(self.path))
         self.inputs = {value.name: _signature(value) for value in self.raw.get_inputs()}
         self.outputs = [value.name for value in self.raw.get_outputs()]
-        if cuda_graph and (self.facts["what"] == "chain" or self.facts.get("batch") is None):
+        if wanted.cuda_graph and (self.facts["what"] == "chain" or self.facts.get("batch") is None):
             raise ValueError(
                 f"OnnxSession: cuda_graph must be False for a {self.facts['what']} of "
                 f"{'open batch' if self.facts.get('batch') is None else 'many steps'}, got True; "
                 "export a step with a fixed batch"
             )
-        self.cuda_graph = cuda_graph and self.provider != "cpu"
+        self.cuda_graph = wanted.cuda_graph and self.provider != "cpu"
 
     @property
     def batch(self) -> int | None:
@@ -156,7 +207,7 @@ class OnnxSession:
         dtype, shape = self.inputs[name]
         return np.zeros((batch, *(size or 1 for size in shape[1:])), dtype=dtype)
 
-    def _choose(self, ort: Any, provider: Provider) -> str:  # noqa: ANN401 - a module without types
+    def _choose(self, ort: ModuleType, provider: Provider) -> str:
         available = ort.get_available_providers()
         has_gpu = any(os.path.exists(file) for file in _GPU_FILES)
         if provider == "auto":
@@ -171,7 +222,7 @@ class OnnxSession:
             raise ValueError(f"OnnxSession: provider must be cpu, got {provider!r}: this machine has no NVIDIA GPU")
         return provider
 
-    def _open(self, ort: Any, options: Any, chosen: str, extra: dict[str, str]) -> None:  # noqa: ANN401
+    def _open(self, ort: ModuleType, options: onnxruntime.SessionOptions, chosen: str, extra: dict[str, str]) -> None:
         # TensorRT leaves what it cannot run to CUDA, and CUDA to the CPU.
         order = {"cpu": ["cpu"], "cuda": ["cuda", "cpu"], "tensorrt": ["tensorrt", "cuda", "cpu"]}[chosen]
         providers = [(PROVIDERS[name], extra if name == chosen else {}) for name in order]
@@ -188,49 +239,14 @@ class OnnxSession:
         self.provider = chosen
 
 
-def _runtime() -> Any:  # noqa: ANN401 - a module without types
+def _runtime() -> ModuleType:
     try:
-        import onnxruntime
+        return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise ValueError(
             "OnnxSession: the package onnxruntime must be installed; run pip install 'fastddpm[onnx]'"
         ) from error
-    return onnxruntime
 
 
-def _session_options(ort: Any, threads: int | None) -> Any:  # noqa: ANN401
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise ValueError(f"OnnxSession: threads must be a positive int or None, got {threads!r}; leave it out")
-    torch = sys.modules.get("torch")
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads or (torch.get_num_threads() if torch else 0)
-    # PyTorch's own threads wait in the same process; two pools that spin while they wait starve each other.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0" if torch and not threads else "1")
-    return options
-
-
-def _provider_options(
-    chosen: str, device_id: int, cuda_graph: bool, fp16: bool, cache: str | os.PathLike[str] | None
-) -> dict[str, str]:
-    if fp16 and chosen != "tensorrt":
-        raise ValueError(f"OnnxSession: fp16 must be False for {chosen}, got True; export with precision='fp16'")
-    if chosen == "cuda":
-        return {"device_id": str(device_id), "enable_cuda_graph": str(int(cuda_graph))}
-    if chosen != "tensorrt":
-        return {}
-    options = {
-        "device_id": str(device_id),
-        "trt_fp16_enable": str(int(fp16)),
-        "trt_cuda_graph_enable": str(int(cuda_graph)),
-    }
-    if cache is not None:
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        for kind in ("engine", "timing"):
-            options[f"trt_{kind}_cache_enable"] = "1"
-            options[f"trt_{kind}_cache_path"] = str(cache)
-    return options
-
-
-def _signature(value: Any) -> tuple[type[np.generic], tuple[int | None, ...]]:  # noqa: ANN401
+def _signature(value: onnxruntime.NodeArg) -> tuple[type[np.generic], tuple[int | None, ...]]:
     return _DTYPES[value.type], tuple(size if isinstance(size, int) else None for size in value.shape)

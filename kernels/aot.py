@@ -8,11 +8,15 @@ import re
 import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .dispatch import HAS_TRITON, INTERPRETED
 from .machine_code import amd_bits, read_amdgcn, read_cubin, sass_bits
 from .philox import TRAINING
+
+if TYPE_CHECKING:
+    from triton import JITFunction
+    from triton.compiler import CompiledKernel
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 """The GPUs that every kernel is compiled for: A100, H100 and H200, B200, MI300."""
@@ -194,7 +198,7 @@ def missed_bars(variant: Variant, measured: Compiled) -> list[str]:
     return missed
 
 
-def _arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[str, object]]:
+def _arguments(variant: Variant) -> tuple["JITFunction", dict[str, str], dict[str, object]]:
     """The kernel, its pointer and integer arguments' types, and its constants but for the target's."""
     from .p_sample_triton import _p_sample_kernel
     from .q_sample_triton import _q_sample_kernel
@@ -216,7 +220,9 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[str, object]
     return _q_sample_kernel, types, {"DOMAIN": TRAINING} | dict.fromkeys(unused)
 
 
-def compile_variant(variant: Variant, target: str, *, ones: Iterable[str] = (), aligned: bool = True) -> Any:  # noqa: ANN401 - Triton's classes are untyped
+def compile_variant(
+    variant: Variant, target: str, *, ones: Iterable[str] = (), aligned: bool = True
+) -> "CompiledKernel":
     """Compile one variant for one target, as the launcher would.
 
     Args:

@@ -4,7 +4,6 @@ It imports Triton, so only modules that hold kernels (`…_triton.py`) may impor
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -32,12 +31,12 @@ GROUPS = 128
 """Groups of consecutive elements in one program; each thread owns one group, so accesses are 128 bits wide."""
 
 
-def jit(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - a JITFunction has no useful static type
+def jit(function: Callable[..., object]) -> triton.JITFunction:
     """`triton.jit`, with a type for the checker, which does not look into Triton."""
     return triton.jit(function)
 
 
-def launcher(kernel: Any) -> Any:  # noqa: ANN401 - likewise
+def launcher(kernel: triton.JITFunction) -> triton.JITFunction:
     """`torch.library.wrap_triton`, by which compilers see into an op.
 
     On the interpreter, which no compiler sees, a kernel is something else, which torch 2.11 still refuses there.

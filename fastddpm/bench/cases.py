@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import ParamSpec, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -93,7 +93,34 @@ class Effort:
         return cls(20, 20) if device == "cuda" else cls(15, 4)
 
 
-def measure(case: Case, device: str, effort: Effort, copy_gb_s: float = 0.0) -> dict[str, Any]:
+class ContenderResult(TypedDict):
+    """What was measured of a contender; quantiles are those of `Quantiles`."""
+
+    name: str
+    ms: dict[str, float]
+    samples_ms: list[float]
+    gb_s: float
+    of_copy: float | None
+    difference: float
+    first_s: float
+    replayed: bool
+    times_ours: dict[str, float]
+
+
+class CaseResult(TypedDict):
+    """A case that was measured."""
+
+    case: str
+    shape: list[int]
+    bytes: int
+    clock: str
+    calls: int
+    rounds: int
+    contenders: list[ContenderResult]
+    missing: list[str]
+
+
+def measure(case: Case, device: str, effort: Effort, copy_gb_s: float = 0.0) -> CaseResult:
     """Compare a case's contenders, then time them in turn.
 
     Args:
@@ -122,7 +149,7 @@ def measure(case: Case, device: str, effort: Effort, copy_gb_s: float = 0.0) -> 
             warm_up()
         taken = in_turn(measures, effort.rounds)
     ours = taken[case.contenders[0].name]
-    rows = []
+    rows: list[ContenderResult] = []
     for name, ms in taken.items():
         times = Quantiles.of(ms)
         speed = case.moved / times.p50 / 1e6
@@ -138,7 +165,7 @@ def measure(case: Case, device: str, effort: Effort, copy_gb_s: float = 0.0) -> 
     }  # fmt: skip
 
 
-def compare(case: Case) -> dict[str, float | None]:
+def compare(case: Case) -> dict[str, float]:
     """Each contender's largest difference from the second one's result, over that one's largest magnitude or 1.
 
     Raises:
@@ -150,7 +177,7 @@ def compare(case: Case) -> dict[str, float | None]:
         with torch.no_grad():
             results[contender.name] = (contender.compared or contender.call)(0).detach().float().clone()
     expected = results[case.contenders[1].name]
-    found: dict[str, float | None] = {}
+    found: dict[str, float] = {}
     for contender in case.contenders:
         difference = float((results[contender.name] - expected).abs().max() / expected.abs().max().clamp(min=1.0))
         if not difference <= contender.tolerance:
@@ -183,13 +210,17 @@ def _runnable(case: Case, contender: Contender, device: str, calls: int) -> tupl
         return replayed(call, calls, device), device == "cuda"
 
 
-def compiled(function: Callable[..., Any], dry: bool) -> Callable[..., Any]:
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
+
+
+def compiled(function: Callable[Given, Made], dry: bool) -> Callable[Given, Made]:
     """The function under `torch.compile`; it is only traced where `dry`."""
-    result: Callable[..., Any] = torch.compile(function, backend="eager") if dry else torch.compile(function)
+    result: Callable[Given, Made] = torch.compile(function, backend="eager") if dry else torch.compile(function)
     return result
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
+def table(results: Sequence[CaseResult]) -> str:
     """Cases as a Markdown table."""
     lines = [
         "| case | contender | ms (p20 … p80) | GB/s | of the copy | × ours | difference |",

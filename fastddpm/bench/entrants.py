@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastddpm.engines.precision import processor_has_bf16
 
 _ENGINES = {"eager": "eager", "compiled": "compiled", "graph": "cuda_graph"}
 _LOW = ("bf16", "tf32")
 
-PEERS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
+PEERS: dict[str, tuple[str, str, tuple[str | None, ...]]] = {
     "reference": ("peers", "ReferencePeer", ("fp32",)),
     "reference-tf32": ("peers", "ReferencePeer", ("tf32",)),
     "fastddpm-auto": ("peers", "EnginePeer", ("auto", "fp32")),

@@ -5,33 +5,23 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastddpm.bench.arithmetic import Precision
 from fastddpm.bench.job import Half, Job
 from fastddpm.bench.lucidrains_package import package_module
 from fastddpm.bench.peers import MissingError, Peer, count_flops, outside_ms
 from fastddpm.bench.twins import import_diffusers
 from fastddpm.kernels.philox import X_T_COUNTER
 
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
+
 _DRAWS = ("diffusers.schedulers.scheduling_ddpm", "diffusers.pipelines.ddpm.pipeline_ddpm")
-
-
-def diffusers_module() -> Any:  # noqa: ANN401 - a module
-    """The package diffusers.
-
-    Raises:
-        MissingError: it cannot be imported.
-    """
-    try:
-        return import_diffusers()
-    except ImportError as error:
-        raise MissingError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -40,7 +30,13 @@ def common_noise(job: Job, batch: int, steps: int) -> Iterator[None]:
     times = [X_T_COUNTER, *(t for t in job.timesteps(steps) if t > 0)]
     noises = iter([job.noise(batch, t) for t in times])
 
-    def draw(shape: object, *_: object, dtype: torch.dtype | None = None, device: Any = None, **__: object) -> Tensor:  # noqa: ANN401
+    def draw(
+        shape: object,
+        *_: object,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **__: object,
+    ) -> Tensor:
         return next(noises).to(device=device, dtype=dtype or torch.float32)
 
     with contextlib.ExitStack() as stack:
@@ -55,12 +51,12 @@ class DiffusersPeer(Peer):
     def load(self, job: Job) -> None:
         """Load the pipeline; labels, which it does not know, are handed to its network directly."""
         super().load(job)
-        diffusers = diffusers_module()
+        diffusers = import_diffusers()
         if job.model and not job.folder:
             raise MissingError(job.why_no_folder)
         self.scheduler = diffusers.DDPMScheduler(num_train_timesteps=job.T)
         if not job.model:
-            self.network: Any = Half()
+            self.network = Half()
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -71,9 +67,9 @@ class DiffusersPeer(Peer):
             self._labelled(diffusers.UNet2DModel)
         self.plain = self.pipe.unet
         if self.mode is not None:
-            options: dict[str, Any] = {"backend": "eager"} if job.dry else {"mode": self.mode}
+            backend, mode = ("eager", None) if job.dry else ("inductor", self.mode)
             torch._dynamo.config.recompile_limit = 64  # each batch size is compiled for itself, as for who has one
-            self.pipe.unet = torch.compile(self.pipe.unet, dynamic=False, **options)
+            self.pipe.unet = torch.compile(self.pipe.unet, dynamic=False, backend=backend, mode=mode)
 
     def _labelled(self, unet: type[nn.Module]) -> None:
         class Labelled(unet):  # type: ignore[valid-type, misc]
@@ -85,7 +81,7 @@ class DiffusersPeer(Peer):
                 timestep: Tensor,
                 class_labels: Tensor | None = None,
                 return_dict: bool = True,
-            ) -> Any:  # noqa: ANN401
+            ) -> object:
                 return super().forward(sample, timestep, self.labels, return_dict)
 
         self.pipe.unet.__class__ = Labelled
@@ -140,7 +136,7 @@ class DiffusersPeer(Peer):
 
 @torch.no_grad()
 def scheduler_loop(
-    scheduler: Any,  # noqa: ANN401 - diffusers' own
+    scheduler: DDPMScheduler,
     network: Callable[[Tensor, Tensor], Tensor],
     job: Job,
     batch: int,
@@ -165,10 +161,6 @@ class LucidrainsPeer(Peer):
     """GaussianDiffusion of denoising-diffusion-pytorch with its own U-Net, of similar size: not the same pictures."""
 
     equality = False
-
-    def __init__(self, precision: Precision = "fp32") -> None:
-        super().__init__(precision)
-        self.diffusion: Any = None
 
     def load(self, job: Job) -> None:
         """Make its U-Net, with random weights."""

@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -18,7 +18,23 @@ PACKAGES = ("fastddpm", "torch", "triton", "numpy", "diffusers", "denoising-diff
             "onnxruntime-gpu", "openvino")  # fmt: skip
 
 
-def describe(threads: int) -> dict[str, Any]:
+class Machine(TypedDict):
+    """Hardware, versions and commit; what the system does not tell is None."""
+
+    date: str
+    processor: str
+    cores: int | None
+    threads: int
+    instructions: str
+    memory_gb: float
+    gpu: str | None
+    system: str
+    python: str
+    versions: dict[str, str]
+    commit: str | None
+
+
+def describe(threads: int) -> Machine:
     """Hardware, versions and commit, as JSON-ready values."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

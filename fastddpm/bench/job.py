@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +51,13 @@ class Job(Record):
     """
 
     model: str
-    flags: Mapping[str, Any]
+    flags: Mapping[str, object]
     shape: tuple[int, int, int]
     T: int
     classes: int | None
     folder: str
     why_no_folder: str
-    lucidrains: Mapping[str, Any] | None
+    lucidrains: Mapping[str, object] | None
     scratch: str
     threads: int
     device: str = "cpu"
@@ -89,20 +88,25 @@ def update_parts(shape: tuple[int, int, int], T: int) -> tuple[NoiseSchedule, Mo
     return NoiseSchedule.linear(T, dtype=torch.float32), ModelSpec(shape)
 
 
-def make_job(workload: Workload, folder: Path, **common: Any) -> Job:  # noqa: ANN401
+def make_job(
+    workload: Workload, folder: Path, *, threads: int, device: str = "cpu", steps_only: bool = False, dry: bool = False
+) -> Job:
     """Make a workload's files and say where they are.
 
     Args:
         workload: what is measured.
         folder: for the files.
-        common: the fields of `Job` that are not the workload's.
+        threads: as in `Job`, and so are device, steps_only and dry.
+        device: "cpu" or "cuda".
+        steps_only: whether a timed run is the steps alone.
+        dry: whether compilers only trace.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
     """
-    common |= {"scratch": str(folder)}
+    update = Job("", {}, (3, 32, 32), 1000, None, "", "", None, str(folder), threads, device, steps_only, dry)
     if workload.is_update:
-        return Job("", {}, (3, 32, 32), 1000, None, "", "", None, **common)
+        return update
     model, flags = workload.model, workload.flags
     if workload.unet is not None:
         model = str(random_checkpoint(folder / "random", workload.unet, workload.variance))
@@ -113,6 +117,7 @@ def make_job(workload: Workload, folder: Path, **common: Any) -> Job:  # noqa: A
     except (NoTwinError, ImportError) as error:
         why = str(error)
     spec = checkpoint.spec
-    return Job(
-        model, flags, spec.shape, checkpoint.schedule.T, spec.num_classes, twin, why, workload.lucidrains, **common
-    )
+    return dataclasses.replace(
+        update, model=model, flags=flags, shape=spec.shape, T=checkpoint.schedule.T, classes=spec.num_classes,
+        folder=twin, why_no_folder=why, lucidrains=workload.lucidrains,
+    )  # fmt: skip

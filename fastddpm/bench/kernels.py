@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 from unittest.mock import patch
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from fastddpm.bench.cases import LOW_TOLERANCE, OTHERS_TOLERANCE, Case, Contender, compiled
 from fastddpm.bench.twins import import_diffusers
 from fastddpm.kernels import normals_reference, p_sample, q_sample
-from fastddpm.kernels.group_norm import add_group_norm
+from fastddpm.kernels.group_norm import Norm, Terms, add_group_norm
 from fastddpm.process.ddpm import ddpm_table
 from fastddpm.process.schedule import NoiseSchedule
 
@@ -61,7 +61,7 @@ def _compiles(device: str, dry: bool) -> bool:
     return dry or device == "cuda"
 
 
-def _diffusers() -> tuple[Any, tuple[str, ...]]:
+def _diffusers() -> tuple[ModuleType | None, tuple[str, ...]]:
     """The library or None, and why it is not there."""
     try:
         return import_diffusers(), ()
@@ -82,6 +82,8 @@ def _low(device: str) -> torch.dtype:
 
 
 # ------------------------------------------------------------------ the update
+
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]], Tensor]
 
 
 def textbook_step(x: Tensor, out: Tensor, t: Tensor, z: Tensor, coefficients: tuple[Tensor, ...]) -> Tensor:
@@ -140,10 +142,12 @@ class _Update:
     def with_noise_of_its_own(self, x: Tensor, out: Tensor) -> Tensor:
         return textbook_step(x, out, self.t, torch.randn_like(x), self.coefficients)
 
-    def textbook(self, i: int, step: Any = textbook_step, drawing: Any = None) -> Tensor:  # noqa: ANN401
+    def textbook(
+        self, i: int, step: Step = textbook_step, drawing: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> Tensor:
         x, out = self.starts[i], self.outs[i]
         if self.given:
-            return step(x, out, self.t, self.zs[i], self.coefficients)  # type: ignore[no-any-return]
+            return step(x, out, self.t, self.zs[i], self.coefficients)
         return (drawing or self.with_noise_of_its_own)(x, out)
 
 
@@ -175,6 +179,8 @@ def update_case(shape: tuple[int, ...], noise_given: bool, device: str, dry: boo
 
 # ------------------------------------------------------------------ the forward noising
 
+Noising = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
 
 def textbook_noising(x: Tensor, t: Tensor, eps: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
     """x_t (Ho et al. 2020, eq. 4) of float32 pictures, or of bytes [B, C, H, W]; signal and spread are float32 [T]."""
@@ -201,10 +207,12 @@ def noising_case(shape: tuple[int, ...], noise_given: bool, uint8: bool, device:
         eps = torch.randn(x.shape, device=x.device)
         return textbook_noising(x, t, eps, signal, spread), eps
 
-    def textbook(i: int, function: Any = drawn, of_noise: Any = textbook_noising) -> Tensor:  # noqa: ANN401
+    def textbook(
+        i: int, function: Callable[[Tensor], tuple[Tensor, Tensor]] = drawn, of_noise: Noising = textbook_noising
+    ) -> Tensor:
         if noise_given:
-            return of_noise(xs[i], t, epses[i], signal, spread)  # type: ignore[no-any-return]
-        return function(xs[i])[0]  # type: ignore[no-any-return]
+            return of_noise(xs[i], t, epses[i], signal, spread)
+        return function(xs[i])[0]
 
     def comparable(i: int) -> Tensor:
         eps = epses[i] if noise_given else normals_reference(seed, ids, t, xs[i][0].numel()).reshape(shape)
@@ -240,17 +248,17 @@ def norm_case(shape: tuple[int, ...], adds: bool, device: str, dry: bool = False
         for seed in (0, 1)
     )
     weight, beta, bias = _randn((C,), device, 3, 2, low)
+    norm = Norm(weight, beta, groups, EPS)
 
     def ours(i: int) -> Tensor:
-        more = residuals[i] if adds else None
-        return add_group_norm(xs[i], weight, beta, groups, EPS, bias=bias if adds else None, residual=more)[1]
+        return add_group_norm(xs[i], norm, Terms(bias, residuals[i]) if adds else Terms())[1]
 
     def plain(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         total = x + bias[:, None, None] + residual if adds else x
         return total, F.silu(F.group_norm(total, groups, weight, beta, EPS))
 
-    def theirs(i: int, function: Any = plain) -> Tensor:  # noqa: ANN401
-        return function(xs[i], residuals[i])[1]  # type: ignore[no-any-return]
+    def theirs(i: int, function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = plain) -> Tensor:
+        return function(xs[i], residuals[i])[1]
 
     tolerance = LOW_TOLERANCE if low == torch.bfloat16 else 1e-5
     contenders = [Contender("add_group_norm", ours, tolerance=tolerance), Contender("group_norm, silu", theirs)]

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from fastddpm.bench.hardware import memory_available
 from fastddpm.bench.job import Job
 from fastddpm.bench.process import AnyWorker, LocalWorker, WorkerError, WorkerProcess
 from fastddpm.bench.settings import Settings
+from fastddpm.bench.worker import Answer, Request
 
 LIMITS = "limits"
 ANSWER_S = 120.0
@@ -54,7 +55,7 @@ class Lineup:
         self.job, self.folder, self.settings, self.say = job, folder, settings, say
         self.workers: dict[str, AnyWorker] = {}
         self._environment = environment or {}
-        self._loaded: dict[str, dict[str, Any]] = {}
+        self._loaded: dict[str, Answer] = {}
         self._gone: dict[str, str] = {}
 
     def __enter__(self) -> Lineup:
@@ -72,7 +73,7 @@ class Lineup:
         if name in self.workers:
             self.workers.pop(name).close()
 
-    def ask(self, name: str, seconds: float = ANSWER_S, **request: Any) -> dict[str, Any]:  # noqa: ANN401
+    def ask(self, name: str, seconds: float = ANSWER_S, **request: Unpack[Request]) -> Answer:
         """Put a request to a worker that is there.
 
         Raises:
@@ -156,7 +157,7 @@ class Lineup:
             answer = self._one_start(name, batch, steps, until)
         peer.second_s = self._started_s - answer["again_s"]
 
-    def _one_start(self, name: str, batch: int, steps: int, until: float) -> dict[str, Any]:
+    def _one_start(self, name: str, batch: int, steps: int, until: float) -> Answer:
         began = time.monotonic()
         if name not in self._loaded:
             self._load(name, until - began)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from fastddpm.checkpoints import native
+from fastddpm.common.packages import require
 from fastddpm.nets.unet import UNet, UNetConfig
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 
+STEPS = 2
+EVERY_S = 0.1
+"""Seconds between two looks."""
 TOLERATED_BYTES = 48 << 20
 """How much more memory the second half of a run may take than what the first tenth took: a few batches' worth."""
 
@@ -85,10 +88,7 @@ def watch(
     n: int,
     *,
     batch: int = 64,
-    steps: int = 2,
-    every_s: float = 0.1,
     timeout_s: float = 300.0,
-    environment: Mapping[str, str] | None = None,
     on_sample: Callable[[int, int], None] = lambda *_: None,
 ) -> MemoryCurve:
     """Sample n pictures into a folder in another process and record its memory.
@@ -98,10 +98,7 @@ def watch(
         out: the folder of pictures.
         n: how many.
         batch: pictures at a time.
-        steps: of each.
-        every_s: seconds between two looks.
         timeout_s: after which the process is ended.
-        environment: of the process; None is this one's.
         on_sample: is told the pictures and bytes of each look.
 
     Returns:
@@ -111,16 +108,13 @@ def watch(
         ImportError: psutil is not installed.
         RuntimeError: the process failed or took too long.
     """
-    try:
-        psutil = importlib.import_module("psutil")
-    except ImportError as error:
-        raise ImportError("needs the package psutil, which is not installed; install fastddpm[bench]") from error
+    psutil = require("psutil", "bench")
     command = [
         sys.executable, "-m", "fastddpm", "sample", str(model), "-n", str(n), "--folder", str(out), "--steps",
-        str(steps), "--batch-size", str(batch), "--quiet",
+        str(STEPS), "--batch-size", str(batch), "--quiet",
     ]  # fmt: skip
     curve, began = MemoryCurve(n, batch), time.monotonic()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, start_new_session=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
         try:
             watched = psutil.Process(process.pid)
             while process.poll() is None:
@@ -136,7 +130,7 @@ def watch(
                 on_sample(curve.pictures[-1], size)
                 if curve.seconds[-1] > timeout_s:
                     raise RuntimeError(f"not done within {timeout_s:.0f} s")
-                time.sleep(every_s)
+                time.sleep(EVERY_S)
             message = b"" if process.stderr is None else process.stderr.read()
         finally:
             if process.poll() is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -67,15 +67,15 @@ class Peaks:
 
     def products(self, precision: Precision) -> list[Product]:
         """Those that are tried."""
-        options: dict[str, Any] = {
-            "device": self.device, "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
-        }  # fmt: skip
+        randn = functools.partial(
+            torch.randn, device=self.device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+        )
         found = []
         for size in (64,) if self.dry else MATRICES[self._kind]:
-            a, b = (torch.randn(size, size, **options) for _ in range(2))
+            a, b = (randn(size, size) for _ in range(2))
             found.append(Product(functools.partial(torch.mm, a, b), 2.0 * size**3, f"mm {size}"))
         for batch, channels, side in ((1, 16, 8),) if self.dry else CONVOLUTIONS[self._kind]:
-            x, w = torch.randn(batch, channels, side, side, **options), torch.randn(channels, channels, 1, 1, **options)
+            x, w = randn(batch, channels, side, side), randn(channels, channels, 1, 1)
             x, w = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, w))
             flop = 2.0 * batch * channels**2 * side**2
             found.append(Product(functools.partial(F.conv2d, x, w), flop, f"1×1 convolution {channels}"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastddpm.bench.arithmetic import Precision, arithmetic
 from fastddpm.bench.job import SEED, Half, Job, update_parts
 from fastddpm.bench.peaks import Peaks
+from fastddpm.engines.choose import EngineName
 from fastddpm.kernels.philox import X_T_COUNTER
 from fastddpm.process.reference import p_sample_loop
 from fastddpm.sampler import Sampler
@@ -157,7 +158,7 @@ class EnginePeer(Peer):
         precision: the same.
     """
 
-    def __init__(self, engine: str, precision: Precision = "fp32") -> None:
+    def __init__(self, engine: EngineName, precision: Precision = "fp32") -> None:
         super().__init__(precision)
         self.engine = engine
 
@@ -166,11 +167,14 @@ class EnginePeer(Peer):
         super().load(job)
         if self.engine == "cuda_graph" and job.device == "cpu":
             raise MissingError("CUDA graphs are for GPUs")
-        options: dict[str, Any] = {"device": job.device, "engine": self.engine, "precision": self.precision}
+        device, engine, precision = job.device, self.engine, self.precision
         if job.model:
-            self.sampler = Sampler.from_pretrained(job.model, **options, **job.flags)
+            self.sampler = Sampler.from_pretrained(
+                job.model, device=device, engine=engine, precision=precision, flags=job.flags
+            )
         else:
-            self.sampler = Sampler(Half(), *update_parts(job.shape, job.T), **options)
+            parts = update_parts(job.shape, job.T)
+            self.sampler = Sampler(Half(), *parts, device=device, engine=engine, precision=precision)
 
     def prepare(self, batch: int, steps: int) -> None:
         """Choose the timed call."""
@@ -201,12 +205,12 @@ class EnginePeer(Peer):
 
     def flops(self) -> float:
         """Counted on the network in PyTorch."""
-        model = self.sampler.model
-        if not self.job.model or not isinstance(model, nn.Module):
+        if not self.job.model:
             return 0.0
         y = self.job.labels(1)
         t = self.sampler.spec.times_fed(torch.zeros(1, dtype=torch.int64))
-        return count_flops(model, torch.zeros(1, *self.job.shape), t, *([] if y is None else [y]))
+        network, x = self.sampler.stepper.network, torch.zeros(1, *self.job.shape)
+        return count_flops(network, x, t, *([] if y is None else [y]))
 
     def outside(self) -> float:
         """Of a sampler of the same engine."""

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from fastddpm.bench.entrants import LABELS, PEERS, is_ours
 from fastddpm.bench.figures import BatchResult, WorkloadResult
 from fastddpm.bench.memory import MemoryCurve
+from fastddpm.common.packages import require
 from fastddpm.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Subject = TypeVar("Subject", WorkloadResult, MemoryCurve)
+
+
+class Style(TypedDict):
+    """How a peer is drawn."""
+
+    color: str
+    linewidth: float
+    linestyle: str
 
 
 def draw_all(folder: Path, results: Sequence[WorkloadResult], memory: MemoryCurve | None = None) -> list[Path]:
@@ -27,13 +41,7 @@ def draw_all(folder: Path, results: Sequence[WorkloadResult], memory: MemoryCurv
         ImportError: matplotlib is not installed.
         OSError: a file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            "plots need the package matplotlib, which is not installed; install fastddpm[bench]"
-        ) from error
-    matplotlib.use("Agg")
+    require("matplotlib", "bench").use("Agg")
     networks = [result for result in results if result.flop and any(one.rounds for one in result.batches)]
     written: list[Path] = []
     if networks:
@@ -47,7 +55,7 @@ def draw_all(folder: Path, results: Sequence[WorkloadResult], memory: MemoryCurv
     return written
 
 
-def _plot(path: Path, subjects: Sequence[Any], draw: Callable[[Any, Any], None], height: float = 3.6) -> Path:
+def _plot(path: Path, subjects: Sequence[Subject], draw: Callable[[Axes, Subject], None], height: float = 3.6) -> Path:
     """One panel for each subject, written as a PNG."""
     from matplotlib.figure import Figure
 
@@ -61,14 +69,14 @@ def _plot(path: Path, subjects: Sequence[Any], draw: Callable[[Any, Any], None],
     return path
 
 
-def _style(peer: str) -> dict[str, Any]:
+def _style(peer: str) -> Style:
     """The same colour for a peer in all panels; ours are drawn thicker."""
     ours = is_ours(peer)
     colour = f"C{list(PEERS).index(peer) % 10}" if peer in PEERS else "0.5"
     return {"color": colour, "linewidth": 2.4 if ours else 1.2, "linestyle": "--" if peer.endswith("bf16") else "-"}
 
 
-def _throughput(panel: Any, result: WorkloadResult) -> None:  # noqa: ANN401 - matplotlib's own
+def _throughput(panel: Axes, result: WorkloadResult) -> None:
     for peer in dict.fromkeys(peer.peer for one in result.batches for peer in one.peers):
         points = [(one.batch, found.ms_per_step.p50) for one in result.batches if (found := one.find(peer))
                   and found.ms_per_step]  # fmt: skip
@@ -82,7 +90,7 @@ def _throughput(panel: Any, result: WorkloadResult) -> None:  # noqa: ANN401 - m
     panel.legend(fontsize=6)
 
 
-def _ratios(panel: Any, result: WorkloadResult) -> None:  # noqa: ANN401 - matplotlib's own
+def _ratios(panel: Axes, result: WorkloadResult) -> None:
     """Our fastest in float32 against everybody, with p20 and p80."""
     compared = [one for one in result.batches if any(one.ratios.values())]
     one: BatchResult = (compared or result.batches)[-1]
@@ -99,7 +107,7 @@ def _ratios(panel: Any, result: WorkloadResult) -> None:  # noqa: ANN401 - matpl
     panel.set(title=f"{result.name}, B = {one.batch}", xlabel=f"time of a step over that of {name}")
 
 
-def _over_steps(panel: Any, result: WorkloadResult) -> None:  # noqa: ANN401 - matplotlib's own
+def _over_steps(panel: Axes, result: WorkloadResult) -> None:
     one = next(one for one in result.batches if one.over_steps)
     for peer, costs in one.over_steps.items():
         steps = [int(count) for count in costs]
@@ -108,7 +116,7 @@ def _over_steps(panel: Any, result: WorkloadResult) -> None:  # noqa: ANN401 - m
     panel.legend(fontsize=6)
 
 
-def _memory(panel: Any, curve: MemoryCurve) -> None:  # noqa: ANN401 - matplotlib's own
+def _memory(panel: Axes, curve: MemoryCurve) -> None:
     panel.plot(curve.pictures, [size / 1e6 for size in curve.bytes], color="C0")
     panel.set(title=f"{curve.n:,} pictures into a folder", xlabel="pictures written", ylabel="resident memory, MB")
     panel.set_ylim(0, None)

@@ -12,9 +12,8 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from fastddpm.bench.worker import Worker
+from fastddpm.bench.worker import Answer, Request, Worker
 
 PAUSE_S = 0.005
 """Between waking a worker and asking it, for its threads to settle."""
@@ -59,7 +58,7 @@ class WorkerProcess:
         """The process's number."""
         return self._process.pid
 
-    def send(self, request: Mapping[str, Any]) -> None:
+    def send(self, request: Request) -> None:
         """Wake the worker and hand it a request.
 
         Raises:
@@ -72,7 +71,7 @@ class WorkerProcess:
         except (OSError, ValueError) as error:  # a ValueError where the pipe is closed on our side
             raise WorkerError(self._last_words()) from error
 
-    def poll(self) -> dict[str, Any] | None:
+    def poll(self) -> Answer | None:
         """The answer, if it is there; None if not yet.
 
         Raises:
@@ -87,12 +86,12 @@ class WorkerProcess:
             self._buffer += piece
         line, _, self._buffer = self._buffer.partition(b"\n")
         self._stop()
-        answer: dict[str, Any] = json.loads(line)
+        answer: Answer = json.loads(line)
         if not answer["ok"]:
             raise WorkerError(answer["error"])
         return answer
 
-    def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    def ask(self, request: Request, timeout_s: float) -> Answer:
         """Send a request and wait for the answer.
 
         Raises:
@@ -151,7 +150,7 @@ class LocalWorker:
         self.peer = peer
         self._worker = Worker(peer)
 
-    def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    def ask(self, request: Request, timeout_s: float) -> Answer:
         """Answer a request; nothing ends it when the time is up.
 
         Raises:

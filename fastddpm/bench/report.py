@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fastddpm.bench import bars
 from fastddpm.bench.entrants import COMPILES, LABELS
 from fastddpm.bench.figures import BatchResult, PeerResult, Quantiles, WorkloadResult, as_json, short
+from fastddpm.bench.hardware import Machine
 from fastddpm.bench.memory import MemoryCurve
 from fastddpm.files import write_json, write_text
 
@@ -20,8 +20,8 @@ COLUMNS = ("peer", "ms per step (p20 … p80)", "× ours", "× ours in bf16", "G
 def write(
     folder: Path,
     results: Sequence[WorkloadResult],
-    machine: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    machine: Machine,
+    settings: Mapping[str, object],
     memory: MemoryCurve | None = None,
 ) -> list[Path]:
     """Write what is there so far.
@@ -46,7 +46,7 @@ def write(
         "settings": dict(settings),
         "workloads": as_json(list(results)),
         "memory": None if memory is None else as_json(memory),
-        "bars": bars.rows(bars.judge(results, settings.get("device", "cpu"))),
+        "bars": bars.rows(bars.judge(results, str(settings.get("device", "cpu")))),
     }
     write_json(folder / "results.json", values)
     write_text(folder / "results.md", markdown(results, machine, settings, memory))
@@ -59,8 +59,8 @@ def write(
 
 def markdown(
     results: Sequence[WorkloadResult],
-    machine: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    machine: Machine,
+    settings: Mapping[str, object],
     memory: MemoryCurve | None = None,
 ) -> str:
     """All tables, with the hardware they hold for."""
@@ -80,7 +80,7 @@ def markdown(
         f"{'empty' if settings.get('cold') else 'as found'}. Images per second at 1000 DDPM and 50 DDIM steps are "
         "arithmetic from the time of a step.",
     ]
-    found = bars.judge(results, settings.get("device", "cpu"))
+    found = bars.judge(results, str(settings.get("device", "cpu")))
     if found:
         lines += ["", "## Targets", "", *bar_table(found)]
     for result in results:

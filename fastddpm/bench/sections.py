@@ -10,7 +10,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -23,6 +23,7 @@ from fastddpm.bench.lineup import Lineup
 from fastddpm.bench.peaks import Peaks
 from fastddpm.bench.settings import Settings
 from fastddpm.bench.workloads import ON_GPU, Workload
+from fastddpm.engines.choose import EngineName
 from fastddpm.sampler import Sampler
 
 MINUTES = 5.0
@@ -42,13 +43,52 @@ DRY = (
 Say = Callable[[str], None]
 
 
+class PeaksFound(TypedDict):
+    """What `measure_peaks` finds."""
+
+    device: str
+    copy_gb_s: float
+    product_gflop_s: dict[str, float]
+    text: str
+
+
+class KernelsFound(TypedDict):
+    """What `measure_kernels` finds; a line for each case that failed."""
+
+    device: str
+    copy_gb_s: float
+    cases: list[cases.CaseResult]
+    failed: list[str]
+    text: str
+
+
+class StepsFound(TypedDict):
+    """What `measure_steps` finds: results as JSON, a line for each peer that was left out, the README's table."""
+
+    device: str
+    networks: list[dict[str, Any]]
+    left_out: list[str]
+    table: str
+    text: str
+
+
+class CompiledAhead(TypedDict):
+    """What `compile_ahead` did; `error` is "" where it compiled."""
+
+    network: str
+    peer: str
+    batch: int
+    seconds: float | None
+    error: str
+
+
 def networks(dry: bool = False) -> tuple[Workload, ...]:
     """The networks whose steps are measured."""
     return DRY if dry else ON_GPU
 
 
-def measure_peaks(device: str, dry: bool = False) -> dict[str, Any]:
-    """The fastest matrix products and a large copy: {"copy_gb_s", "product_gflop_s", "text"}."""
+def measure_peaks(device: str, dry: bool = False) -> PeaksFound:
+    """The fastest matrix products and a large copy."""
     precisions = ("fp32", "bf16") if torch.device(device).type == "cpu" else ("fp32", "tf32", "bf16")
     found = Peaks(device, dry).measure(precisions)
     copy = found.pop("copy")
@@ -57,8 +97,8 @@ def measure_peaks(device: str, dry: bool = False) -> dict[str, Any]:
     return {"device": device, "copy_gb_s": copy, "product_gflop_s": found, "text": text}
 
 
-def measure_kernels(device: str, dry: bool = False, say: Say = lambda _: None) -> dict[str, Any]:
-    """The kernels beside what they replace: {"copy_gb_s", "cases", "failed", "text"}; one that fails stops no other."""
+def measure_kernels(device: str, dry: bool = False, say: Say = lambda _: None) -> KernelsFound:
+    """The kernels beside what they replace; one that fails stops no other."""
     copy = Peaks(device, dry).copy()
     found, failed = [], []
     for name, make in kernels.makers(device, dry).items():
@@ -77,9 +117,9 @@ def measure_steps(
     minutes: float = MINUTES,
     names: Sequence[str] = (),
     say: Say = lambda _: None,
-    on_batch: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> dict[str, Any]:
-    """A step of each network in all engines and precisions, beside the others: {"networks", "left_out", "text"}.
+    on_batch: Callable[[StepsFound], None] = lambda _: None,
+) -> StepsFound:
+    """A step of each network in all engines and precisions, beside the others.
 
     All peers share this process: what is compiled anew is compiled here, unless `compile_ahead` has filled the caches.
 
@@ -99,7 +139,7 @@ def measure_steps(
 
     machine, results = describe(settings.threads), list[WorkloadResult]()
 
-    def known(found: list[WorkloadResult]) -> dict[str, Any]:
+    def known(found: list[WorkloadResult]) -> StepsFound:
         text = report.markdown(found, machine, dataclasses.asdict(settings))
         rows = summary.text(found, machine, "cuda")
         return {
@@ -123,8 +163,8 @@ def compilations(dry: bool = False) -> list[tuple[str, str, int]]:
     ]
 
 
-def compile_ahead(device: str, network: str, peer: str, batch: int, dry: bool = False) -> dict[str, Any]:
-    """Fill the compilers' caches with one of `compilations`: {"network", "peer", "batch", "seconds", "error"}."""
+def compile_ahead(device: str, network: str, peer: str, batch: int, dry: bool = False) -> CompiledAhead:
+    """Fill the compilers' caches with one of `compilations`."""
     (workload,) = (workload for workload in networks(dry) if workload.name == network)
     steps, settings = workload.steps[workload.batches.index(batch)], _settings(device, dry)
     result = PeerResult(peer, precision_of(peer))
@@ -135,7 +175,7 @@ def compile_ahead(device: str, network: str, peer: str, batch: int, dry: bool = 
     return {"network": network, "peer": peer, "batch": batch, "seconds": result.ready_s, "error": result.note}
 
 
-def take_apart(device: str, folder: Path, dry: bool = False) -> dict[str, Any]:
+def take_apart(device: str, folder: Path, dry: bool = False) -> dict[str, object]:
     """Profile steps of the first network in bf16, on a GPU a graph's replays; the trace is folder/chrome_trace.json.
 
     Returns:
@@ -145,7 +185,7 @@ def take_apart(device: str, folder: Path, dry: bool = False) -> dict[str, Any]:
     batch, steps = (2, 4) if dry else (TRACED["batch"], TRACED["steps"])
     with tempfile.TemporaryDirectory(prefix="fastddpm-bench-") as scratch:
         job = make_job(networks(dry)[0], Path(scratch), threads=torch.get_num_threads(), device=device)
-        engine: Any = "cuda_graph" if on_gpu else "eager"
+        engine: EngineName = "cuda_graph" if on_gpu else "eager"
         sampler = Sampler.from_pretrained(job.model, device=device, engine=engine, precision="bf16")
         found = profiling.trace(sampler, folder / "chrome_trace.json", batch=batch, steps=steps, steps_only=True)
     lines = [f"| {kernel.name} | {kernel.calls:g} | {kernel.ms:.3g} | {kernel.share:.1%} |" for kernel in found.kernels]

@@ -6,23 +6,23 @@ Their packages are imported here and nowhere else.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from fastddpm.bench.foreign import common_noise, diffusers_module, scheduler_loop, to_pictures
+from fastddpm.bench.foreign import common_noise, scheduler_loop, to_pictures
 from fastddpm.bench.job import Job
 from fastddpm.bench.peers import MissingError, Peer
+from fastddpm.bench.twins import import_diffusers
+from fastddpm.common.packages import require
 from fastddpm.files import atomic_path
 
 
@@ -44,15 +44,14 @@ def exported(job: Job) -> Path:
     A process of its own makes it: an exporter's memory must not count as that of whoever comes first.
 
     Raises:
-        MissingError: the exporter's packages are not installed.
+        ImportError: the exporter's packages are not installed.
         RuntimeError: it cannot be made.
     """
     path = Path(job.scratch) / "network.onnx"
     with FileLock(Path(job.scratch) / "onnx.lock"):
         if not path.exists():
             for package in ("onnx", "onnxscript"):
-                if importlib.util.find_spec(package) is None:
-                    raise MissingError(f"needs the package {package}, which is not installed; install fastddpm[onnx]")
+                require(package, "onnx")
             command = [sys.executable, "-m", "fastddpm.bench.sessions", str(path)]
             done = subprocess.run(command, input=json.dumps(dataclasses.asdict(job)), text=True, capture_output=True)
             if done.returncode:
@@ -63,7 +62,7 @@ def exported(job: Job) -> Path:
 
 def export(job: Job, path: Path) -> None:
     """Write the pipeline's network as an ONNX file; it is whole or absent."""
-    diffusers = diffusers_module()
+    diffusers = import_diffusers()
     network = _Bare(diffusers.UNet2DModel.from_pretrained(job.folder, subfolder="unet").eval(), job.classes)
     example: tuple[Tensor, ...] = (torch.randn(2, *job.shape), torch.tensor([5, 7]))
     names = ["x", "t"]
@@ -81,22 +80,22 @@ def export(job: Job, path: Path) -> None:
 class SessionPeer(Peer):
     """The exported network in another runtime, with diffusers' scheduler."""
 
+    package = ("", "")
+    """The runtime's package, and with which of fastddpm's extras it comes."""
+
     def load(self, job: Job) -> None:
         """Export the network unless that is done, and make the session."""
         super().load(job)
         if job.device != "cpu":
             raise MissingError("measured on CPUs only")
-        diffusers = diffusers_module()
-        self._import()
+        diffusers = import_diffusers()
+        self.runtime = require(*self.package)
         if not job.folder:
             raise MissingError(job.why_no_folder)
         self.scheduler = diffusers.DDPMScheduler.from_pretrained(job.folder, subfolder="scheduler")
         began = time.perf_counter()
         self.path = exported(job)
         self.export_s = time.perf_counter() - began
-
-    def _import(self) -> None:
-        raise NotImplementedError
 
     def _run_model(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
         raise NotImplementedError
@@ -124,13 +123,7 @@ class SessionPeer(Peer):
 class OnnxRuntimePeer(SessionPeer):
     """ONNX Runtime's CPU provider."""
 
-    def _import(self) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            missing = "needs the package onnxruntime, which is not installed; install fastddpm[onnx]"
-            raise MissingError(missing) from error
-        self.runtime = onnxruntime
+    package = ("onnxruntime", "onnx")
 
     def load(self, job: Job) -> None:
         """Make the session."""
@@ -146,11 +139,7 @@ class OnnxRuntimePeer(SessionPeer):
 class OpenVinoPeer(SessionPeer):
     """OpenVINO's CPU plugin, compiled for a fixed batch."""
 
-    def _import(self) -> None:
-        try:
-            self.runtime: Any = importlib.import_module("openvino")
-        except ImportError as error:
-            raise MissingError("needs the package openvino, which is not installed; install fastddpm[bench]") from error
+    package = ("openvino", "bench")
 
     def prepare(self, batch: int, steps: int) -> None:
         """Compile for this batch."""

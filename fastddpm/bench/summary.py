@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fastddpm.bench.entrants import LABELS
 from fastddpm.bench.figures import BatchResult, PeerResult, WorkloadResult, paired_ratio, short
+from fastddpm.bench.hardware import Machine
 from fastddpm.files import write_text
 
 ROWS = (
@@ -30,7 +30,7 @@ _NAMES = {"torch": "PyTorch", "triton": "Triton", "diffusers": "diffusers", "onn
           "onnxruntime-gpu": "ONNX Runtime", "openvino": "OpenVINO"}  # fmt: skip
 
 
-def write(folder: Path, results: Sequence[WorkloadResult], machine: Mapping[str, Any], device: str) -> list[Path]:
+def write(folder: Path, results: Sequence[WorkloadResult], machine: Machine, device: str) -> list[Path]:
     """Write table-cpu.md or table-gpu.md, if there is a row for it.
 
     Args:
@@ -53,7 +53,7 @@ def write(folder: Path, results: Sequence[WorkloadResult], machine: Mapping[str,
     return [path]
 
 
-def text(results: Sequence[WorkloadResult], machine: Mapping[str, Any], device: str) -> str:
+def text(results: Sequence[WorkloadResult], machine: Machine, device: str) -> str:
     """The table and the line about the machine; "" where there is no row."""
     rows = gpu_rows(results) if device == "cuda" else cpu_rows(results)
     if not rows:
@@ -109,7 +109,7 @@ def gpu_rows(results: Sequence[WorkloadResult]) -> list[tuple[str, ...]]:
     return rows
 
 
-def sentence(results: Sequence[WorkloadResult], machine: Mapping[str, Any], device: str) -> str:
+def sentence(results: Sequence[WorkloadResult], machine: Machine, device: str) -> str:
     """The machine, the versions and the commit that the table holds for, in one line."""
     versions = ", ".join(f"{_NAMES[name]} {version}" for name, version in machine["versions"].items() if name in _NAMES)
     where = f"{machine['processor']} ({machine['instructions']}), {machine['threads']} threads"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 
@@ -17,8 +17,11 @@ WARM_UPS = 3
 """Calls before a capture, as PyTorch's documentation has it: libraries allocate their workspaces in the first ones."""
 
 
+Mark = TypeVar("Mark")
+
+
 @dataclasses.dataclass(frozen=True)
-class Clock:
+class Clock(Generic[Mark]):
     """Milliseconds between two marks on a device's time line.
 
     Attributes:
@@ -28,15 +31,15 @@ class Clock:
     """
 
     name: str
-    mark: Callable[[], Any]
-    milliseconds: Callable[[Any, Any], float]
+    mark: Callable[[], Mark]
+    milliseconds: Callable[[Mark, Mark], float]
 
-    @classmethod
-    def of(cls, device: torch.device | str) -> Clock:
+    @staticmethod
+    def of(device: torch.device | str) -> Clock[torch.cuda.Event] | Clock[float]:
         """The clock of a device."""
         if torch.device(device).type == "cuda":
-            return cls("events", _event, _between_events)
-        return cls("wall", time.perf_counter, lambda first, second: 1e3 * (second - first))
+            return Clock("events", _event, _between_events)
+        return Clock("wall", time.perf_counter, lambda first, second: 1e3 * (second - first))
 
     def spent(self, call: Callable[[], object]) -> float:
         """Milliseconds of a call."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from fastddpm.checkpoints import Checkpoint, native
 from fastddpm.checkpoints.diffusers_unet import network_from, unet_config
+from fastddpm.common.packages import require
 from fastddpm.nets.unet import UNet, UNetConfig
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec, Variance
@@ -23,7 +23,7 @@ class NoTwinError(ValueError):
     """A network that diffusers cannot run; the message says why."""
 
 
-def random_checkpoint(folder: Path, config: Mapping[str, Any], variance: Variance, T: int = 1000) -> Path:
+def random_checkpoint(folder: Path, config: Mapping[str, object], variance: Variance, T: int = 1000) -> Path:
     """Write a checkpoint with a seeded random network whose outputs are about 1.
 
     Args:
@@ -56,18 +56,13 @@ def random_unet(structure: UNetConfig, T: int = 1000) -> UNet:
     return network
 
 
-def import_diffusers() -> Any:  # noqa: ANN401 - a module
+def import_diffusers() -> ModuleType:
     """The library diffusers.
 
     Raises:
         ImportError: it is not installed; the message says how to get it.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import diffusers
-    except ImportError as error:
-        raise ImportError("needs the package diffusers, which is not installed; install fastddpm[diffusers]") from error
+    diffusers = require("diffusers", "diffusers")
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     return diffusers
@@ -88,15 +83,15 @@ def twin_folder(folder: Path, checkpoint: Checkpoint) -> Path:
         ImportError: diffusers is not installed.
     """
     diffusers = import_diffusers()
-    network, spec = checkpoint.network, checkpoint.spec
-    if not isinstance(network, UNet):
+    network, spec, structure = checkpoint.network, checkpoint.spec, checkpoint.network.config
+    if not isinstance(structure, UNetConfig):
         raise NoTwinError(f"the network is a {type(network).__name__}, which diffusers has not")
-    config = diffusers_config(network.config)
+    config = diffusers_config(structure)
     if spec.prediction not in _PREDICTIONS or spec.time_scale != 1.0 or spec.self_condition:
         raise NoTwinError("diffusers has no scheduler for the network's conventions")
     with torch.device("meta"):
         twin = diffusers.UNet2DModel(**config)
-    twin.load_state_dict(unfused(config, network, twin), assign=True)
+    twin.load_state_dict(unfused(config, network.state_dict(), twin), assign=True)
     scheduler = diffusers.DDPMScheduler(
         num_train_timesteps=checkpoint.schedule.T,
         trained_betas=[float(beta) for beta in checkpoint.schedule.betas],
@@ -115,7 +110,7 @@ def _threshold(ratio: float, most: float) -> dict[str, float]:
     return {"dynamic_thresholding_ratio": ratio, "sample_max_value": most}
 
 
-def diffusers_config(config: UNetConfig) -> dict[str, Any]:
+def diffusers_config(config: UNetConfig) -> dict[str, object]:
     """The arguments of the UNet2DModel with this structure.
 
     Raises:
@@ -161,7 +156,7 @@ def diffusers_config(config: UNetConfig) -> dict[str, Any]:
     }
 
 
-def unfused(config: Mapping[str, Any], network: UNet, twin: nn.Module) -> dict[str, Tensor]:
+def unfused(config: Mapping[str, object], weights: Mapping[str, Tensor], twin: nn.Module) -> dict[str, Tensor]:
     """Our U-Net's weights under diffusers' names.
 
     Each of their tensors is filled with a number of its own and loaded as a checkpoint of theirs: where that number
@@ -169,7 +164,7 @@ def unfused(config: Mapping[str, Any], network: UNet, twin: nn.Module) -> dict[s
 
     Args:
         config: their configuration.
-        network: ours.
+        weights: ours.
         twin: theirs, for names and shapes; it may be on the meta device.
 
     Returns:
@@ -177,10 +172,10 @@ def unfused(config: Mapping[str, Any], network: UNet, twin: nn.Module) -> dict[s
     """
     shapes = {name: value.shape for name, value in twin.state_dict().items()}
     marks = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(shapes.items())}
-    marked = network_from(config, marks, sample_size=network.config.sample_size[0]).state_dict()
+    marked = network_from(config, marks).state_dict()
     names = list(shapes)
     found: dict[str, Tensor] = {}
-    for ours, value in network.state_dict().items():
+    for ours, value in weights.items():
         rows = marked[ours].flatten(1)[:, 0] if value.ndim > 1 else marked[ours]
         for mark in rows.unique().tolist():
             name = names[int(mark)]

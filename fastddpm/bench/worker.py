@@ -10,49 +10,85 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO, TypedDict, cast
 
 from fastddpm.bench.entrants import PEERS
 from fastddpm.common.wording import first_line
+
+if TYPE_CHECKING:
+    from fastddpm.bench.peers import LimitsPeer, Peer
+
+
+class Request(TypedDict, total=False):
+    """What a worker is asked: `do`, and what that needs."""
+
+    do: Literal["load", "check", "run", "outside", "flops", "memory", "measure"]
+    job: Mapping[str, object]
+    batch: int
+    steps: int
+    out: str
+    precisions: Sequence[str]
+
+
+class Answer(TypedDict, total=False):
+    """What it answers: `ok`, and either the figures or the `error`, `missing` if the peer cannot take part here."""
+
+    ok: bool
+    error: str
+    missing: bool
+    load_s: float
+    export_s: float
+    compares: bool
+    first_s: float
+    again_s: float
+    how: str
+    seconds: float
+    ms: float | None
+    flops: float
+    whole_bytes: int
+    run_bytes: int | None
+    measured: dict[str, float]
 
 
 class Worker:
     """Holds a peer and answers requests about it."""
 
+    peer: Peer
+
     def __init__(self, name: str) -> None:
         """Name the peer; it is made when it is loaded."""
         self.name = name
-        self.peer: Any = None
 
-    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Do what is asked.
-
-        Returns:
-            The answer; a failure has "error", and "missing" if the peer cannot take part here.
-        """
-        kinds: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-            "load": self._load, "check": self._check, "run": self._run, "outside": self._outside, "flops": self._flops,
-            "memory": self._memory, "measure": self._measure,
-        }  # fmt: skip
+    def answer(self, request: Request) -> Answer:
+        """Do what is asked."""
+        kinds: dict[str, Callable[[Request], Answer]] = {
+            "load": self._load,
+            "check": self._check,
+            "memory": self._memory,
+            "run": lambda _: {"seconds": self._timed()},
+            "outside": lambda _: {"ms": self.peer.outside()},
+            "flops": lambda _: {"flops": self.peer.flops()},
+            "measure": lambda asked: {"measured": cast("LimitsPeer", self.peer).measure(asked["precisions"])},
+        }
         try:
             return {"ok": True, **kinds[request["do"]](request)}
         except Exception as error:  # whatever a library raises is a line in the report
             line, name = first_line(error, 300), type(error).__name__
-            is_missing = name == "MissingError"
+            is_missing = isinstance(error, ImportError) or name == "MissingError"
             return {"ok": False, "missing": is_missing, "error": line if is_missing else f"{name}: {line}"}
 
     def release(self) -> None:
         """Let go of the peer, for the next one in the same process."""
         import torch
 
-        self.peer = None
+        self.__dict__.pop("peer", None)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def _load(self, request: Request) -> Answer:
         import importlib
 
         import torch
@@ -69,7 +105,7 @@ class Worker:
         seconds = time.perf_counter() - began
         return {"load_s": seconds - peer.export_s, "export_s": peer.export_s, "compares": peer.equality}
 
-    def _check(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def _check(self, request: Request) -> Answer:
         """Draw the common pictures, then make the timed call: the first runs have everything that happens only once."""
         import numpy as np
         import torch
@@ -93,16 +129,7 @@ class Worker:
         with torch.no_grad():
             return Clock.of(self.peer.job.device).spent(self.peer.run) / 1e3
 
-    def _run(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        return {"seconds": self._timed()}
-
-    def _outside(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        return {"ms": self.peer.outside()}
-
-    def _flops(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        return {"flops": self.peer.flops()}
-
-    def _memory(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def _memory(self, request: Request) -> Answer:
         """The peak of the memory during one run (a GPU's own, or resident), and of the whole process so far."""
         import torch
 
@@ -115,9 +142,6 @@ class Worker:
         alone = forget_peak()
         self._timed()
         return {"whole_bytes": whole, "run_bytes": peak_bytes() if alone else None}
-
-    def _measure(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        return {"measured": self.peer.measure(request["precisions"])}
 
 
 def peak_bytes() -> int:

@@ -5,23 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fastddpm.process.spec import Variance
 
-_CIFAR10: dict[str, Any] = {
+_CIFAR10: dict[str, object] = {
     "sample_size": 32,
     "block_out_channels": [128, 256, 256, 256],
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
 }
-_CELEBAHQ: dict[str, Any] = {
+_CELEBAHQ: dict[str, object] = {
     "sample_size": 256,
     "block_out_channels": [128, 128, 256, 256, 512, 512],
     "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
 }
-_GOOGLE: dict[str, Any] = {
+_GOOGLE: dict[str, object] = {
     "in_channels": 3, "out_channels": 3, "layers_per_block": 2, "downsample_padding": 0, "flip_sin_to_cos": False,
     "freq_shift": 1, "norm_eps": 1e-6, "norm_num_groups": 32, "attention_head_dim": None,
 }  # fmt: skip
@@ -55,9 +54,9 @@ class Workload:
     more: tuple[str, ...] = ()
     model: str = ""
     flags: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    unet: Mapping[str, Any] | None = None
+    unet: Mapping[str, object] | None = None
     variance: Variance = "fixed_large"
-    lucidrains: Mapping[str, Any] | None = None
+    lucidrains: Mapping[str, object] | None = None
     cold_s: float = 60.0
 
     @property

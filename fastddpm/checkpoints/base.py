@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastddpm.nets.rows import RowNetwork
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 
@@ -64,7 +65,7 @@ class Checkpoint:
     """A trained network with all that is needed to sample from it.
 
     Args:
-        network: (x, t[, y]) → output, in evaluation mode.
+        network: (x, t[, y]) → output, one of our own, in evaluation mode.
         schedule: The noise schedule it was trained with.
         spec: The conventions it was trained with.
         dialect: Whose format it was read from.
@@ -74,7 +75,7 @@ class Checkpoint:
         settings: Name → (value, where it comes from: "file", "flag", "preset …" or "default"), for people.
     """
 
-    network: nn.Module
+    network: RowNetwork
     schedule: NoiseSchedule
     spec: ModelSpec
     dialect: str

@@ -84,8 +84,9 @@ def write_folder(target: Path, checkpoint: Checkpoint, dtype: Dtype, training: M
     """
     target = Path(os.path.realpath(target))  # a link to a folder stands for the folder
     with temporary_folder(target) as temporary:
+        weights = {name: value.to(_DTYPES[dtype]) for name, value in checkpoint.network.state_dict().items()}
         parts = checkpoint.network, checkpoint.schedule, checkpoint.spec
-        native.save(temporary, *parts, dtype=_DTYPES[dtype], training=training)
+        native.save(temporary, *parts, weights=weights, training=training)
         if target.is_dir() and any(target.iterdir()):
             # In this order, so that a folder left half-way is no checkpoint at all, rather than two mixed.
             (target / native.CONFIG_NAME).unlink(missing_ok=True)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fastddpm.checkpoints.base import Checkpoint, CheckpointError, blamed_on, check_channels
-from fastddpm.checkpoints.diffusers_scheduler import SCHEDULER_FLAGS, read_scheduler
+from fastddpm.checkpoints.diffusers_scheduler import SCHEDULER_FLAGS, Conventions, read_scheduler
 from fastddpm.checkpoints.diffusers_unet import UNet2DConfig, load_network, network_from
 from fastddpm.checkpoints.diffusers_weights import check_variant, read_weights
 from fastddpm.checkpoints.flags import Flags, classes_of
@@ -143,7 +142,7 @@ def _check_sample_size(size: object, flags: Flags) -> None:
     flags.note("sample_size", size, "file")
 
 
-def _spec(config: UNetConfig, conventions: dict[str, Any], flags: Flags) -> ModelSpec:
+def _spec(config: UNetConfig, conventions: Conventions, flags: Flags) -> ModelSpec:
     with blamed_on(flags.source):
         classes = classes_of(config.num_classes, flags)
         spec = ModelSpec((config.in_channels, *config.sample_size), **conventions, **classes)

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypedDict, cast
 
 import torch
 
@@ -16,11 +16,30 @@ from fastddpm.checkpoints.flags import Flags
 from fastddpm.checkpoints.native import read_json
 from fastddpm.common.records import Record, Within, read_record
 from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import Prediction, Variance
 
 SCHEDULER_NAME = "scheduler_config.json"
 _NEEDED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "variance_type", "clip_sample",
            "prediction_type")  # fmt: skip
-_PREDICTIONS = {"epsilon": "eps", "sample": "x_start", "v_prediction": "v"}
+_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x_start", "v_prediction": "v"}
+
+
+class Conventions(TypedDict):
+    """The conventions of sampling that a scheduler stands for, as arguments of `ModelSpec`."""
+
+    prediction: Prediction
+    variance: Variance
+    clip: float | None
+    threshold: tuple[float, float] | None
+    clipped_eps: Literal["raw"]
+    noise_gate: Literal["t0"]
+    prev_timestep: Literal["stride"]
+    final_alpha_to_one: bool
+    spacing: Literal["leading", "trailing", "linspace"]
+    steps_offset: int
+    dpmpp_clips: bool
+    lower_order_final: Literal["never", "short", "always"]
+    second_difference: Literal["half"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +88,19 @@ class DDPMConfig(Record):
             )
         return schedule.rescale_zero_terminal_snr() if self.rescale_betas_zero_snr else schedule
 
-    def conventions(self) -> dict[str, Any]:
-        """The conventions of sampling, as arguments of `ModelSpec`."""
+    def conventions(self) -> Conventions:
+        """What the options say of sampling."""
         threshold = (self.dynamic_thresholding_ratio, self.sample_max_value)
         return {
             "prediction": _PREDICTIONS[self.prediction_type],
             # fixed_large_log gives NaN in the library, which takes the root of a logarithm; it means the large one.
-            "variance": (self.variance_type or "fixed_small").removesuffix("_log"),
+            "variance": cast(Variance, (self.variance_type or "fixed_small").removesuffix("_log")),
             "clip": self.clip_sample_range if self.clip_sample else None,
             "threshold": threshold if self.thresholding else None,
             "clipped_eps": "raw",
             "noise_gate": "t0",
             "prev_timestep": "stride",
+            "final_alpha_to_one": True,
             "spacing": self.timestep_spacing,
             "steps_offset": self.steps_offset,
             "dpmpp_clips": False,
@@ -95,7 +115,7 @@ class DDIMConfig(DDPMConfig):
 
     set_alpha_to_one: bool = True
 
-    def conventions(self) -> dict[str, Any]:
+    def conventions(self) -> Conventions:
         """As `DDPMConfig.conventions`."""
         return {**super().conventions(), "final_alpha_to_one": self.set_alpha_to_one}
 
@@ -119,13 +139,12 @@ class DPMSolverConfig(DDPMConfig):
     lambda_min_clipped: Annotated[float, Within(-math.inf, -math.inf)] | Literal["-Infinity"] | None = None
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
 
-    def conventions(self) -> dict[str, Any]:
+    def conventions(self) -> Conventions:
         """As `DDPMConfig.conventions`."""
-        short = "short" if self.lower_order_final else "never"
         return {
             **super().conventions(),
             "final_alpha_to_one": self.final_sigmas_type == "zero",
-            "lower_order_final": "always" if self.euler_at_final else short,
+            "lower_order_final": "always" if self.euler_at_final else "short" if self.lower_order_final else "never",
         }
 
 
@@ -165,7 +184,7 @@ _OTHERS = {
 }
 
 
-def read_scheduler(path: Path, flags: Flags) -> tuple[NoiseSchedule, dict[str, Any]]:
+def read_scheduler(path: Path, flags: Flags) -> tuple[NoiseSchedule, Conventions]:
     """Find and read the scheduler of a checkpoint folder.
 
     Args:
@@ -173,7 +192,7 @@ def read_scheduler(path: Path, flags: Flags) -> tuple[NoiseSchedule, dict[str, A
         flags: May name another scheduler, or hold the options of one where there is no file.
 
     Returns:
-        The schedule, and the conventions of sampling as arguments of `ModelSpec`.
+        The schedule, and the conventions of sampling.
 
     Raises:
         CheckpointError: If there is none, or its kind or an option is not supported.
@@ -199,15 +218,12 @@ def read_scheduler(path: Path, flags: Flags) -> tuple[NoiseSchedule, dict[str, A
     return schedule, config.conventions()
 
 
-def conventions_of(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def conventions_of(kind: str, config: Mapping[str, object]) -> Conventions:
     """The conventions of sampling that a scheduler in memory stands for, apart from its betas and timesteps.
 
     Args:
         kind: The name of its class: DDPMScheduler, DDIMScheduler or DPMSolverMultistepScheduler.
         config: Its `config`; what is left out is the library's default.
-
-    Returns:
-        Arguments of `ModelSpec`.
 
     Raises:
         CheckpointError: If an option is not supported; it is named.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
@@ -117,7 +117,7 @@ def _levels(
 
 
 def network_from(
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     weights: Mapping[str, Tensor],
     source: str = "UNet2DModel",
     *,
@@ -149,7 +149,7 @@ def load_network(config: UNetConfig, weights: Mapping[str, Tensor], source: str)
     return load_renamed(config, _names(config), _renamed_attention(weights), source, _option)
 
 
-def unet_config(given: Mapping[str, Any], source: str, sample_size: int | None = None) -> UNetConfig:
+def unet_config(given: Mapping[str, object], source: str, sample_size: int | None = None) -> UNetConfig:
     """The structure that a UNet2DModel's configuration stands for.
 
     Args:

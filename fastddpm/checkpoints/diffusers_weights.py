@@ -111,7 +111,7 @@ def _read_one(path: Path) -> dict[str, Tensor]:
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """All tensors that an index names, each from its shard."""
     weight_map = read_json(index).get("weight_map")
-    shards = _shard_names(weight_map)
+    shards = shard_names(weight_map)
     if not isinstance(weight_map, dict) or not shards or len(shards) > _MOST_SHARDS:
         raise CheckpointError(f"{index}: weight_map must give each tensor's file, got something else; fetch it again")
     missing = [name for name in shards if not (index.parent / name).is_file()]
@@ -131,7 +131,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return state
 
 
-def _shard_names(weight_map: object) -> list[str]:
+def shard_names(weight_map: object) -> list[str]:
     """The files of an index in order, or none if they are not plain names of files beside it."""
     if not isinstance(weight_map, dict):
         return []

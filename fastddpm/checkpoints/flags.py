@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 from fastddpm.checkpoints.base import CheckpointError
 
@@ -239,7 +239,14 @@ def _truth(value: object) -> bool | None:
     return True if word in ("true", "t", "yes", "y", "1") else False if word in ("false", "f", "no", "n", "0") else None
 
 
-def classes_of(rows: int | None, flags: Flags) -> dict[str, Any]:
+class Classes(TypedDict):
+    """The arguments of `ModelSpec` that say which classes there are."""
+
+    num_classes: int | None
+    null_class: int | None
+
+
+def classes_of(rows: int | None, flags: Flags) -> Classes:
     """Which classes a network knows, and which of its labels stands for "no class" (the flag `null_class`).
 
     A null class that has the last row is not counted among the classes; one in another row keeps its number there, so
@@ -250,7 +257,7 @@ def classes_of(rows: int | None, flags: Flags) -> dict[str, Any]:
         flags: May hold `null_class`.
 
     Returns:
-        `num_classes` and `null_class` for `ModelSpec`.
+        Arguments of `ModelSpec`.
 
     Raises:
         CheckpointError: If there is a null class but no such row, or nothing besides.

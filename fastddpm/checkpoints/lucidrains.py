@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ from fastddpm.checkpoints.lucidrains_versions import (
 )
 from fastddpm.checkpoints.networks import behind, choose_network, prefixes, state_dicts, training_of
 from fastddpm.nets.lucidrains import LucidrainsConfig, LucidrainsUNet
+from fastddpm.nets.lucidrains_config import Arguments
 from fastddpm.process.spec import ModelSpec, Prediction
 
 NAME = "lucidrains"
@@ -127,7 +127,7 @@ def load(path: Path, values: object, given: Mapping[str, object]) -> Checkpoint:
     return Checkpoint(network, schedule, spec, NAME, path, training, reason=REASON, settings=settings)
 
 
-def make_network(arguments: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> LucidrainsUNet:
+def make_network(arguments: Arguments, weights: Mapping[str, Tensor], source: str) -> LucidrainsUNet:
     """The network of a configuration and weights, in evaluation mode.
 
     Args:
@@ -151,7 +151,7 @@ def _before(version: Version | None, limit: Version) -> bool:
     return version is not None and version < limit
 
 
-def _require(flags: Flags, arguments: Mapping[str, Any], found: _Found, heads: int | None) -> None:
+def _require(flags: Flags, arguments: Arguments, found: _Found, heads: int | None) -> None:
     """Ask for all that is missing at once; the objective is asked for later, where it does not show."""
     needed = ["image_size"]
     if not found.buffers:
@@ -227,7 +227,7 @@ def _schedule(buffers: Mapping[str, Tensor], flags: Flags) -> RoundedSchedule:
         raise CheckpointError(f"{flags.source}: {error}") from error
 
 
-def _spec(flags: Flags, arguments: Mapping[str, Any], schedule: RoundedSchedule, version: Version | None) -> ModelSpec:
+def _spec(flags: Flags, arguments: Arguments, schedule: RoundedSchedule, version: Version | None) -> ModelSpec:
     """The conventions of GaussianDiffusion, or of the one beside the class-conditional U-Net."""
     learned, classes = arguments["learned_variance"], arguments.get("num_classes")
     old = _before(version, (1, 4, 2))

@@ -8,13 +8,13 @@ float32 arrays that hold its digits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from fastddpm.checkpoints.base import CheckpointError
-from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.schedule import NoiseSchedule, ScheduleOptions
 
 Objective = Literal["pred_noise", "pred_x0", "pred_v"]
 OBJECTIVES: tuple[Objective, ...] = ("pred_noise", "pred_x0", "pred_v")
@@ -67,7 +67,7 @@ class RoundedSchedule(NoiseSchedule):
             vars(schedule)["loss_weight"] = known["loss_weight"]
         return schedule
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, object]:
         """The float64 schedule's: what is sampled with it comes out the same."""
         return self.exact.to_config()
 
@@ -96,14 +96,14 @@ def named_schedule(name: str, T: int, options: Mapping[str, float]) -> NoiseSche
         ValueError: An option is unknown or out of range, or the betas are.
     """
     known = {"linear": (), "cosine": ("s",), "sigmoid": ("start", "end", "tau", "clamp_min")}[name]
-    given: dict[str, Any] = {option: value for option, value in options.items() if option != "clamp_min"}
+    given = {option: value for option, value in options.items() if option != "clamp_min"}
     if name == "linear":
         given |= {"beta_start": 1000 / T * 1e-4, "beta_end": 1000 / T * 0.02}
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(
             f"schedule_fn_kwargs must be options of the {name} schedule, got {', '.join(unknown)}; omit it"
         )
-    return NoiseSchedule.by_name(name, T, **given)
+    return NoiseSchedule.by_name(name, T, **cast(ScheduleOptions, given))
 
 
 def read_schedule(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -11,13 +10,14 @@ from fastddpm.checkpoints.base import CheckpointError, check_channels
 from fastddpm.checkpoints.flags import Flags
 from fastddpm.checkpoints.lucidrains_versions import guided_diffusion, is_grouped, is_wrapped
 from fastddpm.checkpoints.reading import highest_index
+from fastddpm.nets.lucidrains_config import Arguments
 
 ENTRY = "init_conv.weight"
 """The weight that all U-Nets of the package begin with."""
 _FIXED_HEADS = (4, 32)  # heads and their width
 
 
-def structure(weights: Mapping[str, Tensor], flags: Flags) -> dict[str, Any]:
+def structure(weights: Mapping[str, Tensor], flags: Flags) -> Arguments:
     """What the weights show of the U-Net that has them.
 
     Args:
@@ -54,7 +54,7 @@ def structure(weights: Mapping[str, Tensor], flags: Flags) -> dict[str, Any]:
         raise CheckpointError(
             f"{source}: widths must be multiples of dim = {dim}, got {outs}; give the whole state dict"
         )
-    arguments: dict[str, Any] = {"dim": dim, "init_dim": width, "dim_mults": tuple(size // dim for size in outs)}
+    arguments: Arguments = {"dim": dim, "init_dim": width, "dim_mults": tuple(size // dim for size in outs)}
     arguments |= {"channels": channels, "learned_variance": out == 2 * channels}
     if "time_mlp.0.weights" in weights:  # learned or random: it makes no difference once they are there
         size = 2 * _shape(weights, "time_mlp.0.weights", 1, source)[0]
@@ -67,9 +67,7 @@ def structure(weights: Mapping[str, Tensor], flags: Flags) -> dict[str, Any]:
     return arguments
 
 
-def unseen(
-    weights: Mapping[str, Tensor], flags: Flags, arguments: Mapping[str, Any], heads: int | None = None
-) -> dict[str, Any]:
+def unseen(weights: Mapping[str, Tensor], flags: Flags, arguments: Arguments, heads: int | None = None) -> Arguments:
     """What changes the network's outputs and does not, or not wholly, show in its weights.
 
     Args:
@@ -85,7 +83,7 @@ def unseen(
         CheckpointError: If a flag is missing or out of range.
     """
     levels = range(len(arguments["dim_mults"]))
-    found: dict[str, Any] = {}
+    found: Arguments = {}
     if "num_classes" in arguments:  # there all but the middle's is as it is
         found["full_attn"] = tuple(False for _ in levels)
         pairs = [_FIXED_HEADS for _ in levels] + [_split(weights, "mid_attn.to_qkv.weight", flags, heads)]
@@ -152,7 +150,7 @@ def _down(weights: Mapping[str, Tensor], level: int, levels: int) -> str:
     return name if level == levels - 1 or name in weights else f"downs.{level}.3.1.weight"
 
 
-def _attention(weights: Mapping[str, Tensor], levels: int, source: str) -> dict[str, Any]:
+def _attention(weights: Mapping[str, Tensor], levels: int, source: str) -> Arguments:
     """The attention of each level, from its memory: [2, heads, dim, n], or [2, heads, n, dim] where it is full."""
     full = tuple(f"downs.{level}.2.to_out.weight" in weights for level in range(levels))
     if not any(name.endswith(".mem_kv") for name in weights):  # before 1.9 the heads do not show
@@ -165,15 +163,15 @@ def _attention(weights: Mapping[str, Tensor], levels: int, source: str) -> dict[
     return {"full_attn": full, "attn_heads": tuple(heads), "attn_dim_head": tuple(widths)}
 
 
-def _agree(flags: Flags, arguments: Mapping[str, Any], out: int) -> None:
+def _agree(flags: Flags, arguments: Arguments, out: int) -> None:
     """Compare the flags that the weights determine with them, one number standing for that of each level."""
     flags.agree(out_dim=out, num_classes=arguments.get("num_classes"))
     for name in ("dim", "init_dim", "channels", "self_condition", "learned_variance", "learned_sinusoidal_dim"):
         if name in arguments:
             flags.agree(**{name: arguments[name]})
     flags.agree(dim_mults=tuple(float(mult) for mult in arguments["dim_mults"]))
-    for name in ("full_attn", "attn_heads", "attn_dim_head"):
-        value = arguments.get(name)
+    heads, widths = arguments.get("attn_heads"), arguments.get("attn_dim_head")
+    for name, value in {"full_attn": arguments.get("full_attn"), "attn_heads": heads, "attn_dim_head": widths}.items():
         flag = flags.given((name,)).get(name)
         if value is None or flag is None:
             continue

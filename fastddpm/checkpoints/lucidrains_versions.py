@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fastddpm.checkpoints.base import CheckpointError
 from fastddpm.checkpoints.flags import Flags
+from fastddpm.nets.lucidrains_config import Arguments
 
 Version = tuple[int, int, int]
 _OLDEST: Version = (0, 32, 0)
@@ -90,7 +91,7 @@ def read_version(weights: Mapping[str, Tensor], flags: Flags, by_file: object) -
     return version
 
 
-def older_options(weights: Mapping[str, Tensor], flags: Flags, version: Version | None) -> dict[str, Any]:
+def older_options(weights: Mapping[str, Tensor], flags: Flags, version: Version | None) -> Arguments:
     """In what the network differs from today's, as fields of `LucidrainsConfig`; empty for today's.
 
     Args:
@@ -98,11 +99,11 @@ def older_options(weights: Mapping[str, Tensor], flags: Flags, version: Version 
         flags: May hold `resnet_block_groups`.
         version: From `read_version`.
     """
-    options: dict[str, Any] = {}
+    options: Arguments = {}
     if is_grouped(weights):
-        options["groups"] = flags.integer("resnet_block_groups", 8)
+        options["groups"] = groups = flags.integer("resnet_block_groups", 8)
         width = len(weights["downs.0.0.block1.norm.weight"])
-        if width % options["groups"]:
+        if width % groups:
             raise flags.wrong("resnet_block_groups", f"a divisor of {width}")
     if not any(name.endswith(".mem_kv") for name in weights):
         options["memory"] = False

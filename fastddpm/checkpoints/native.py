@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -22,6 +22,7 @@ from fastddpm.checkpoints.flags import Flags, classes_of
 from fastddpm.checkpoints.lucidrains_schedule import BUFFERS, RoundedSchedule
 from fastddpm.files import write_json, write_tensors
 from fastddpm.nets.lucidrains import LucidrainsConfig, LucidrainsUNet
+from fastddpm.nets.rows import RowNetwork
 from fastddpm.nets.unet import UNet, UNetConfig
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
@@ -70,7 +71,7 @@ def load(path: Path, given: Mapping[str, object] | None = None) -> Checkpoint:
         schedule = NoiseSchedule.from_config(config["schedule"])
         spec = ModelSpec.from_dict(config["spec"])
         flags = Flags(str(path), given or {}, FLAGS)
-        network: UNet | LucidrainsUNet
+        network: RowNetwork
         if _LUCIDRAINS in config:
             structure = LucidrainsConfig.from_dict(config[_LUCIDRAINS])
             rows = _check_lucidrains(structure, spec)
@@ -81,12 +82,14 @@ def load(path: Path, given: Mapping[str, object] | None = None) -> Checkpoint:
             unet = UNetConfig.from_dict(config["unet"])
             check_agreement(unet, spec)
             spec = _resized(spec, flags, len(unet.channels))
-            network, rows = _own_network(dataclasses.replace(unet, sample_size=spec.shape[1:])), unet.num_classes
+            rows = unet.num_classes
+            with torch.device("meta"):
+                network = UNet(dataclasses.replace(unet, sample_size=spec.shape[1:]))
         if "null_class" in flags and spec.null_class is None:
             spec = dataclasses.replace(spec, class_names=None, **classes_of(rows, flags))
         flags.agree(null_class=spec.null_class)
     weights, source = read_safetensors(path / WEIGHTS_NAME), str(path / WEIGHTS_NAME)
-    if isinstance(network, LucidrainsUNet):
+    if network.kind == _LUCIDRAINS:
         schedule = _rounded_schedule(schedule, weights, source)
     load_weights(network, weights, source)
     training = config.get("training")
@@ -100,12 +103,6 @@ def _resized(spec: ModelSpec, flags: Flags, levels: int) -> ModelSpec:
     if "image_size" not in flags:
         return spec
     return dataclasses.replace(spec, shape=(spec.shape[0], *flags.size(("image_size",), levels)))
-
-
-def _own_network(config: UNetConfig) -> UNet:
-    """Our U-Net, without weights."""
-    with torch.device("meta"):
-        return UNet(config)
 
 
 def _check_lucidrains(structure: LucidrainsConfig, spec: ModelSpec) -> int | None:
@@ -168,8 +165,7 @@ def save(
     spec: ModelSpec,
     *,
     weights: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
-    training: Mapping[str, Any] | None = None,
+    training: Mapping[str, object] | None = None,
 ) -> None:
     """Write a checkpoint folder; each file appears whole or not at all.
 
@@ -178,18 +174,18 @@ def save(
         network: The network whose configuration is stored.
         schedule: The noise schedule it was trained with.
         spec: The conventions it was trained with.
-        weights: Parameters to store instead of the network's own (an exponential moving average, say).
-        dtype: How the weights are stored; they are always computed with in the sampler's precision.
+        weights: Parameters to store as they are (an exponential moving average, say), instead of the network's own in
+            float32. Whatever their type, they are computed with in the sampler's precision.
         training: How the checkpoint came about, for people: data, steps, loss.
 
     Raises:
         TypeError: If the network is of another kind.
         OSError: If a file cannot be written.
     """
-    if not isinstance(network, (UNet, LucidrainsUNet)):
+    if not isinstance(network, RowNetwork):
         raise TypeError(f"native.save: network must be a UNet, got {type(network).__name__}; only those can be stored")
-    tensors = {name: value.to(dtype) for name, value in (weights or network.state_dict()).items()}
-    if isinstance(schedule, RoundedSchedule) and isinstance(network, LucidrainsUNet):
+    tensors = dict(weights or {name: value.float() for name, value in network.state_dict().items()})
+    if isinstance(schedule, RoundedSchedule) and network.kind == _LUCIDRAINS:
         known = {name for name in BUFFERS if name == "betas" or name in vars(schedule)}
         tensors |= {_ARRAY + name: getattr(schedule, name).clone() for name in known}
     write_tensors(path / WEIGHTS_NAME, tensors, {"format": FORMAT})
@@ -198,7 +194,7 @@ def save(
         {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "unet" if isinstance(network, UNet) else _LUCIDRAINS: network.config.to_dict(),
+            network.kind: network.config.to_dict(),
             "schedule": schedule.to_config(),
             "spec": spec.to_dict(),
             "training": dict(training or {}),
@@ -240,7 +236,7 @@ def _opened(path: Path, read: Callable[[], T]) -> T:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """Read a JSON file that holds an object.
 
     Raises:

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastddpm.bench.memory import MemoryCurve
     from fastddpm.bench.settings import Settings
     from fastddpm.bench.workloads import Workload
+    from fastddpm.engines.choose import EngineName
 
 PICTURES = {"full": 10_000, "quick": 1_000}
 MEMORY_S = 90.0
@@ -75,7 +76,9 @@ def bench(
 
     - `fastddpm bench mnist --profile`
     """
-    from fastddpm.bench.settings import Settings, default_threads  # late, for --help: see `sample`
+    import torch  # late, for --help: see `sample`
+
+    from fastddpm.bench.settings import Settings, default_threads
     from fastddpm.engines.devices import pick_device
     from fastddpm.files import check_writable
 
@@ -94,7 +97,9 @@ def bench(
     kind = pick_device(None if device == "auto" else device).type
     check_writable(out)
     if profile:
-        _profile(model or "mnist", flags, out, sizes[0] if sizes else 1, engine, kind, threads)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        _profile(model or "mnist", flags, out, sizes[0] if sizes else 1, engine, kind)
         return
     chosen, with_memory = _choose(model, flags, sizes, workloads, quick, kind)
     settings = Settings.of(quick, threads or default_threads(), kind, cold, minutes, allowance)
@@ -129,7 +134,7 @@ def _measure(chosen: list[Workload], settings: Settings, out: Path, pictures: in
     from fastddpm.bench.live import WIDE, View
 
     machine = describe(settings.threads)
-    facts: dict[str, Any] = {**dataclasses.asdict(settings), "workloads": [workload.name for workload in chosen]}
+    facts: dict[str, object] = {**dataclasses.asdict(settings), "workloads": [workload.name for workload in chosen]}
     results: list[WorkloadResult] = []
     kept: list[Path] = []
     console = Console(highlight=False, markup=False)
@@ -180,20 +185,14 @@ def _memory(pictures: int, view: View) -> MemoryCurve | None:
     return curve
 
 
-def _profile(
-    model: str, flags: dict[str, object], out: Path, batch: int, engine: str, device: str, threads: int | None
-) -> None:
-    import torch
+def _profile(model: str, flags: dict[str, object], out: Path, batch: int, engine: EngineName, device: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from fastddpm.bench.profiling import trace
     from fastddpm.sampler import Sampler
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    options: dict[str, Any] = {"engine": engine, **flags}
-    sampler = Sampler.from_pretrained(model, device=device, **options)
+    sampler = Sampler.from_pretrained(model, device=device, engine=engine, flags=flags)
     path = out / "trace.json"
     found = trace(sampler, path, batch=batch, steps=10)
     table = Table("kernel", "calls per step", "ms per step", "share", title=clean(f"{model}, B = {batch}, {engine}"))

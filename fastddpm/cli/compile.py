@@ -40,7 +40,7 @@ def compile_model(
     from fastddpm.engines.devices import describe_choices
     from fastddpm.sampler import Sampler
 
-    sampler = Sampler.from_pretrained(model, device="cpu", precision=precision, **parse_flags(flag))
+    sampler = Sampler.from_pretrained(model, device="cpu", precision=precision, flags=parse_flags(flag))
     if guided and sampler.spec.null_class is None:
         raise ValueError(f"--guided must be left out, got it, but {model} has no label that stands for no class")
     if guided and likelihood:

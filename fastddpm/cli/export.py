@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +12,7 @@ from fastddpm.common.terminal import patience, say
 
 if TYPE_CHECKING:
     from fastddpm.export.form import Exported
+    from fastddpm.sampler import Sampler
 
 WHAT, METHOD, FORM = "What to export", "How to sample (step and chain)", "The file"
 
@@ -119,20 +120,19 @@ def export(
 
     if fp16 and int8:
         raise ValueError("export: --fp16 and --int8 must not both be given, got both; leave one out")
-    options: dict[str, Any] = {
-        "what": what, "solver": solver, "steps": steps, "timesteps": timesteps, "eta": eta, "guidance": guidance,
-        "noise": noise, "batch": batch, "output": output, "opset": opset or DEFAULT_OPSET, "external": external,
-        "licence": licence, "precision": "int8" if int8 else "fp16" if fp16 else "fp32", "tensorrt": tensorrt,
-        "clip": "spec" if threshold is None else DynamicThreshold(threshold),
-    }  # fmt: skip
+    clip: DynamicThreshold | Literal["spec"] = "spec" if threshold is None else DynamicThreshold(threshold)
     check_replaceable(out)
-    sampler = Sampler.from_pretrained(model, device="cpu", engine="eager", **parse_flags(flag))
+    sampler = Sampler.from_pretrained(model, device="cpu", engine="eager", flags=parse_flags(flag))
     if server is not None:
         from fastddpm.export.server import check_repository, write_repository
 
         check_repository(server)
     with patience(f"exporting the {what}, which takes up to a few minutes"):
-        exported = export_onnx(sampler, out, **options)
+        exported = export_onnx(
+            sampler, out, what=what, solver=solver, steps=steps, timesteps=timesteps, eta=eta, clip=clip,
+            guidance=guidance, noise=noise, batch=batch, output=output, opset=opset or DEFAULT_OPSET, external=external,
+            licence=licence, precision="int8" if int8 else "fp16" if fp16 else "fp32", tensorrt=tensorrt,
+        )  # fmt: skip
     lines = [f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)" for file in exported.files]
     if server is not None:
         lines.append(f"wrote {write_repository(server, exported)}")
@@ -140,7 +140,7 @@ def export(
         say("\n".join(lines + _advice(exported, sampler if int8 else None)))
 
 
-def _advice(exported: Exported, int8_of: Any) -> list[str]:  # noqa: ANN401 - a Sampler, imported late
+def _advice(exported: Exported, int8_of: Sampler | None) -> list[str]:
     """What to tell after the files' names."""
     from fastddpm.export.tensorrt import trtexec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -23,7 +23,7 @@ _WORDS = {"True": True, "False": False, "None": None}
 _NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")  # JSON lacks the plus sign, and .5 and 1.
 
 
-def parse_flags(texts: Sequence[str] | None) -> dict[str, Any]:
+def parse_flags(texts: Sequence[str] | None) -> dict[str, object]:
     """The flags as `load_checkpoint` takes them.
 
     A value is a JSON value, True, False, None, a number, a list of such with commas between, or else a word.
@@ -31,7 +31,7 @@ def parse_flags(texts: Sequence[str] | None) -> dict[str, Any]:
     Raises:
         ValueError: If an entry is not NAME=VALUE, or a name comes twice.
     """
-    flags: dict[str, Any] = {}
+    flags: dict[str, object] = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier() or name in _TAKEN:
@@ -42,13 +42,14 @@ def parse_flags(texts: Sequence[str] | None) -> dict[str, Any]:
     return flags
 
 
-def _value(text: str) -> Any:  # noqa: ANN401 - whatever JSON can be
+def _value(text: str) -> object:
     if text in _WORDS:
         return _WORDS[text]
     if _NUMBER.fullmatch(text):
         return float(text)
     try:
-        return json.loads(text)
+        value: object = json.loads(text)
+        return value
     except (ValueError, RecursionError):
         values = [_value(part) for part in text.split(",")] if "," in text else [text]
         return text if any(isinstance(value, str) for value in values) else values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import ROUNDED
@@ -37,9 +37,9 @@ def info(
     from fastddpm.engines.weights import weights_hash
 
     machine = dataclasses.asdict(describe_machine())
-    facts: dict[str, Any] = {"machine": machine, "shipped checkpoints": list(SHIPPED)}
-    if model is not None:
-        checkpoint = load_checkpoint(model, **parse_flags(flag))
+    facts: dict[str, Mapping[str, object] | list[str]] = {"machine": machine, "shipped checkpoints": list(SHIPPED)}
+    checkpoint = None if model is None else load_checkpoint(model, **parse_flags(flag))
+    if checkpoint is not None:
         facts = {"checkpoint": checkpoint_facts(checkpoint), "settings": settings_facts(checkpoint), "machine": machine}
         facts["engine"] = describe_choices(weights_hash(checkpoint.network)) or {
             "auto": "nothing measured yet; compiles in runs that earn it, or by `fastddpm compile`"
@@ -54,10 +54,11 @@ def info(
         elif values and console.width < NARROW:
             say("\n".join((f"{title}:", *_lines(values))))
         elif values:
-            console.print(_settings_table(values) if title == "settings" else _table(title, values), "")
+            settings = None if checkpoint is None or title != "settings" else checkpoint.settings
+            console.print(_table(title, values) if settings is None else _settings_table(settings), "")
 
 
-def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, object]:
     """What a person wants to know about a checkpoint, in reading order."""
     spec, schedule = checkpoint.spec, checkpoint.schedule
     config = schedule.to_config()
@@ -76,30 +77,28 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "schedule": config,
         "classes": "none" if spec.num_classes is None else f"{spec.num_classes}",
         "class names": list(spec.class_names) if spec.class_names else "none",
-        "guidance": _guidance(spec, checkpoint.network),
+        "guidance": _guidance(spec, checkpoint.network.kind),
         "training": dict(checkpoint.training) or "not recorded",
     }
 
 
-def settings_facts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+def settings_facts(checkpoint: Checkpoint) -> dict[str, dict[str, object]]:
     """Each option of the checkpoint's own project, its value, and what set it: file, flag, preset or default."""
     return {name: {"value": value, "from": origin} for name, (value, origin) in checkpoint.settings.items()}
 
 
-def _guidance(spec: ModelSpec, network: object) -> str:
-    from fastddpm.nets.lucidrains import LucidrainsUNet
-
+def _guidance(spec: ModelSpec, kind: str) -> str:
     if spec.num_classes is None:
         return "not possible without classes"
     if spec.null_class is None:
         return "not possible: no label is known to stand for no class (--flag null_class=N says which does)"
     form = ""
-    if isinstance(network, LucidrainsUNet):
+    if kind == "lucidrains":
         form = "; out_u + w (out_c - out_u) alone, without the package's projection and rescaling of it"
     return f"possible: label {spec.null_class} stands for no class{form}"
 
 
-def _conventions(spec: ModelSpec) -> dict[str, Any]:
+def _conventions(spec: ModelSpec) -> dict[str, object]:
     """The conventions that are not those of most checkpoints; the others have lines of their own."""
     told = ("shape", "prediction", "variance", "clip", "num_classes", "null_class", "class_names")
     fields = [field for field in dataclasses.fields(spec) if field.name not in told]
@@ -109,24 +108,26 @@ def _conventions(spec: ModelSpec) -> dict[str, Any]:
 
 def _bytes(checkpoint: Checkpoint) -> int:
     """What the files of weights take on disk."""
+    from fastddpm.checkpoints.diffusers_weights import shard_names
     from fastddpm.checkpoints.native import WEIGHTS_NAME, read_json
 
     if not checkpoint.path.is_dir():
         return checkpoint.path.stat().st_size
     file = checkpoint.path / str(checkpoint.settings.get("weights", (WEIGHTS_NAME, ""))[0])
     if file.suffix == ".json":
-        return sum((file.parent / name).stat().st_size for name in set(read_json(file)["weight_map"].values()))
+        return sum((file.parent / name).stat().st_size for name in shard_names(read_json(file).get("weight_map")))
     return file.stat().st_size
 
 
-def _lines(values: Mapping[str, Any]) -> Iterator[str]:
+def _lines(values: Mapping[str, object]) -> Iterator[str]:
     """The facts without a table, for narrow terminals."""
     for name, value in values.items():
-        setting = isinstance(value, dict) and value.keys() == {"value", "from"}
-        yield f"- {name}: " + (f"{_text(value['value'])} ({value['from']})" if setting else _text(value))
+        if isinstance(value, dict) and value.keys() == {"value", "from"}:
+            value = f"{_text(value['value'])} ({value['from']})"
+        yield f"- {name}: {_text(value)}"
 
 
-def _table(title: str, values: Mapping[str, Any]) -> Table:
+def _table(title: str, values: Mapping[str, object]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=ROUNDED)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -135,14 +136,14 @@ def _table(title: str, values: Mapping[str, Any]) -> Table:
     return table
 
 
-def _settings_table(values: Mapping[str, Mapping[str, Any]]) -> Table:
+def _settings_table(settings: Mapping[str, tuple[object, str]]) -> Table:
     table = Table(title="settings", title_justify="left", title_style="bold", box=ROUNDED)
     table.add_column("option", style="bold", no_wrap=True)
     table.add_column("value", overflow="fold")
     table.add_column("from", no_wrap=True)
-    for name, fact in values.items():
-        style = {"file": "", "default": "dim"}.get(fact["from"], "cyan")
-        table.add_row(*(escape(clean(part)) for part in (name, _text(fact["value"]), fact["from"])), style=style)
+    for name, (value, origin) in settings.items():
+        style = {"file": "", "default": "dim"}.get(origin, "cyan")
+        table.add_row(*(escape(clean(part)) for part in (name, _text(value), origin)), style=style)
     return table
 
 

@@ -8,7 +8,7 @@ import reprlib
 import sys
 from collections.abc import Mapping
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -64,7 +64,7 @@ class Record:
     def __post_init__(self) -> None:
         check_record(self)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields as JSON-ready values."""
         return dataclasses.asdict(self)
 
@@ -121,12 +121,12 @@ def check_record(record: DataclassInstance) -> None:
 
 
 @functools.cache
-def _hints(kind: type[DataclassInstance]) -> dict[str, Any]:
+def _hints(kind: type[DataclassInstance]) -> dict[str, type]:
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401 - hints have no type of their own
+def _fits(value: object, hint: type) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _fits(value, inner[0]) and all(value in bounds for bounds in inner[1:])
@@ -140,10 +140,10 @@ def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401 - hints have no typ
         hints = inner[:1] * len(value) if inner[-1] is ... else inner
         return len(value) == len(hints) and all(map(_fits, value, hints))
     kinds = (int, float) if hint is float else origin or hint
-    return hint is Any or (isinstance(value, kinds) and (hint is bool or not isinstance(value, bool)))
+    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
 
 
-def _wording(hint: Any) -> str:  # noqa: ANN401 - hints have no type of their own
+def _wording(hint: type) -> str:
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return " ".join((_wording(inner[0]), *map(str, inner[1:])))

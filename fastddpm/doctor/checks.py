@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 
+from fastddpm.common.wording import first_line
 from fastddpm.doctor import engines, gpu, installation, kernels
 from fastddpm.doctor.surroundings import ProblemError, check_device
 
@@ -110,5 +111,5 @@ def _result(check: Check, device: torch.device) -> Result:
 
 
 def _reason(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or ["no message"])[0][:300]
+    line = first_line(error, 300)
     return line if isinstance(error, ProblemError) else f"{type(error).__name__}: {line}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from fastddpm.doctor.surroundings import ProblemError
 from fastddpm.engines.choose import Engine
 from fastddpm.engines.gpu import Gpu, compile_in_place
 from fastddpm.nets.config import UNetConfig
+from fastddpm.process.method import MethodOptions
 from fastddpm.process.reference import p_sample_loop
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
@@ -25,7 +25,7 @@ PICTURES = 2
 UNET = UNetConfig(sample_size=(16, 16), channels=(32,), layers=1, attention=(False,), norm_groups=8)
 """One of each kind of layer and no more: compilers take their time for each."""
 SPEC = ModelSpec(shape=(3, 16, 16), variance="fixed_large")
-RUNS: tuple[dict[str, Any], ...] = (
+RUNS: tuple[MethodOptions, ...] = (
     {"solver": "dpmpp_2m", "steps": 7}, {"solver": "ddpm", "steps": 12}, {"solver": "ddim", "steps": 9, "eta": 0.5},
 )  # fmt: skip
 """The first keeps a history, and a compiled step that does serves the others too."""
@@ -99,8 +99,10 @@ def compare_runs(sampler: Sampler, used: str, after_first: Callable[[], object] 
     """
     eager, worst = small_sampler(sampler.device), ""
     for number, run in enumerate(RUNS):
-        asked: dict[str, Any] = {"seed": 2**63 + number, "sample_ids": [7, 2**40], "progress": False, **run}
-        got, want = sampler.sample(PICTURES, **asked), eager.sample(PICTURES, **asked)
+        got, want = (
+            either.sample(PICTURES, seed=2**63 + number, sample_ids=[7, 2**40], progress=False, **run)
+            for either in (sampler, eager)
+        )
         worst = max(worst, _equal(got, want, f"eager steps draw with {run['solver']}"), key=_exponent)
         if sampler.engine.used != used:
             raise ProblemError(f"the engine must be {used}, got {sampler.engine.used} ({sampler.engine.why})")

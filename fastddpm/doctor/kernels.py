@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from fastddpm.bench.cases import LOW_TOLERANCE
 from fastddpm.doctor.surroundings import ProblemError
 from fastddpm.kernels import COLUMNS, normals_reference, p_sample, philox4x32_reference, q_sample
 from fastddpm.kernels.checks import OUT_DTYPES
-from fastddpm.kernels.group_norm import GROUP_NORM_RTOL, add_group_norm
+from fastddpm.kernels.group_norm import GROUP_NORM_RTOL, Norm, Projection, Terms, add_group_norm
 from fastddpm.kernels.p_sample import P_SAMPLE_RTOL
 from fastddpm.kernels.philox import NORMALS_ATOL
 from fastddpm.kernels.q_sample import Q_SAMPLE_RTOL
@@ -21,6 +21,7 @@ from fastddpm.kernels.winograd import WINOGRAD_RTOL, pack, winograd_conv
 SHAPE = (5, 3, 9, 7)
 """[B, C, H, W], odd, so that the last quads are not whole."""
 ROWS = 4
+_ALWAYS = ("x", "out", "table", "timesteps", "step", "end", "sample_id", "seed")
 KNOWN_ANSWERS = (
     ((0,) * 6, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 6, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
@@ -52,9 +53,12 @@ def check_p_sample(device: torch.device) -> str:
     for dtype in OUT_DTYPES:
         for name, (full, left_out) in wanted.items():
             case = {key: value for key, value in _update_case(dtype, full).items() if key != left_out}
-            want, size = _update_float64(**case)
-            given: dict[str, Any] = {key: value.to(device) for key, value in case.items()}
-            p_sample(**given)
+            want, size = _update_float64(case)
+            given = {key: value.to(device) for key, value in case.items()}
+            p_sample(
+                *(given[name] for name in _ALWAYS), out_uncond=given.get("out_uncond"), guidance=given.get("guidance"),
+                history=given.get("history"), history2=given.get("history2"), bound=given.get("bound"),
+            )  # fmt: skip
             what = f"p_sample, {_name(dtype)}, {name}"
             worst = max(worst, _off(given["x"], want, P_SAMPLE_RTOL * size + NORMALS_ATOL, what))
     return _passed(worst, OUT_DTYPES)
@@ -96,10 +100,9 @@ def check_add_group_norm(device: torch.device) -> str:
         weight, beta, bias, row = draw(C), draw(C), draw(C), draw(B, C).float()
         total = x.double() + bias.double()[:, None, None] + row.double()[:, :, None, None] + residual.double()
         want = F.silu(F.group_norm(total, groups, weight.double(), beta.double(), eps))
-        more: dict[str, Any] = {"bias": bias.to(device), "row": row.to(device), "residual": residual.to(device)}
-        _, got = add_group_norm(
-            x.to(device), weight.to(device), beta.to(device), groups, eps, mode="add", **more
-        )  # fmt: skip
+        norm = Norm(weight.to(device), beta.to(device), groups, eps)
+        terms = Terms(bias.to(device), residual.to(device))
+        _, got = add_group_norm(x.to(device), norm, terms, Projection(row.to(device), "add"))
         low = 0.0 if dtype == torch.float32 else LOW_TOLERANCE
         allowed = (GROUP_NORM_RTOL + low) * want.abs().max() + 0 * want
         worst = max(worst, _off(got, want, allowed, f"add_group_norm, {_name(dtype)}"))
@@ -148,45 +151,31 @@ def _update_case(dtype: torch.dtype, full: bool) -> dict[str, Tensor]:
     return case
 
 
-def _update_float64(
-    x: Tensor,
-    out: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    step: Tensor,
-    end: Tensor,
-    sample_id: Tensor,
-    seed: Tensor,
-    *,
-    out_uncond: Tensor | None = None,
-    guidance: Tensor | None = None,
-    history: Tensor | None = None,
-    history2: Tensor | None = None,
-    bound: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _update_float64(case: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The equations of `p_sample`, and the sum of all terms' magnitudes, to which its tolerance is relative."""
+    x, out, table, timesteps, step, end, sample_id, seed = (case[name] for name in _ALWAYS)
 
     def each(values: Tensor) -> Tensor:
         return values.double()[:, None, None, None]
 
     channels = x.shape[1]
-    c: dict[str, Any] = {name: each(table[step, i]) for i, name in enumerate(COLUMNS)}
+    c = {name: each(table[step, i]) for i, name in enumerate(COLUMNS)}
     z = normals_reference(seed, sample_id, timesteps[step], x[0].numel()).reshape(x.shape).double()
     state, o, v = x.double(), out[:, :channels].double(), out[:, channels:].double()
-    if out_uncond is not None and guidance is not None:
-        base = out_uncond[:, :channels].double()
-        o = base + each(guidance) * (o - base)
+    if "guidance" in case:
+        base = case["out_uncond"][:, :channels].double()
+        o = base + each(case["guidance"]) * (o - base)
     inside = (c["a_x"] * state, c["a_o"] * o)
-    limit = c["bound"] if bound is None else each(bound)
-    x0 = (inside[0] + inside[1]).clamp(-limit, limit) / (1.0 if bound is None else limit)
+    limit = each(case["bound"]) if "bound" in case else c["bound"]
+    x0 = (inside[0] + inside[1]).clamp(-limit, limit) / (limit if "bound" in case else 1.0)
     sigma = c["sigma"]
     if v.shape[1]:
         part = (v + 1) / 2
         sigma = sigma * torch.exp(0.5 * (part * c["log_beta"] + (1 - part) * c["log_beta_tilde"]))
     terms = [c["c_0"] * x0, c["c_x"] * state, c["c_o"] * o, sigma * z]
-    for name, past in (("c_h", history), ("c_h2", history2)):
-        if past is not None:
-            terms.append(c[name] * past.double())
+    for name, past in (("c_h", "history"), ("c_h2", "history2")):
+        if past in case:
+            terms.append(c[name] * case[past].double())
     new = torch.stack(terms).sum(0)
     size = torch.stack([*terms, *inside]).abs().sum(0)
     finished = (step >= end)[:, None, None, None]

@@ -10,10 +10,10 @@ options that ours has not, one in half precision, one with hooks or compiled is 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, LDMPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, LDMPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -25,13 +25,15 @@ from fastddpm.integrations.pipeline_run import Run, check_scheduler, sample
 
 __all__ = ["AcceleratedDDIMPipeline", "AcceleratedDDPMPipeline", "AcceleratedLDMPipeline", "accelerate_pipeline"]
 
+Output: TypeAlias = ImagePipelineOutput | tuple[object]
+
 
 class _AcceleratedPipeline:
     """What the accelerated pipelines share: everything but the call is the wrapped pipeline's own."""
 
     accelerates_diffusers = True
 
-    def __init__(self, pipe: Any, engine: EngineName = "auto") -> None:  # noqa: ANN401 - diffusers is not typed
+    def __init__(self, pipe: DiffusionPipeline, engine: EngineName = "auto") -> None:
         """Wrap a pipeline, which stays as it is."""
         self.__dict__["pipe"] = pipe
         self.__dict__["_network"] = PipelineNetwork(engine)
@@ -49,7 +51,7 @@ class _AcceleratedPipeline:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.pipe!r})"
 
-    def to(self, *args: Any, **kwargs: Any) -> _AcceleratedPipeline:  # noqa: ANN401 - as the pipeline takes them
+    def to(self, *args: object, **kwargs: object) -> _AcceleratedPipeline:
         """Move the pipeline, or change its dtype, as `DiffusionPipeline.to` does; returns this object."""
         self.pipe.to(*args, **kwargs)
         return self
@@ -70,13 +72,14 @@ class _AcceleratedPipeline:
             raise ValueError("accelerate: the network's sample_size must be set, got None; set it in unet.config")
         return (batch_size, config.in_channels, *((size, size) if isinstance(size, int) else size))
 
-    def _finish(self, x: Tensor, output_type: str | None, return_dict: bool) -> Any:  # noqa: ANN401
+    def _finish(self, x: Tensor, output_type: str | None, return_dict: bool) -> Output:
         """From [−1, 1] to what the caller asked for."""
-        images: Any = (x / 2 + 0.5).clamp(0, 1)
+        unit = (x / 2 + 0.5).clamp(0, 1)
+        images: object = unit
         if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).numpy()
+            images = array = unit.cpu().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":
-                images = self.pipe.numpy_to_pil(images)
+                images = self.pipe.numpy_to_pil(array)
         self.pipe.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -91,7 +94,7 @@ class AcceleratedDDPMPipeline(_AcceleratedPipeline):
         num_inference_steps: int = 1000,
         output_type: str | None = "pil",
         return_dict: bool = True,
-    ) -> Any:  # noqa: ANN401 - an ImagePipelineOutput or a tuple
+    ) -> Output:
         """Draw pictures; the arguments are those of DDPMPipeline.
 
         Args:
@@ -124,7 +127,7 @@ class AcceleratedDDIMPipeline(_AcceleratedPipeline):
         use_clipped_model_output: bool | None = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
-    ) -> Any:  # noqa: ANN401 - an ImagePipelineOutput or a tuple
+    ) -> Output:
         """Draw pictures; the arguments are those of DDIMPipeline.
 
         Args:
@@ -165,7 +168,7 @@ class AcceleratedLDMPipeline(_AcceleratedPipeline):
         output_type: str | None = "pil",
         return_dict: bool = True,
         **kwargs: object,
-    ) -> Any:  # noqa: ANN401 - an ImagePipelineOutput or a tuple
+    ) -> Output:
         """Draw pictures; the arguments are those of LDMPipeline.
 
         Args:

@@ -18,8 +18,6 @@ betas, timesteps or options are replaced afterwards follows them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -60,7 +58,7 @@ class FastDDPMScheduler(_Compatible, ForwardSteps, DDPMScheduler):  # type: igno
     "fixed_large_log") this one gives what the name says, the large variance.
     """
 
-    def _make(self, timesteps: Tensor, *options: Any) -> tuple[StepTable, ...]:  # noqa: ANN401
+    def _make(self, timesteps: Tensor, *options: float) -> tuple[StepTable, ...]:
         if self.variance_type != self.config.variance_type:
             raise ValueError("the variance was replaced")
         strided = bool(self.custom_timesteps or self.num_inference_steps)
@@ -115,7 +113,7 @@ class FastDDPMScheduler(_Compatible, ForwardSteps, DDPMScheduler):  # type: igno
         z = None
         if not isinstance(at, int) or rows.timesteps[at] > 0:
             z = draw(sample.shape, generator, model_output)
-        previous, x_start = update(rows, at, sample, model_output, z, None, self._threshold_sample)
+        previous, x_start = update(found, sample, model_output, z, self._threshold_sample)
         if not return_dict:
             return previous, x_start
         return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x_start)
@@ -128,8 +126,9 @@ class FastDDIMScheduler(_Compatible, ForwardSteps, DDIMScheduler):  # type: igno
     `use_clipped_model_output`, made when first asked for.
     """
 
-    def _make(self, timesteps: Tensor, *options: Any) -> tuple[StepTable, ...]:  # noqa: ANN401
-        return (ddim_table(self, timesteps, *options),)
+    def _make(self, timesteps: Tensor, *options: float) -> tuple[StepTable, ...]:
+        eta, clips = options or (0.0, False)
+        return (ddim_table(self, timesteps, eta, bool(clips)),)
 
     def _watched(self) -> object:
         return self.final_alpha_cumprod
@@ -185,7 +184,7 @@ class FastDDIMScheduler(_Compatible, ForwardSteps, DDIMScheduler):  # type: igno
         z = None
         if eta > 0:
             z = draw(sample.shape, generator, model_output) if variance_noise is None else variance_noise
-        previous, x_start = update(*found, sample, model_output, z, None, self._threshold_sample)
+        previous, x_start = update(found, sample, model_output, z, self._threshold_sample)
         if not return_dict:
             return previous, x_start
         return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x_start)
@@ -199,12 +198,12 @@ class FastDPMSolverMultistepScheduler(_Compatible, TableSteps, DPMSolverMultiste
     """
 
     # The parent's state.
-    model_outputs: list[Any]
+    model_outputs: list[Tensor | None]
     lower_order_nums: int
     _step_index: int | None
     _begin_index: int | None
 
-    def _make(self, timesteps: Tensor, *options: Any) -> tuple[StepTable, ...]:  # noqa: ANN401
+    def _make(self, timesteps: Tensor, *options: float) -> tuple[StepTable, ...]:
         return multistep_tables(self, timesteps)
 
     def _watched(self) -> object:
@@ -261,13 +260,13 @@ class FastDPMSolverMultistepScheduler(_Compatible, TableSteps, DPMSolverMultiste
             at = self._at(tables[0], timestep)
         # How many steps this one looks back at; a row that has not as many before it is the parent's affair.
         depth = min(self.lower_order_nums, self.config.solver_order - 1)
-        past = self.model_outputs[::-1][:depth]
+        past = [x_start for x_start in self.model_outputs[::-1][:depth] if x_start is not None]
         early = isinstance(at, int) and at < depth
-        if tables is None or at is None or early or any(x_start is None for x_start in past):
+        if tables is None or at is None or early or len(past) < depth:
             return super().step(out, timestep, sample, generator, variance_noise, return_dict)
-        shaped = (x_start if x_start.shape == sample.shape else x_start.expand_as(sample) for x_start in past)
-        history, history2, *_ = (*shaped, None, None)
-        previous, x_start = update(tables[depth], at, sample, out, None, history, self._threshold_sample, history2)
+        history, history2, *_ = (*(x_start.expand_as(sample) for x_start in past), None, None)
+        place = tables[depth], at
+        previous, x_start = update(place, sample, out, None, self._threshold_sample, (history, history2))
         self.model_outputs = [*self.model_outputs[1:], x_start]
         if self.lower_order_nums < self.config.solver_order:
             self.lower_order_nums += 1
@@ -279,9 +278,9 @@ class FastDPMSolverMultistepScheduler(_Compatible, TableSteps, DPMSolverMultiste
     def convert_model_output(
         self,
         model_output: Tensor,
-        *args: Any,  # noqa: ANN401 - as the parent
+        *args: object,
         sample: Tensor | None = None,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: object,
     ) -> Tensor:
         """x̂_0 or ε from the network's output, as the parent; of a learned variance's channels the first half is taken.
 

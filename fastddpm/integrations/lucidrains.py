@@ -6,8 +6,8 @@ import copy
 import inspect
 import math
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,33 @@ _TOLERANCE = 1e-4  # of the largest output: of the same arithmetic in another or
 NOISE_BYTES = 256 << 20
 """Up to this size the noise of all steps is drawn beforehand, so that the steps need nothing from the host."""
 
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
-def accelerate_gaussian_diffusion(
-    diffusion: Any,  # noqa: ANN401 - a foreign class
-    engine: EngineName = "auto",
-) -> AcceleratedGaussianDiffusion:
+
+class GaussianDiffusion(Protocol):
+    """What is used of the package's class, which is a module."""
+
+    model: nn.Module
+    betas: Tensor
+    channels: int
+    image_size: int | tuple[int, int]
+    num_timesteps: int
+    sampling_timesteps: int
+    ddim_sampling_eta: float
+    is_ddim_sampling: bool
+    objective: str
+    self_condition: bool
+
+    def model_predictions(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]: ...
+    def unnormalize(self, x: Tensor, /) -> Tensor: ...
+    def parameters(self) -> Iterator[Tensor]: ...
+    def buffers(self) -> Iterator[Tensor]: ...
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
+    def __call__(self, *arguments: object, **options: object) -> Tensor: ...
+
+
+def accelerate_gaussian_diffusion(diffusion: object, engine: EngineName = "auto") -> AcceleratedGaussianDiffusion:
     """The same diffusion with a faster `sample`; see `AcceleratedGaussianDiffusion`.
 
     Args:
@@ -53,7 +75,7 @@ def accelerate_gaussian_diffusion(
         return diffusion
     kind = type(diffusion)
     expected = "accelerate: diffusion must be a GaussianDiffusion of denoising-diffusion-pytorch"
-    if not isinstance(diffusion, nn.Module) or not any(base.__name__ in _KINDS for base in kind.__mro__):
+    if not hasattr(kind, "sample") or not any(base.__name__ in _KINDS for base in kind.__mro__):
         raise TypeError(f"{expected}, got {kind.__name__}; others of the package are not supported")
     parameters = list(inspect.signature(kind.sample).parameters)
     if parameters[1:] == ["batch_size"]:
@@ -71,7 +93,7 @@ def accelerate_gaussian_diffusion(
             raise TypeError(
                 f"{expected} with its own {name}, got {kind.__name__} with another; sample with it directly"
             )
-    return AcceleratedGaussianDiffusion(diffusion, engine)
+    return AcceleratedGaussianDiffusion(cast(GaussianDiffusion, diffusion), engine)
 
 
 class AcceleratedGaussianDiffusion:
@@ -87,7 +109,7 @@ class AcceleratedGaussianDiffusion:
 
     _own = ("_diffusion", "_engine", "_made", "_lock")
 
-    def __init__(self, diffusion: Any, engine: EngineName = "auto") -> None:  # noqa: ANN401 - a foreign class
+    def __init__(self, diffusion: GaussianDiffusion, engine: EngineName = "auto") -> None:
         self._diffusion = diffusion
         self._engine = engine
         self._made: tuple[object, Sampler] | None = None
@@ -105,11 +127,11 @@ class AcceleratedGaussianDiffusion:
         else:
             setattr(self._diffusion, name, value)
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - the diffusion's own
+    def __call__(self, *arguments: object, **options: object) -> Tensor:
         """The diffusion's own call: its training loss."""
         return self._diffusion(*arguments, **options)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Copies and pickles are of the diffusion alone; what was made of it is made anew."""
         return AcceleratedGaussianDiffusion, (self._diffusion, self._engine)
 
@@ -175,10 +197,10 @@ class AcceleratedGaussianDiffusion:
             self._made = key, Sampler(network, schedule, spec, device=device, engine=self._engine)
         return self._made[1]
 
-    def _chained(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _chained(self, method: Callable[_Given, _Result]) -> Callable[_Given, _Result | AcceleratedGaussianDiffusion]:
         """A method that returns its object returns this one."""
 
-        def call(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - the diffusion's own
+        def call(*arguments: _Given.args, **options: _Given.kwargs) -> _Result | AcceleratedGaussianDiffusion:
             result = method(*arguments, **options)
             return self if result is self._diffusion else result
 
@@ -186,7 +208,7 @@ class AcceleratedGaussianDiffusion:
 
 
 def _sample(
-    diffusion: Any,  # noqa: ANN401 - a foreign class
+    diffusion: GaussianDiffusion,
     sampler: Sampler,
     shape: tuple[int, int, int, int],
     keeps_all: bool,
@@ -230,7 +252,7 @@ def _sample(
     return diffusion.unnormalize(pictures) if hasattr(diffusion, "unnormalize") else (pictures + 1) * 0.5
 
 
-def _network(diffusion: Any, shape: tuple[int, int, int]) -> nn.Module:  # noqa: ANN401 - a foreign class
+def _network(diffusion: GaussianDiffusion, shape: tuple[int, int, int]) -> nn.Module:
     """The diffusion's network as it is now: as one of ours if it is known to be the package's U-Net, or as its copy."""
     model = copy.deepcopy(diffusion.model).eval()
     theirs = _Network(model, _is_learned(diffusion))
@@ -238,7 +260,7 @@ def _network(diffusion: Any, shape: tuple[int, int, int]) -> nn.Module:  # noqa:
     if kind.__name__ != "Unet" or not kind.__module__.endswith("denoising_diffusion_pytorch"):
         return theirs
     try:
-        theta = getattr(model.time_mlp[0], "theta", None)  # 10000, unless it says so
+        theta = getattr(model.get_submodule("time_mlp.0"), "theta", None)  # 10000, unless it says so
         flags = Flags("accelerate", {} if theta is None else {"sinusoidal_pos_emb_theta": theta}, FLAGS)
         weights = model.state_dict()
         arguments = structure(weights, flags)
@@ -248,7 +270,7 @@ def _network(diffusion: Any, shape: tuple[int, int, int]) -> nn.Module:  # noqa:
     return ours if _agree(ours, theirs, diffusion, shape) else theirs
 
 
-def _agree(ours: LucidrainsUNet, theirs: nn.Module, diffusion: Any, shape: tuple[int, int, int]) -> bool:  # noqa: ANN401
+def _agree(ours: LucidrainsUNet, theirs: nn.Module, diffusion: GaussianDiffusion, shape: tuple[int, int, int]) -> bool:
     """Whether the networks return the same: hooks and exchanged parts do not show in weights."""
     if (ours.config.channels, ours.config.self_condition) != (shape[0], bool(diffusion.self_condition)):
         return False
@@ -273,11 +295,11 @@ class _Network(nn.Module):
         return out
 
 
-def _is_learned(diffusion: nn.Module) -> bool:
+def _is_learned(diffusion: GaussianDiffusion) -> bool:
     return any(base.__name__ == "LearnedGaussianDiffusion" for base in type(diffusion).__mro__)
 
 
-def _schedule(diffusion: Any) -> RoundedSchedule:  # noqa: ANN401 - a foreign class
+def _schedule(diffusion: GaussianDiffusion) -> RoundedSchedule:
     buffers = {name: value.detach() for name, value in diffusion.named_buffers() if name in BUFFERS}
     try:
         return read_schedule(buffers, None, {}, "accelerate")
@@ -285,7 +307,7 @@ def _schedule(diffusion: Any) -> RoundedSchedule:  # noqa: ANN401 - a foreign cl
         raise ValueError(str(error)) from error
 
 
-def _spec(diffusion: Any, shape: tuple[int, int, int]) -> ModelSpec:  # noqa: ANN401 - a foreign class
+def _spec(diffusion: GaussianDiffusion, shape: tuple[int, int, int]) -> ModelSpec:
     is_learned = _is_learned(diffusion)
     prediction = "eps" if is_learned else PREDICTIONS[diffusion.objective]
     # Older versions of the package keep the network's ε beside a clipped x_0.

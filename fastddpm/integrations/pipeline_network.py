@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -29,11 +28,11 @@ class PipelineNetwork:
         self._weights: Weights | None = None
         self._stepper: Stepper | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Copies and pickles are empty; what was made is made anew."""
         return PipelineNetwork, (self._engine,)
 
-    def of(self, unet: Any, spec: ModelSpec, T: int, device: torch.device) -> Stepper:  # noqa: ANN401
+    def of(self, unet: UNet2DModel, spec: ModelSpec, T: int, device: torch.device) -> Stepper:
         """What makes the network's steps.
 
         Args:
@@ -48,9 +47,12 @@ class PipelineNetwork:
             key = (id(unet), spec, T, device)
             is_stale = self._weights is not None and self._weights.have_changed()
             if self._stepper is None or self._key != key or is_stale:
-                model = _our_network(unet, device)
-                engine = self._engine if isinstance(model, UNet) else "eager"
-                self._stepper, self._key = self._made(model, engine, spec, T, device), key
+                ours = _our_network(unet, device)
+                if ours is None:
+                    self._stepper = self._made(_as_it_is(unet), "eager", spec, T, device)
+                else:
+                    self._stepper = self._made(ours, self._engine, spec, T, device)
+                self._key = key
                 self._weights = Weights(unet)
             return self._stepper
 
@@ -60,7 +62,7 @@ class PipelineNetwork:
         return Stepper(model, spec, T, device, "fp32", lambda weights: Engine(engine, device, weights=weights))
 
 
-def check_unet(unet: Any) -> None:  # noqa: ANN401 - diffusers is not typed
+def check_unet(unet: UNet2DModel) -> None:
     """Raise ValueError if the network needs classes."""
     if getattr(unet.config, "num_class_embeds", None) or getattr(unet.config, "class_embed_type", None):
         raise ValueError(
@@ -69,16 +71,17 @@ def check_unet(unet: Any) -> None:  # noqa: ANN401 - diffusers is not typed
         )
 
 
-def _our_network(unet: Any, device: torch.device) -> Callable[..., Tensor]:  # noqa: ANN401 - diffusers is not typed
+def _our_network(unet: UNet2DModel, device: torch.device) -> UNet | None:
+    """Our U-Net with its weights; None where it has an option that ours has not."""
     try:
         network = network_from(dict(unet.config), unet.state_dict(), "accelerate")
-    except CheckpointError:  # an option that our U-Net has not: slower, and right
-        return _as_it_is(unet)
+    except CheckpointError:
+        return None
     # Convolutions run fastest on channels-last weights, on CPUs and GPUs alike.
     return network.requires_grad_(False).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def _as_it_is(unet: Any) -> Callable[..., Tensor]:  # noqa: ANN401 - diffusers is not typed
+def _as_it_is(unet: UNet2DModel) -> Callable[..., Tensor]:
     """A network of diffusers as a plain function."""
 
     def call(x: Tensor, t: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ def _as_it_is(unet: Any) -> Callable[..., Tensor]:  # noqa: ANN401 - diffusers i
     return call
 
 
-def _is_plain(unet: Any) -> bool:  # noqa: ANN401 - diffusers is not typed
+def _is_plain(unet: UNet2DModel) -> bool:
     """Whether the weights say all of a network: no hooks, no half precision, no code of somebody else's."""
     if type(unet) is not UNet2DModel or any(p.dtype != torch.float32 for p in unet.parameters()):
         return False

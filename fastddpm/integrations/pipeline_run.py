@@ -6,10 +6,11 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from fastddpm.engines.loop import Course, Loop
@@ -61,7 +62,7 @@ class _Steps:
 
 
 @torch.no_grad()
-def sample(pipe: Any, network: PipelineNetwork, x_T: Tensor, run: Run) -> Tensor:  # noqa: ANN401 - diffusers is not typed
+def sample(pipe: DiffusionPipeline, network: PipelineNetwork, x_T: Tensor, run: Run) -> Tensor:
     """Sample with the scheduler that the pipeline has now.
 
     Args:
@@ -122,9 +123,11 @@ class _Watch:
         """The pipeline's bar has no room to say so."""
 
 
-def _sample_by_steps(pipe: Any, scheduler: Any, model: Callable[..., Tensor], x: Tensor, run: Run) -> Tensor:  # noqa: ANN401
+def _sample_by_steps(
+    pipe: DiffusionPipeline, scheduler: SchedulerMixin, model: Callable[..., Tensor], x: Tensor, run: Run
+) -> Tensor:
     """The same where the scheduler has options that no table holds: its own step, with our network."""
-    options: dict[str, Any] = {"generator": run.generator}
+    options: dict[str, object] = {"generator": run.generator}
     if type(scheduler) in _DDIM:
         options.update(eta=run.eta, use_clipped_model_output=run.use_clipped_model_output)
     for t in pipe.progress_bar(scheduler.timesteps):
@@ -142,7 +145,7 @@ def check_scheduler(scheduler: object) -> None:
         )
 
 
-def _steps(scheduler: Any, run: Run) -> _Steps:  # noqa: ANN401 - diffusers is not typed
+def _steps(scheduler: SchedulerMixin, run: Run) -> _Steps:
     """What a scheduler does whose timesteps are set; without a table where the options are none of ours."""
     timesteps = scheduler.timesteps.cpu()
     try:
@@ -158,7 +161,7 @@ def _steps(scheduler: Any, run: Run) -> _Steps:  # noqa: ANN401 - diffusers is n
         return _Steps(None)
 
 
-def _check_channels(unet: Any, table: StepTable) -> None:  # noqa: ANN401 - diffusers is not typed
+def _check_channels(unet: UNet2DModel, table: StepTable) -> None:
     channels, out = unet.config.in_channels, unet.config.out_channels
     wanted = 2 * channels if table.variance == "learned_range" else channels
     if table.solver in MULTISTEP and out == 2 * channels:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastddpm.integrations.scheduler_rows import Rows
-from fastddpm.integrations.scheduler_update import fits
+from fastddpm.integrations.scheduler_update import Place, fits
 from fastddpm.kernels.q_sample import q_sample
 from fastddpm.process.table import StepTable
 
@@ -44,7 +43,7 @@ class TableSteps:
 
     # ------------------------------------------------------------------ tables
 
-    def _make(self, timesteps: Tensor, *options: Any) -> tuple[StepTable, ...]:  # noqa: ANN401
+    def _make(self, timesteps: Tensor, *options: float) -> tuple[StepTable, ...]:
         raise NotImplementedError
 
     def _watched(self) -> object:
@@ -71,7 +70,7 @@ class TableSteps:
             self._fast_made = made
         return made
 
-    def _tables(self, *options: Any) -> tuple[Rows, ...] | None:  # noqa: ANN401
+    def _tables(self, *options: float) -> tuple[Rows, ...] | None:
         """The tables of a run with these options of `step`, or None where the parent must do it."""
         made = self._fast()
         if options in made.tables:
@@ -85,13 +84,7 @@ class TableSteps:
                 made.tables[options] = None
         return made.tables[options]
 
-    def _row(
-        self,
-        timestep: int | Tensor,
-        out: Tensor,
-        x: Tensor,
-        *options: Any,  # noqa: ANN401 - as in _tables
-    ) -> tuple[Rows, int | Tensor] | None:
+    def _row(self, timestep: int | Tensor, out: Tensor, x: Tensor, *options: float) -> Place | None:
         """The table and the row, or each sample's row, of this step; None where the parent must do it."""
         tables = self._tables(*options)
         at = None if tables is None else tables[0].find(timestep, self.timesteps)

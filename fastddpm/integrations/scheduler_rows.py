@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +75,7 @@ class Rows:
                 self._steps[key] = torch.arange(len(self.host) + 1, device=device)[:, None].repeat(1, batch)
         return self._steps[key][row]
 
-    def find(self, timestep: Any, timesteps: Tensor) -> int | Tensor | None:  # noqa: ANN401 - as the caller has it
+    def find(self, timestep: int | Tensor, timesteps: Tensor) -> int | Tensor | None:
         """The row of a timestep, without waiting for a device.
 
         Args:
@@ -98,8 +97,8 @@ class Rows:
         if timestep.device.type == "cpu":
             if timestep.ndim > 1 or timestep.is_floating_point():
                 return None
-            values: Any = timestep.tolist()
-            return self._find_all(values) if timestep.ndim else self.index.get(values)
+            values: int | list[int] = timestep.tolist()
+            return self._find_all(values) if isinstance(values, list) else self.index.get(values)
         position = _position(timestep, timesteps)
         if position is not None:
             return position

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastddpm.checkpoints.diffusers_scheduler import conventions_of
+from fastddpm.checkpoints.diffusers_scheduler import Conventions, conventions_of
 from fastddpm.kernels.p_sample import COLUMNS
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.solvers import make_table
 from fastddpm.process.table import DynamicThreshold, StepTable
 from fastddpm.process.timesteps import check_timesteps
 
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
 _SHORT = 15  # runs of fewer steps end with a step of lower order, if the scheduler says so
 
 
-def ancestral_table(
-    scheduler: Any,  # noqa: ANN401 - diffusers is not typed
-    timesteps: Tensor,
-    prev_timesteps: Tensor | None = None,
-) -> StepTable:
+def ancestral_table(scheduler: DDPMScheduler, timesteps: Tensor, prev_timesteps: Tensor | None = None) -> StepTable:
     """DDPMScheduler as a table, where t = 0 alone adds no noise (Ho et al. 2020, eq. 6–7 and 11).
 
     Args:
@@ -53,7 +54,7 @@ def ancestral_table(
 
 
 def ddim_table(
-    scheduler: Any,  # noqa: ANN401 - diffusers is not typed
+    scheduler: DDIMScheduler,
     timesteps: Tensor,
     eta: float = 0.0,
     use_clipped_model_output: bool = False,
@@ -90,7 +91,7 @@ def ddim_table(
     )
 
 
-def multistep_tables(scheduler: Any, timesteps: Tensor) -> tuple[StepTable, ...]:  # noqa: ANN401
+def multistep_tables(scheduler: DPMSolverMultistepScheduler, timesteps: Tensor) -> tuple[StepTable, ...]:
     """DPMSolverMultistepScheduler as two or three tables, of rows that look back at 0, 1 and, if asked for, 2 others.
 
     A run starts with a row of the first table, wherever it starts, then takes one of the second, and so on (Lu et al.
@@ -113,24 +114,20 @@ def multistep_tables(scheduler: Any, timesteps: Tensor) -> tuple[StepTable, ...]
     # DPM-Solver++ is deterministic: its variance_type only says that the network has channels that are left out.
     conventions = conventions_of("DPMSolverMultistepScheduler", {**config, "variance_type": None})
     schedule = _schedule(scheduler)
-    threshold = _clip({**conventions, "clip": None})
-    to_one: bool = conventions["final_alpha_to_one"]
+    threshold, to_one = _threshold(conventions), conventions["final_alpha_to_one"]
     _check_sigmas(scheduler, schedule, timesteps, to_one)
     short = config["lower_order_final"] and timesteps.numel() < _SHORT
     lower = bool(to_one or config["euler_at_final"] or short)
-    shared: dict[str, Any] = {
-        "prediction": conventions["prediction"], "clip": threshold, "final_alpha_to_one": to_one,
-    }  # fmt: skip
+    make = functools.partial(
+        make_table, schedule, timesteps, prediction=conventions["prediction"], clip=threshold, final_alpha_to_one=to_one
+    )
     tables = (
-        make_table(schedule, timesteps, solver="ddim", clipped_eps="rederive", **shared),
-        make_table(schedule, timesteps, solver="dpmpp_2m", lower_order_final=lower, **shared),
+        make(solver="ddim", clipped_eps="rederive"),
+        make(solver="dpmpp_2m", lower_order_final=lower),
     )
     if config["solver_order"] < 3:
         return tables
-    third = make_table(
-        schedule, timesteps, solver="dpmpp_3m", lower_order_final=lower, lower_order_second=bool(short),
-        second_difference="half", **shared
-    )  # fmt: skip
+    third = make(solver="dpmpp_3m", lower_order_final=lower, lower_order_second=bool(short), second_difference="half")
     return (*tables, third)
 
 
@@ -157,7 +154,9 @@ def _with_rounded_beta(
     return dataclasses.replace(table, rows=rows.float())
 
 
-def _check_sigmas(scheduler: Any, schedule: NoiseSchedule, timesteps: Tensor, to_one: bool) -> None:  # noqa: ANN401
+def _check_sigmas(
+    scheduler: DPMSolverMultistepScheduler, schedule: NoiseSchedule, timesteps: Tensor, to_one: bool
+) -> None:
     """Check that the levels of noise are those of the timesteps, as they are unless somebody chose others."""
     alpha_bar = schedule.alphas_cumprod.double()
     visited = check_timesteps("multistep_tables", schedule.T, timesteps)
@@ -168,12 +167,15 @@ def _check_sigmas(scheduler: Any, schedule: NoiseSchedule, timesteps: Tensor, to
         raise ValueError("multistep_tables: sigmas must be those of the timesteps, got others; leave them as they are")
 
 
-def _schedule(scheduler: Any) -> NoiseSchedule:  # noqa: ANN401 - diffusers is not typed
+def _schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
     # The library's own ᾱ, which is not always the product: DPM-Solver lifts ᾱ = 0 to 2⁻²⁴.
     return NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod, scheduler.betas.float())
 
 
-def _clip(conventions: dict[str, Any]) -> float | DynamicThreshold | None:
+def _threshold(conventions: Conventions) -> DynamicThreshold | None:
     threshold = conventions["threshold"]
-    clip: float | None = conventions["clip"]
-    return clip if threshold is None else DynamicThreshold(*threshold)
+    return None if threshold is None else DynamicThreshold(*threshold)
+
+
+def _clip(conventions: Conventions) -> float | DynamicThreshold | None:
+    return _threshold(conventions) or conventions["clip"]

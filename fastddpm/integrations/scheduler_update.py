@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ from fastddpm.kernels.dispatch import runs_triton
 from fastddpm.kernels.p_sample import p_sample, p_sample_reference
 from fastddpm.process.table import StepTable, dynamic_bound
 
+Place = tuple[Rows, int | Tensor]
 _Thresholding = Callable[[Tensor], Tensor]
 _Past = tuple[Tensor | None, Tensor | None]
+_Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,26 +37,22 @@ def fits(out: Tensor, x: Tensor, table: StepTable) -> bool:
 
 
 def update(
-    rows: Rows,
-    at: int | Tensor,
+    place: Place,
     x: Tensor,
     out: Tensor,
     z: Tensor | None,
-    history: Tensor | None,
     threshold_sample: _Thresholding,
-    history2: Tensor | None = None,
+    past: _Past = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """The new state and x̂_0 of all samples, in the dtype that diffusers' arithmetic has.
 
     Args:
-        rows: the table.
-        at: the row of all samples; or int [1] or [B], the row of each.
+        place: the table, and the row of all samples; or int [1] or [B], the row of each.
         x: float [B, C, …], x_t.
         out: float [B, C, …], or [B, 2C, …] with a learned variance.
         z: float, broadcast to the shape of x, standard normals; None adds no noise.
-        history: float [B, C, …], the x̂_0 of the step before; None where no row reads it.
         threshold_sample: the scheduler's dynamic thresholding of an x̂_0.
-        history2: float [B, C, …], the x̂_0 of the step before that one; None where no row reads it.
+        past: float [B, C, …], the x̂_0 of the last step and of the one before; None where no row reads it.
 
     Returns:
         x_{t−1} and x̂_0, [B, C, …].
@@ -62,15 +60,16 @@ def update(
     Raises:
         ValueError: there are neither one nor B timesteps.
     """
+    rows, at = place
     dtype = x.dtype if x.dtype == out.dtype else torch.promote_types(x.dtype, out.dtype)
     differentiates = torch.is_grad_enabled() and (x.requires_grad or out.requires_grad)
     fused = not differentiates and runs_triton(x.device.type)
     if isinstance(at, int) and not (fused and rows.table.threshold is None):
         threshold = None if rows.table.threshold is None else threshold_sample
-        past = _float(history), _float(history2)
-        new, x0 = _update_alike(rows.host[at], _float(x), _float(out), _float(z), past, threshold)
+        floats = _float(past[0]), _float(past[1])
+        new, x0 = _update_alike(rows.host[at], _float(x), _float(out), _float(z), floats, threshold)
     else:
-        new, x0 = _update_each(rows, at, x, out, z, (history, history2), fused)
+        new, x0 = _update_each(place, x, out, z, past, fused)
     return (new, x0) if dtype == torch.float32 else (new.to(dtype), x0.to(dtype))
 
 
@@ -100,10 +99,10 @@ def _update_alike(
 
 
 def _update_each(
-    rows: Rows, at: int | Tensor, x: Tensor, out: Tensor, z: Tensor | None, past: _Past, fused: bool
+    place: Place, x: Tensor, out: Tensor, z: Tensor | None, past: _Past, fused: bool
 ) -> tuple[Tensor, Tensor]:
     """The update by the kernel, or by its reference where it must be differentiable: each sample at its own row."""
-    batch, shape, device = len(x), x.shape, x.device
+    (rows, at), batch, shape, device = place, len(x), x.shape, x.device
     table, times, _ = rows.on(device)
     if isinstance(at, int):
         step = rows.step(at, batch, device)
@@ -122,15 +121,17 @@ def _update_each(
     noise = None if z is None else flat(z).float().expand(x4.shape).contiguous()[None]
     history, history2 = (None if tensor is None else flat(tensor).float() for tensor in past)
     end, zeros = rows.step(len(table) - 1, batch, device), torch.zeros_like(step)
-    rest = (out4, table, times, step, end, zeros, zeros)
-    options: dict[str, Any] = {"noise": noise, "bound": bound, "stochastic": z is not None}
+    rest, stochastic = (out4, table, times, step, end, zeros, zeros), z is not None
     if fused:
         new = x4.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         x_start = torch.empty_like(new) if history is None else history.clone().reshape(new.shape)
         history2 = None if history2 is None else history2.clone().reshape(new.shape)
-        p_sample(new, *rest, history=x_start, history2=history2, **options)  # in place, all of them
+        # In place, all of them.
+        p_sample(new, *rest, noise=noise, history=x_start, history2=history2, bound=bound, stochastic=stochastic)
     else:
-        new, x_start, *_ = p_sample_reference(x4.float(), *rest, history=history, history2=history2, **options)
+        new, x_start, *_ = p_sample_reference(
+            x4.float(), *rest, noise=noise, history=history, history2=history2, bound=bound, stochastic=stochastic
+        )
     return new.reshape(shape), x_start.reshape(shape)
 
 
@@ -140,5 +141,5 @@ def _spread(row: Row, v: Tensor) -> Tensor:
     return (v * slope).add_(middle).exp_()
 
 
-def _float(tensor: Any) -> Any:  # noqa: ANN401 - a tensor or None
+def _float(tensor: _Maybe) -> _Maybe:
     return tensor if tensor is None or tensor.dtype == torch.float32 else tensor.float()

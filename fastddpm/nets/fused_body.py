@@ -8,14 +8,14 @@ Convolutions of one pixel are matrix products, biases of the others are pending,
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastddpm.kernels.dispatch import runs_triton
-from fastddpm.kernels.group_norm import add_group_norm_unchecked
+from fastddpm.kernels.group_norm import Norm, Projection, Terms, add_group_norm_unchecked
 from fastddpm.nets.blocks import Attention, Downsample, ResBlock, Stage, Upsample, resample
 from fastddpm.nets.config import UNetConfig
 
@@ -74,15 +74,17 @@ class Pending:
             Pending(self.x, self.bias, self.residual, skip) if self._total is None else Pending(self._total, skip=skip)
         )
 
-    def normed(self, norm: nn.Module, *, silu: bool = True, keep: bool = True, **row: Any) -> Tensor:  # noqa: ANN401
-        """The sum's group norm; with `keep`, the sum is made as well. `row` is as `add_group_norm` has it."""
+    def normed(
+        self, norm: nn.Module, projection: Projection | None = None, *, silu: bool = True, keep: bool = True
+    ) -> Tensor:
+        """The sum's group norm; with `keep`, the sum is made as well."""
         module = cast(nn.GroupNorm, norm)
-        given: dict[str, Any] = {"silu": silu, **row}
-        if self._total is None:
-            given |= {"bias": self.bias, "residual": self.residual, "skip": self.skip, "keep": keep}
-        x = self.x if self._total is None else self._total
-        total, y = add_group_norm_unchecked(x, module.weight, module.bias, module.num_groups, module.eps, **given)
-        if keep and self._total is None:
+        parts = Norm(module.weight, module.bias, module.num_groups, module.eps)
+        if self._total is not None:
+            return add_group_norm_unchecked(self._total, parts, projection=projection, silu=silu)[1]
+        terms = Terms(self.bias, self.residual, self.skip)
+        total, y = add_group_norm_unchecked(self.x, parts, terms, projection, silu=silu, keep=keep)
+        if keep:
             self._total = total
         return y
 
@@ -93,11 +95,10 @@ class _Rows:
     def __init__(self, values: Tensor, index: Tensor | None) -> None:
         self._values, self._index, self._next = values, index, 0
 
-    def take(self, block: ResBlock) -> dict[str, Any]:
-        """What `add_group_norm` is to be told of the next block's projection."""
+    def take(self, block: ResBlock) -> Projection:
+        """The next block's projection."""
         column, self._next = self._next, self._next + block.projection_width
-        mode = "scale_shift" if block.scale_shift else "add"
-        return {"row": self._values, "index": self._index, "column": column, "mode": mode}
+        return Projection(self._values, "scale_shift" if block.scale_shift else "add", column, self._index)
 
 
 def fused_body(network: Trunk, x: Tensor, projections: Tensor, index: Tensor | None = None) -> Tensor:
@@ -152,7 +153,7 @@ def _res_block(module: nn.Module, h: Pending, rows: _Rows) -> Pending:
     if block.resample is not None:
         y, x = resample(y, block.resample), resample(x, block.resample)
     hidden = Pending(_convolved(block.conv1, y), block.conv1.bias)
-    y = hidden.normed(block.norm2, keep=False, **rows.take(block))
+    y = hidden.normed(block.norm2, rows.take(block), keep=False)
     if isinstance(block.skip, nn.Conv2d):
         x = _as_pictures(F.linear(_per_pixel(x), block.skip.weight.flatten(1), block.skip.bias), x)
     return _divided(Pending(_convolved(block.conv2, y), block.conv2.bias, x), block.scale)

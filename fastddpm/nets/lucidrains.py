@@ -30,6 +30,7 @@ class LucidrainsUNet(RowNetwork):
     """ε(x_t, t[, y][, x̂_0]), or whatever the network was trained to predict."""
 
     config: LucidrainsConfig
+    kind = "lucidrains"
 
     def __init__(self, config: LucidrainsConfig) -> None:
         """Make a network for weights to be loaded into."""

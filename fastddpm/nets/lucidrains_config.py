@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 from fastddpm.common.records import Record, Within
 
@@ -79,6 +79,27 @@ class LucidrainsConfig(Record):
     def out_channels(self) -> int:
         """Channels of the output."""
         return self.channels * (2 if self.learned_variance else 1)
+
+
+class Arguments(TypedDict, total=False):
+    """Some of the fields of `LucidrainsConfig`."""
+
+    dim: int
+    init_dim: int
+    dim_mults: tuple[int, ...]
+    full_attn: tuple[bool, ...]
+    attn_heads: tuple[int, ...]
+    attn_dim_head: tuple[int, ...]
+    channels: int
+    self_condition: bool
+    learned_variance: bool
+    num_classes: int | None
+    learned_sinusoidal_dim: int | None
+    sinusoidal_pos_emb_theta: float
+    groups: int | None
+    memory: bool
+    mean_value: bool
+    layer_norm: bool
 
 
 def _expect(is_right: bool, config: LucidrainsConfig, name: str, expected: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,8 @@ class RowNetwork(nn.Module):
     """Half of a `fastddpm.step.network.Network`: what is asked before a run; a subclass has `body` and `cast`."""
 
     config: UNetConfig | LucidrainsConfig
+    kind: Literal["unet", "lucidrains"]
+    """What its structure is called in a checkpoint of fastddpm's own."""
 
     def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
         """All blocks' projections of timesteps t and classes y.

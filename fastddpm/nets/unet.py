@@ -31,6 +31,7 @@ class UNet(RowNetwork):
     """ε(x_t, t[, y]), or whatever the network was trained to predict."""
 
     config: UNetConfig
+    kind = "unet"
 
     def __init__(self, config: UNetConfig) -> None:
         """Make a network with Ho et al.'s initialisation: each residual branch and the output start at zero."""

@@ -9,7 +9,7 @@ W], or from a torch.Generator.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -26,6 +26,15 @@ class Model(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, /) -> Tensor:
         """Evaluate the network."""
         ...
+
+
+class Conventions(TypedDict, total=False):
+    """The options of `p_mean_variance`."""
+
+    prediction: Prediction
+    variance: Variance
+    clip: float | None
+    threshold: tuple[float, float] | None
 
 
 class PMeanVariance(NamedTuple):
@@ -143,10 +152,7 @@ def p_sample_loop(
     *,
     timesteps: Tensor | None = None,
     y: Tensor | None = None,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_small",
-    clip: float | None = 1.0,
-    threshold: tuple[float, float] | None = None,
+    **conventions: Unpack[Conventions],
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, Algorithm 2), strided if timesteps are given.
 
@@ -159,10 +165,7 @@ def p_sample_loop(
         noise: z of each step; the last step's is not used.
         timesteps: int64 [S], descending; default all T.
         y: int64 [B] labels, passed on to the model.
-        prediction: what the model returns.
-        variance: which variance.
-        clip: bound of |x̂_0|, or None.
-        threshold: (ratio, max_value) of dynamic thresholding, instead of `clip`.
+        conventions: prediction, variance, clip and threshold, as `p_mean_variance` has them.
 
     Returns:
         x_0, [B, C, H, W].
@@ -173,9 +176,7 @@ def p_sample_loop(
     for i, t in enumerate(steps.tolist()):
         out = _call(model, x, t, y)
         index = torch.full((x.shape[0],), len(steps) - 1 - i, dtype=torch.int64)
-        p = p_mean_variance(
-            spaced, out, x, index, prediction=prediction, variance=variance, clip=clip, threshold=threshold
-        )
+        p = p_mean_variance(spaced, out, x, index, **conventions)
         x = p.mean
         if i < len(steps) - 1:
             x = x + (0.5 * p.log_variance).exp() * _draw(noise, i, x)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -71,6 +71,18 @@ class NamedSchedule(_Config):
     tau: float | None = None
 
 
+class ScheduleOptions(TypedDict, total=False):
+    """The options of `NoiseSchedule.by_name`; None is the schedule's own default."""
+
+    beta_start: float | None
+    beta_end: float | None
+    s: float | None
+    max_beta: float | None
+    start: float | None
+    end: float | None
+    tau: float | None
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule(ForwardProcess):
     """A discrete variance-preserving noise schedule.
@@ -88,7 +100,7 @@ class NoiseSchedule(ForwardProcess):
     """
 
     betas: Tensor
-    recipe: Mapping[str, Any] | None = field(default=None, kw_only=True, repr=False)
+    recipe: Mapping[str, object] | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         """Validate the betas; a schedule that exists is usable."""
@@ -213,13 +225,7 @@ class NoiseSchedule(ForwardProcess):
         T: int = 1000,
         *,
         dtype: torch.dtype = torch.float64,
-        beta_start: float | None = None,
-        beta_end: float | None = None,
-        s: float | None = None,
-        max_beta: float | None = None,
-        start: float | None = None,
-        end: float | None = None,
-        tau: float | None = None,
+        **given: Unpack[ScheduleOptions],
     ) -> NoiseSchedule:
         """Schedule by its published name; an option left at None takes the schedule's own default.
 
@@ -227,13 +233,10 @@ class NoiseSchedule(ForwardProcess):
             name: one of `SCHEDULE_NAMES`.
             T: training steps, at least 1.
             dtype: float64 or float32.
-            beta_start: linear, scaled_linear, logistic: β_0 (default 1e-4).
-            beta_end: linear, scaled_linear, logistic: β_{T−1} (default 0.02).
-            s: cosine: offset (default 0.008).
-            max_beta: cosine, sigmoid, laplace: upper limit of β (default 0.999).
-            start: sigmoid: left end (default −3).
-            end: sigmoid: right end (default 3).
-            tau: sigmoid: temperature (default 1).
+            given: the schedule's options. linear, scaled_linear and logistic have `beta_start`, β_0 (default 1e-4), and
+                `beta_end`, β_{T−1} (0.02); cosine has the offset `s` (0.008) and, as sigmoid and laplace, `max_beta`,
+                the upper limit of β (0.999); sigmoid has its ends `start` (−3) and `end` (3), and the temperature
+                `tau` (1).
 
         Raises:
             TypeError: dtype is neither float32 nor float64, T is not an int, or an option is not a number.
@@ -242,36 +245,32 @@ class NoiseSchedule(ForwardProcess):
         function, defaults = _lookup(name)
         if dtype not in _DTYPES.values():
             raise TypeError(f"NoiseSchedule.by_name: dtype must be float32 or float64, got {dtype}; use torch.float64")
-        given = {
-            "beta_start": beta_start, "beta_end": beta_end, "s": s, "max_beta": max_beta,
-            "start": start, "end": end, "tau": tau,
-        }  # fmt: skip
-        given = {
+        told = {
             option: number("NoiseSchedule.by_name", option, value)
             for option, value in given.items()
             if value is not None
         }
         T = whole("NoiseSchedule.by_name", "T", T)
-        if foreign := sorted(given.keys() - defaults.keys()):
+        if foreign := sorted(told.keys() - defaults.keys()):
             raise ValueError(
                 f"NoiseSchedule.by_name: options of {name!r} must be among {sorted(defaults)}, got {foreign}; leave "
                 "the others out"
             )
-        options = {**defaults, **given}
+        options = {**defaults, **told}
         canonical = _ALIASES.get(name, name)
         recipe = {"name": canonical, "T": T, **options, "dtype": _dtype_name(dtype)}
         return cls(function(T, **options, dtype=dtype), recipe=recipe)
 
     # ------------------------------------------------------------------ configuration
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, object]:
         """Plain JSON data that `from_config` turns back into the same betas, bit for bit."""
         if self.recipe is not None:
             return dict(self.recipe)
         return {"name": "betas", "betas": self.betas.tolist(), "dtype": _dtype_name(self.betas.dtype)}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+    def from_config(cls, config: object) -> NoiseSchedule:
         """Schedule from what `to_config` returned.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastddpm.common.records import Record, Within
 
@@ -57,6 +57,6 @@ class TrainConfig(Record):
     weights_dtype: WeightsDtype = "fp32"
     gradient_checkpointing: bool = False
 
-    def lasting(self) -> dict[str, Any]:
+    def lasting(self) -> dict[str, object]:
         """The settings that must not change between the sessions of one run."""
         return {name: value for name, value in self.to_dict().items() if name not in _MAY_CHANGE}

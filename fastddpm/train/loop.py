@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -242,7 +241,7 @@ class Trainer:
         dtype = torch.float16 if self.config.weights_dtype == "fp16" else torch.float32
         native.save(
             self.folder, self.network, self.schedule, self.spec,
-            weights=self.ema, dtype=dtype, training=self.summary(),
+            weights={name: value.to(dtype) for name, value in self.ema.items()}, training=self.summary(),
         )  # fmt: skip
         moments = {name: self.optimizer.state[parameter] for name, parameter in self.network.named_parameters()}
         parts: dict[str, dict[str, Tensor]] = {"model": self.weights, "ema": self.ema}
@@ -262,7 +261,7 @@ class Trainer:
             }
         self.step = state.step
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """How the weights came about, for config.json and model cards."""
         return {
             "data": self.data.source,
@@ -272,7 +271,7 @@ class Trainer:
             **dataclasses.asdict(self.config),
         }
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def _fingerprint(self) -> dict[str, object]:
         """What must not change between the sessions of one run."""
         return {
             "unet": self.network.config.to_dict(),

@@ -14,7 +14,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -44,6 +44,15 @@ class TrainState:
 
     step: int
     parts: Mapping[str, Mapping[str, Tensor]]
+
+
+class Metrics(TypedDict):
+    """A line of metrics: what is known when a state is saved."""
+
+    step: int
+    loss: float
+    images_per_second: float | None
+    time: float
 
 
 class RunFolder:
@@ -92,7 +101,7 @@ class RunFolder:
         path = self.path / STATE_NAME
         return int(json.loads(native.read_metadata(path)["step"])) if path.exists() else 0
 
-    def save_state(self, state: TrainState, settings: Mapping[str, Any]) -> None:
+    def save_state(self, state: TrainState, settings: Mapping[str, object]) -> None:
         """Write the state, atomically.
 
         Args:
@@ -106,7 +115,7 @@ class RunFolder:
         facts = {"step": state.step, "fingerprint": settings}
         write_tensors(self.path / STATE_NAME, tensors, {key: json.dumps(value) for key, value in facts.items()})
 
-    def load_state(self, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> TrainState | None:
+    def load_state(self, settings: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> TrainState | None:
         """Read the state; None if there is none yet.
 
         Args:
@@ -143,7 +152,7 @@ class RunFolder:
         }
         return TrainState(step, {part: check_weights(shapes, named, str(path)) for part, named in parts.items()})
 
-    def append_metrics(self, line: Mapping[str, Any]) -> None:
+    def append_metrics(self, line: Metrics) -> None:
         """Add a line; lines of the same step or later ones, which a kill has undone, are dropped.
 
         Raises:
@@ -153,12 +162,12 @@ class RunFolder:
         kept = [old for old in self._metrics() if old["step"] < line["step"]]
         write_text(self.path / METRICS_NAME, "".join(json.dumps(entry) + "\n" for entry in [*kept, dict(line)]))
 
-    def _metrics(self) -> list[dict[str, Any]]:
+    def _metrics(self) -> list[Metrics]:
         path = self.path / METRICS_NAME
         check_file(path)
         if not path.exists():
             return []
-        entries = []
+        entries: list[Metrics] = []
         try:
             for line in path.read_text(encoding="utf-8").splitlines():
                 entry = json.loads(line)
@@ -172,7 +181,7 @@ class RunFolder:
         return entries
 
 
-def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _completed(settings: Mapping[str, object]) -> dict[str, object]:
     """Settings that an older fastddpm wrote, with the defaults of the options that it did not have yet.
 
     Raises:

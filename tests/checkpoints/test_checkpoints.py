@@ -54,7 +54,7 @@ def test_what_is_saved_comes_back(saved):
 
 
 def test_half_precision_weights(tmp_path):
-    save_checkpoint(tmp_path, dtype=torch.float16)
+    save_checkpoint(tmp_path, weights={name: value.half() for name, value in network().state_dict().items()})
     stored = load_file(tmp_path / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
     back = load_checkpoint(tmp_path).network.state_dict()

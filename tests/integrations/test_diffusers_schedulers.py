@@ -417,7 +417,8 @@ def test_a_device_that_cannot_be_read_gets_rows_by_lookup():
     assert row_of[torch.tensor([899, 1])].tolist() == [10, 10]
     assert table[10].isnan().all() and len(table) == len(times) == 12
     x = torch.rand(2, 3, 4, 4)
-    new, _ = scheduler_update._update_each(rows, torch.tensor([0, 10]), x, x, torch.zeros_like(x), (None, None), False)
+    place = rows, torch.tensor([0, 10])
+    new, _ = scheduler_update._update_each(place, x, x, torch.zeros_like(x), (None, None), False)
     assert new[0].isfinite().all() and new[1].isnan().all()
 
 

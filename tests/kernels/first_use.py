@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from fastddpm.kernels import p_sample, q_sample
-from fastddpm.kernels.group_norm import add_group_norm
 from tests.kernels.cases import make_case
 from tests.kernels.checks import check_p_sample, check_q_sample, q_arguments
-from tests.kernels.norm_cases import TERMS, check_norm, norm_case
+from tests.kernels.norm_cases import TERMS, call, check_norm, norm_case
 
 
 def all_calls():
@@ -25,7 +24,7 @@ def all_calls():
     names = ("x_start", "t", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
     positional, options = q_arguments((3, 2, 4, 4), "uint8", False)
     yield "q_sample", q_sample, dict(zip(names, positional, strict=True)) | options
-    yield "add_group_norm", add_group_norm, norm_case((2, 16, 4, 6), 2, TERMS["everything, add"])
+    yield "add_group_norm", call, norm_case((2, 16, 4, 6), 2, TERMS["everything, add"])
 
 
 def by_compile(function, tensors) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from fastddpm.kernels.dispatch import INTERPRETED
-from fastddpm.kernels.group_norm import GROUP_NORM_RTOL, add_group_norm
+from fastddpm.kernels.group_norm import GROUP_NORM_RTOL, Norm, Projection, Terms, add_group_norm
 
 TERMS = {
     "alone": (),
@@ -52,6 +52,15 @@ def norm_case(shape, groups, terms=(), *, skip_channels=8, dtype=torch.float32, 
     return case
 
 
+def call(function=add_group_norm, **case):
+    """A call of `add_group_norm`, or of one like it, with the arguments of `norm_case`."""
+    norm, terms = (kind(*(case.pop(name, None) for name in kind._fields)) for kind in (Norm, Terms))
+    if "index" in case:
+        case["row_of"] = case.pop("index")
+    given = {name: case.pop(name) for name in Projection._fields if name in case}
+    return function(case.pop("x"), norm, terms, Projection(**given) if given else None, **case)
+
+
 def norm_float64(case):
     """The sum and its norm in float64, and the rounding that the sum alone may bring to the norm."""
     v = {k: t.double().numpy() for k, t in case.items() if isinstance(t, torch.Tensor)}
@@ -80,7 +89,7 @@ def norm_float64(case):
 def check_norm(case, device="cpu"):
     """The op against float64, both results; no argument may have changed."""
     moved = {k: t.to(device) if isinstance(t, torch.Tensor) else t for k, t in case.items()}
-    got_total, got = add_group_norm(**moved)
+    got_total, got = call(**moved)
     total, y = norm_float64(case)
     dtype = case["x"].dtype
     assert got.dtype == got_total.dtype == dtype and got.shape == got_total.shape == total.shape

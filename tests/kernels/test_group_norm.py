@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-from fastddpm.kernels.group_norm import add_group_norm, add_group_norm_reference
+from fastddpm.kernels.group_norm import add_group_norm_reference
 from fastddpm.kernels.group_norm_tiles import MOST_ELEMENTS, next_power, tile, warps_for
 from fastddpm.kernels.machine_code import read_amdgcn, read_cubin
 from fastddpm.nets.fused_body import Pending, fused_body, is_fusable
 from tests.kernels.cases import pretend_on_gpu
-from tests.kernels.norm_cases import TERMS, check_norm, norm_case, norm_float64
+from tests.kernels.norm_cases import TERMS, call, check_norm, norm_case, norm_float64
 from tests.nets.test_unet import OPTIONS, inputs, make
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -23,9 +23,7 @@ def test_reference_against_float64(terms):
     case = norm_case((3, 24, 4, 5), 4, terms)
     # Float64 through the reference itself: it has the equations right, whatever float32 rounds.
     double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in case.items()}
-    names = ("x", "weight", "beta", "groups", "eps")
-    rest = {k: v for k, v in double.items() if k not in names}
-    total, y = add_group_norm_reference(*(double[name] for name in names), **rest)
+    total, y = call(add_group_norm_reference, **double)
     want_total, want = norm_float64(case)
     torch.testing.assert_close(total, torch.from_numpy(want_total))
     torch.testing.assert_close(y, torch.from_numpy(want))
@@ -39,7 +37,7 @@ def test_cpu(terms):
 def test_reference_is_differentiable():
     case = norm_case((2, 8, 3, 3), 4, ("bias", "residual"))
     case["x"].requires_grad_(True)
-    add_group_norm(**case)[1].square().sum().backward()
+    call(**case)[1].square().sum().backward()
     assert case["x"].grad.abs().sum() > 0
 
 
@@ -48,7 +46,7 @@ def test_op_on_a_pretended_gpu():
     pytest.importorskip("triton")
     case = norm_case((2, 16, 4, 6), 2, TERMS["everything, add"], dtype=torch.bfloat16)
     fakes = {k: pretend_on_gpu(v) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
-    total, y = add_group_norm(**fakes)
+    total, y = call(**fakes)
     for result in (total, y):
         assert result.shape == (2, 24, 4, 6) and result.dtype == torch.bfloat16 and result.device.type == "cuda"
         assert result.is_contiguous(memory_format=torch.channels_last)
@@ -68,7 +66,7 @@ def test_pictures_too_large_for_registers_take_pytorch_on_gpus():
             "fastddpm.kernels.group_norm.add_group_norm_reference",
             lambda *a, **k: called.append("reference") or (a[0], a[0]),
         )
-        add_group_norm(fakes["x"], fakes["weight"], fakes["weight"], 4, 1e-5)
+        call(**fakes, beta=fakes["weight"], groups=4, eps=1e-5)
     assert called == ["reference"]
 
 
@@ -107,20 +105,19 @@ def _wrong(change, error, match):
         _wrong({"residual": torch.ones(2, 12, 4, 4)}, ValueError, r"residual must be of shape \[2, 8, 4, 4\]"),
         _wrong({"residual": torch.ones(2, 8, 4, 4).half()}, TypeError, "residual must be float32, got float16"),
         _wrong({"skip": torch.ones(2, 4, 4, 5)}, ValueError, "skip must be of shape"),
-        _wrong({"mode": "film"}, ValueError, "mode must be one of none, add, scale_shift, got 'film'; pick one"),
-        _wrong({"mode": "none"}, ValueError, "row must be given unless mode is none, got one with 'none'"),
-        _wrong({"row": None}, ValueError, "row must be given unless mode is none, got none with 'add'"),
+        _wrong({"mode": "film"}, ValueError, "mode must be one of add, scale_shift, got 'film'; pick one"),
+        _wrong({"row": None}, TypeError, "row must be a tensor, got NoneType"),
         _wrong({"row": torch.ones(3, 20)}, ValueError, r"row must be of shape \[2, D\]"),
         _wrong({"column": 8}, ValueError, "column must leave 8 entries of the row's 15, got 8; pass all"),
         _wrong({"column": -1}, ValueError, "column must leave 8 entries"),
-        _wrong({"index": torch.zeros(3, dtype=torch.int64)}, ValueError, r"index must be of shape \[2\]"),
-        _wrong({"index": torch.zeros(2)}, TypeError, "index must be int64, got float32"),
+        _wrong({"index": torch.zeros(3, dtype=torch.int64)}, ValueError, r"row_of must be of shape \[2\]"),
+        _wrong({"index": torch.zeros(2)}, TypeError, "row_of must be int64, got float32"),
     ],
 )
 def test_refuses(change, error, match):
     case = norm_case((2, 8, 4, 4), 4, TERMS["everything, add"], skip_channels=4)
     with pytest.raises(error, match=f"^add_group_norm: {match}") as raised:
-        add_group_norm(**case | change)
+        call(**case | change)
     assert "; " in str(raised.value), "the line must say how to mend it"
 
 
