@@ -43,14 +43,23 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def fastddpm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
+def single_thread() -> Iterator[None]:
+    """PyTorch on one thread, as on the machine of least cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fastddpm(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], single_thread: None
+) -> Callable[..., Result]:
     """Run the command line in this process."""
     from fastddpm import cli
 
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("FASTDDPM_TRACEBACK", raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
 
     def run(*arguments: object) -> Result:
         capfd.readouterr()
@@ -59,8 +68,7 @@ def fastddpm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
             cli.main()
         return Result(ended.value.code, *capfd.readouterr())
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
