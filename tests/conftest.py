@@ -20,9 +20,10 @@ from tests.command_line import Result
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # First calls compile, import and allocate, so a deadline per example would only measure the machine.
-settings.register_profile("local", deadline=None, print_blob=True)
-settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+for name, examples in (("quick", 40), ("slow", 200)):
+    settings.register_profile(
+        name, max_examples=examples, deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI"))
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -73,6 +74,10 @@ def fastddpm(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("slow" if config.getoption("--slow") else "quick")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -69,8 +69,8 @@ def run_python(code: str, page: str) -> dict[str, object]:
 def run_command(command: str, fastddpm: Callable[..., Result]) -> None:
     """Run a command, `fastddpm …` in this process, and see that the files it names are there; training is cut short.
 
-    `make` and `pip` would install everything: it is enough that make knows its target, and tests/test_packaging.py looks
-    into what pip installs.
+    `make` and `pip` would install everything: it is enough that make knows its target, and tests/test_packaging.py
+    looks into what pip installs.
     """
     program, *words = shlex.split(command)
     if program == "make":

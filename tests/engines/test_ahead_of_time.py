@@ -15,7 +15,7 @@ from fastddpm.engines.devices import describe_choices
 from fastddpm.kernels import kept
 from tests.engines.common import RUNS, like
 from tests.networks import tiny_sampler
-from tests.steps import begin
+from tests.steps import begin, grow
 
 CPU = torch.device("cpu")
 
@@ -57,11 +57,8 @@ def test_two_histories_have_a_package_of_their_own(compiled):
 
 
 def test_a_book_that_has_grown_is_served_by_the_same_package(compiled):
-    before, book = set(cache.packages()), compiled.stepper.book
-    table = compiled.table(solver="ddpm")
-    with book.open(table, [0, 1, 2]):
-        while book.capacity < 4 * 1024:  # as many runs at once would make it
-            book._make_way()
+    before = set(cache.packages())
+    grow(compiled)
     asked = {"class_labels": [0, 2, 1], "solver": "ddpm", "steps": 5, "output": "raw"}
     got = compiled.sample(3, **asked)
     assert set(cache.packages()) == before
@@ -147,7 +144,8 @@ def test_a_good_package_that_does_not_load_stays(compiled, monkeypatch):
     assert key in cache.packages()
 
 
-def test_weights_that_change_are_noticed(compiled):
+@pytest.mark.slow
+def test_weights_that_change_are_compiled_anew(compiled):
     """Else a package would go on with the old ones, or old rows with new layers: a network that never was."""
     sampler = like(tiny_sampler(), "compiled")
     asked = {"class_labels": [0, 2, 1], "steps": 3, "output": "raw"}
@@ -157,6 +155,17 @@ def test_weights_that_change_are_noticed(compiled):
     expected = like(sampler, "eager").sample(3, **asked)
     assert (expected - before).abs().max() > 1e-3
     assert (sampler.sample(3, **asked) - expected).abs().max() < 1e-4
+
+
+def test_weights_that_change_are_noticed(compiled, monkeypatch):
+    """Whose old package, were it taken for the new one, would be refused."""
+    sampler, old = like(tiny_sampler(), "compiled"), cache.find(key_of(compiled)).read_bytes()
+    sampler.sample(3, class_labels=1, steps=1)
+    with torch.no_grad():
+        sampler.model.time_projection.weight.mul_(1.5)
+    monkeypatch.setattr(ahead_of_time, "compile_step", lambda call, path: path.write_bytes(old))
+    with pytest.raises(CompileError, match="must give what an eager one gives"):
+        sampler.sample(3, class_labels=1, steps=1)
 
 
 class Branching(nn.Module):

@@ -12,6 +12,15 @@ from fastddpm.kernels.aot import TARGETS, VARIANTS, Variant, compile_variant, me
 from fastddpm.kernels.machine_code import read_cubin, sass_bits
 
 measured = functools.cache(measure)
+compiled = functools.cache(compile_variant)
+
+
+@functools.cache
+def instructions(variant):
+    """Its machine code on sm_90."""
+    return read_cubin(compiled(variant, "sm_90").asm["cubin"])[0]
+
+
 NAMES = [f"{variant.kernel} {variant.name}" for variant in VARIANTS]
 BY_NAME = dict(zip(NAMES, VARIANTS, strict=True))
 
@@ -41,18 +50,18 @@ def test_instructions_per_element_on_sm_90(name, most):
 def test_nothing_runs_twice():
     """No branch but the one behind the last EXIT: then the static count is the executed one."""
     for variant in VARIANTS:
-        instructions, _, _ = read_cubin(compile_variant(variant, "sm_90").asm["cubin"])
-        assert not [line for line in instructions if re.search(r"\b(BRA|BRX|CALL|JMP)\b", line)], variant
-        assert "EXIT" in instructions[-1]
+        lines = instructions(variant)
+        assert not [line for line in lines if re.search(r"\b(BRA|BRX|CALL|JMP)\b", line)], variant
+        assert "EXIT" in lines[-1]
 
 
 def test_one_philox_call_makes_four_normals():
-    instructions, _, _ = read_cubin(compile_variant(Variant("p_sample", "bf16", "made"), "sm_90").asm["cubin"])
-    sines = sum("MUFU.SIN" in line for line in instructions)
-    logarithms = sum("MUFU.LG2" in line for line in instructions)
+    lines = instructions(Variant("p_sample", "bf16", "made"))
+    sines = sum("MUFU.SIN" in line for line in lines)
+    logarithms = sum("MUFU.LG2" in line for line in lines)
     assert (sines, logarithms) == (4, 4), "eight normals are four pairs"
     # Ten rounds of two products make a quad; a few products more are for the addresses.
-    assert sum(line.startswith("IMAD.WIDE.U32") for line in instructions) <= 2 * 20 + 6
+    assert sum(line.startswith("IMAD.WIDE.U32") for line in lines) <= 2 * 20 + 6
 
 
 def test_the_clip_passes_nan_on():

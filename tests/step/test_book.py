@@ -1,5 +1,7 @@
 """The book of rows: chapters of several runs in one batch, each equal to its own run, and room for them."""
 
+import functools
+
 import pytest
 import torch
 
@@ -46,6 +48,7 @@ def test_chapters_of_four_solvers_share_a_batch_bit_for_bit(guidance, in_place):
         assert torch.equal(mixed[number :: len(RUNS)], expected[number :: len(RUNS)])
 
 
+@functools.cache
 def table_of(steps: int, solver: str = "ddim"):
     return tiny_sampler().table(solver=solver, steps=steps)
 
