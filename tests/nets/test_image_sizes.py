@@ -23,10 +23,6 @@ PAIRS = [(dialect, SIZES[(i + j) % 3]) for i, dialect in enumerate(DIALECTS) for
 """Each dialect with two sizes, each size with four dialects."""
 
 
-def named(size):
-    return "x".join(map(str, size))
-
-
 def without_size(dialect):
     flags = {"lucidrains": LUCIDRAINS}.get(dialect, FLAGS.get(dialect, {}))
     return {name: value for name, value in flags.items() if name != OWN_NAMES.get(dialect)}
@@ -70,7 +66,7 @@ def check(sampler, network, size):
     assert pictures.shape == (2, *sampler.spec.shape) and bool(pictures.isfinite().all())
 
 
-@pytest.mark.parametrize(("dialect", "size"), PAIRS, ids=lambda value: value if isinstance(value, str) else named(value))
+@pytest.mark.parametrize(("dialect", "size"), PAIRS, ids=[f"{dialect}-{size[0]}x{size[1]}" for dialect, size in PAIRS])
 def test_any_size_that_the_network_can_halve(tmp_path, dialect, size):
     network, path = save(tmp_path, dialect)
     height, width = size
@@ -83,7 +79,7 @@ def test_any_size_that_the_network_can_halve(tmp_path, dialect, size):
     assert load_checkpoint(tmp_path / "copy").spec.shape == sampler.spec.shape
 
 
-@pytest.mark.parametrize("size", [(7, 9), (1, 27), (3, 8)], ids=named)
+@pytest.mark.parametrize("size", [(7, 9), (1, 27), (3, 8)], ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_odd_sizes_of_networks_with_one_resolution(tmp_path, dialect, size):
     network, path = save(tmp_path, dialect, channels=(32,), attention=(True,))
