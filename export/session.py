@@ -28,7 +28,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(int64)": np.int64,
     "tensor(float16)": np.float16,
 }
-_GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
+GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
 
 
 class OnnxSession:
@@ -158,7 +158,7 @@ class OnnxSession:
 
     def _choose(self, ort: Any, provider: Provider) -> str:  # noqa: ANN401 - a module without types
         available = ort.get_available_providers()
-        has_gpu = any(os.path.exists(file) for file in _GPU_FILES)
+        has_gpu = any(os.path.exists(file) for file in GPU_FILES)
         if provider == "auto":
             return "cuda" if has_gpu and PROVIDERS["cuda"] in available else "cpu"
         if PROVIDERS[provider] not in available:

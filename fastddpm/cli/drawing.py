@@ -279,13 +279,13 @@ class Animation:
         """Choose at most GIF_FRAMES of the steps, the last one included."""
         self._to_bytes, self._to_unit = to_bytes, to_unit
         count = min(GIF_FRAMES, steps)
-        self._parts: dict[int, list[Tensor]] = {round((i + 1) * steps / count): [] for i in range(count)}
+        self.shown: dict[int, list[Tensor]] = {round((i + 1) * steps / count): [] for i in range(count)}
 
     def __call__(self, preview: Preview) -> None:
         """Take in the state after a step."""
-        if preview.step in self._parts:
-            self._parts[preview.step].append(to_uint8(preview.x, self._to_bytes, self._to_unit).cpu())
+        if preview.step in self.shown:
+            self.shown[preview.step].append(to_uint8(preview.x, self._to_bytes, self._to_unit).cpu())
 
     def frames(self) -> list[Tensor]:
         """The pictures of each chosen step, uint8 [n, C, H, W]."""
-        return [torch.cat(parts) for parts in self._parts.values()]
+        return [torch.cat(parts) for parts in self.shown.values()]

@@ -38,7 +38,7 @@ def ancestral_table(
         TypeError: the timesteps are not integers.
     """
     conventions = conventions_of("DDPMScheduler", scheduler.config)
-    schedule = _schedule(scheduler)
+    schedule = schedule_of(scheduler)
     table = make_table(
         schedule,
         timesteps,
@@ -76,7 +76,7 @@ def ddim_table(
     if scheduler.num_inference_steps is None:
         raise ValueError("ddim_table: the scheduler must have its timesteps set, got none; call set_timesteps")
     conventions = conventions_of("DDIMScheduler", {**scheduler.config, "variance_type": None})
-    schedule = _schedule(scheduler)
+    schedule = schedule_of(scheduler)
     return make_table(
         schedule,
         timesteps,
@@ -112,7 +112,7 @@ def multistep_tables(scheduler: Any, timesteps: Tensor) -> tuple[StepTable, ...]
     config = scheduler.config
     # DPM-Solver++ is deterministic: its variance_type only says that the network has channels that are left out.
     conventions = conventions_of("DPMSolverMultistepScheduler", {**config, "variance_type": None})
-    schedule = _schedule(scheduler)
+    schedule = schedule_of(scheduler)
     threshold = _clip({**conventions, "clip": None})
     to_one: bool = conventions["final_alpha_to_one"]
     _check_sigmas(scheduler, schedule, timesteps, to_one)
@@ -168,7 +168,8 @@ def _check_sigmas(scheduler: Any, schedule: NoiseSchedule, timesteps: Tensor, to
         raise ValueError("multistep_tables: sigmas must be those of the timesteps, got others; leave them as they are")
 
 
-def _schedule(scheduler: Any) -> NoiseSchedule:  # noqa: ANN401 - diffusers is not typed
+def schedule_of(scheduler: Any) -> NoiseSchedule:  # noqa: ANN401 - diffusers is not typed
+    """The noise schedule of a scheduler of diffusers."""
     # The library's own ᾱ, which is not always the product: DPM-Solver lifts ᾱ = 0 to 2⁻²⁴.
     return NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod, scheduler.betas.float())
 

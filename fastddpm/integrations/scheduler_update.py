@@ -70,7 +70,7 @@ def update(
         past = _float(history), _float(history2)
         new, x0 = _update_alike(rows.host[at], _float(x), _float(out), _float(z), past, threshold)
     else:
-        new, x0 = _update_each(rows, at, x, out, z, (history, history2), fused)
+        new, x0 = update_each(rows, at, x, out, z, (history, history2), fused)
     return (new, x0) if dtype == torch.float32 else (new.to(dtype), x0.to(dtype))
 
 
@@ -99,7 +99,7 @@ def _update_alike(
     return new, x0
 
 
-def _update_each(
+def update_each(
     rows: Rows, at: int | Tensor, x: Tensor, out: Tensor, z: Tensor | None, past: _Past, fused: bool
 ) -> tuple[Tensor, Tensor]:
     """The update by the kernel, or by its reference where it must be differentiable: each sample at its own row."""

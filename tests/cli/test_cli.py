@@ -250,8 +250,8 @@ def test_long_runs_make_short_gifs(fastddpm, place, plain_model, tmp_path):
     from fastddpm.cli.drawing import GIF_FRAMES, Animation
 
     animation = Animation(1000)
-    assert len(animation._parts) == GIF_FRAMES and max(animation._parts) == 1000
-    assert list(Animation(3)._parts) == [1, 2, 3]
+    assert len(animation.shown) == GIF_FRAMES and max(animation.shown) == 1000
+    assert list(Animation(3).shown) == [1, 2, 3]
 
 
 def test_all_outputs_together_show_the_same_pictures(fastddpm, place, model):

@@ -100,7 +100,7 @@ def test_a_broken_generator_is_named(monkeypatch):
 
 def test_nan_is_no_pass():
     with pytest.raises(ProblemError, match="off by"):
-        kernels._off(torch.full((2,), torch.nan), torch.zeros(2), torch.ones(2), "x")
+        kernels.worst_error(torch.full((2,), torch.nan), torch.zeros(2), torch.ones(2), "x")
 
 
 def test_missing_compilers_are_named(monkeypatch):

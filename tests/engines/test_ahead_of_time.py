@@ -119,7 +119,7 @@ def test_a_damaged_package_is_made_anew(compiled, monkeypatch, damage):
         whole[:middle] if damage == "cut" else whole[:middle] + bytes([whole[middle] ^ 8]) + whole[middle + 1 :]
     )
     built = []
-    monkeypatch.setattr(kept, "_said", set())  # what was said once is not said again
+    monkeypatch.setattr(kept, "SAID", set())  # what was said once is not said again
     monkeypatch.setattr(ahead_of_time, "compile_step", lambda call, path: built.append(path.write_bytes(whole)))
     sampler = like(compiled, "compiled")
     with pytest.warns(cache.CacheWarning, match="damaged"):

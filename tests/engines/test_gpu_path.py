@@ -323,7 +323,7 @@ def test_what_cannot_be_captured_is_refused_and_auto_says_so(monkeypatch):
 
 def test_auto_changes_over_to_graphs_in_the_middle_of_a_run(monkeypatch, captures):
     monkeypatch.setattr(choose, "COMPILE_S", 1e-9)
-    monkeypatch.setattr(choose, "_milliseconds", lambda make, call: 1e-9)
+    monkeypatch.setattr(choose, "milliseconds", lambda make, call: 1e-9)
     sampler = gpu_sampler(name="auto")
     asked = {"class_labels": [0, 2, 1], "solver": "dpmpp_2m", "steps": 12, "output": "raw"}
     expected = like(sampler, "eager").sample(3, **asked)

@@ -520,7 +520,7 @@ def test_missing_providers(exported, monkeypatch):
 def test_a_provider_whose_libraries_are_missing_falls_back_with_a_warning(exported, monkeypatch):
     if torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime-gpu on a machine without a GPU")
-    monkeypatch.setattr("fastddpm.export.session._GPU_FILES", ("/",))
+    monkeypatch.setattr("fastddpm.export.session.GPU_FILES", ("/",))
     path = exported("network").files[0]
     with pytest.warns(UserWarning, match="cuda does not work here, running on the cpu"):
         assert OnnxSampler(path).session.provider == "cpu"

@@ -10,8 +10,7 @@ from tests.kernels.cases import CHAPTERS, OPTIONS, PAST, S, make_case
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1, 1), (2, 1, 1, 3), (1, 1, 2, 2), (3, 1, 3, 341), (7, 1, 28, 28), (2, 3, 32, 32)]
 SIZES = [
-    pytest.param(shape, dtype, id=f"{shape}-{str(dtype)[6:]}")
-    for shape, dtype in zip(SHAPES, 2 * DTYPES, strict=True)
+    pytest.param(shape, dtype, id=f"{shape}-{str(dtype)[6:]}") for shape, dtype in zip(SHAPES, 2 * DTYPES, strict=True)
 ]
 """The dtype is that of one operand as it is read, so each shape is seen with one of them."""
 
