@@ -11,13 +11,18 @@ from tests.tiny import SPEC, UNET, save_checkpoint
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [command for block in blocks(ROOT / "README.md", "sh") for command in block.commands]
 PYTHON = [block.text for block in blocks(ROOT / "README.md", "python")]
-SLOW = ("fastddpm compile", "fastddpm export", "compiled.png", "python -m fastddpm.kernels.report", "export_onnx")
-"""What other tests do with smaller networks, or more closely: engines/test_ahead_of_time.py, export/test_onnx_cli.py,
-kernels/test_report.py, and for Python the test below."""
+SLOW = ("compile", "bf16", "fastddpm export", "python -m fastddpm.kernels.report", "export_onnx")
+"""What other tests do with smaller networks, or more closely: engines/test_ahead_of_time.py and test_surroundings.py,
+export/test_onnx_cli.py, kernels/test_report.py, and for Python the test below."""
 
 
 def marked(examples):
     return [pytest.param(text, marks=pytest.mark.slow) if any(s in text for s in SLOW) else text for text in examples]
+
+
+def fewer(command):
+    """The command with three pictures."""
+    return re.sub(r"--n \d+", "--n 3", command)
 
 
 def test_the_two_commands_come_first():
@@ -27,6 +32,12 @@ def test_the_two_commands_come_first():
 @pytest.mark.parametrize("command", marked(COMMANDS))
 def test_command(command, place, fastddpm):
     save_mnist(place / "mnist")
+    run_command(fewer(command), fastddpm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != fewer(command)])
+def test_command_with_all_pictures(command, place, fastddpm):
     run_command(command, fastddpm)
 
 
