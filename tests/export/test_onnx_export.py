@@ -30,7 +30,7 @@ from fastddpm.kernels.philox import (  # noqa: E402
     normals_reference,
     philox4x32_reference,
 )
-from tests.networks import SPEC, tiny_sampler, tiny_unet, two_layers_sampler  # noqa: E402
+from tests.networks import one_level_sampler, tiny_sampler, two_layers_sampler  # noqa: E402
 
 CHAIN_ATOL = 1e-3
 """The promise for float32; on these small networks the difference is about 1e-7."""
@@ -332,13 +332,8 @@ def test_weights_stay_with_their_model_when_two_write_at_once(exported, tmp_path
     assert values(onnx.load(tmp_path / "m.onnx")) in [values(onnx.load_model_from_string(data)) for data in models]
 
 
-def one_level():
-    """A U-Net's sampler that is traced in half the time."""
-    return Sampler(tiny_unet(channels=(8,), attention=(True,)), NoiseSchedule.linear(40), SPEC, device="cpu")
-
-
 def test_fp16_keeps_norms_and_state_in_float32(tmp_path):
-    sampler = one_level()
+    sampler = one_level_sampler()
     path = export_onnx(sampler, tmp_path / "m.onnx", what="network", precision="fp16").files[0]
     model = onnx.load(path)
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
@@ -424,7 +419,7 @@ def test_a_bare_function_can_be_exported(tmp_path):
 def test_the_onnx_engine_keeps_its_file(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTDDPM_CACHE", str(tmp_path))
     options = {"class_labels": [0, 1, 2], "guidance_scale": 2.0, "solver": "ddpm", "steps": 5, "progress": False}
-    sampler, written = one_level(), []
+    sampler, written = one_level_sampler(), []
     ours = sampler.sample(3, **options)
     for _ in range(2):
         other = Sampler(sampler.model, sampler.schedule, sampler.spec, device="cpu", engine="onnx")
