@@ -125,8 +125,12 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("generator", ["one", "list", None])
-@pytest.mark.parametrize("name", RUNS)
+GENERATORS = ("one", "list", None)
+PAIRS = [(name, GENERATORS[i % 3]) for i, name in enumerate(RUNS)]
+PAIRS += [(name, kind) for name in ("ddim_eta", "ddpm_learned") for kind in GENERATORS if (name, kind) not in PAIRS]
+
+
+@pytest.mark.parametrize(("name", "generator"), PAIRS)
 def test_the_same_pictures(name, generator):
     kind, scheduler, options = RUNS[name]
     options = dict(options)
