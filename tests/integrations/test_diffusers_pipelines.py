@@ -26,8 +26,7 @@ import fastddpm
 from fastddpm import FastDDIMScheduler, FastDDPMScheduler, FastDPMSolverMultistepScheduler, accelerate
 from fastddpm.integrations import diffusers_pipelines, pipeline_run
 from fastddpm.nets.unet import UNet
-from tests.checkpoints.test_dialects import oracle
-from tests.helpers import peers_dir
+from tests.helpers import oracle, peers_dir
 from tests.syncs import NoSync
 
 TOLERANCE = 1e-4

@@ -19,8 +19,8 @@ from fastddpm.checkpoints.diffusers_scheduler import conventions_of
 from fastddpm.integrations import diffusers_schedulers, scheduler_tables, scheduler_update
 from fastddpm.integrations.scheduler_rows import Rows, position_of
 from fastddpm.integrations.scheduler_tables import multistep_tables
-from tests.checkpoints.test_dialects import FIXTURES, oracle
-from tests.helpers import peers_dir
+from tests.checkpoints.test_dialects import FIXTURES
+from tests.helpers import oracle, peers_dir
 from tests.syncs import NoSync
 
 PAIRS = {

@@ -2,7 +2,6 @@ import dataclasses
 import math
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -18,7 +17,7 @@ from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.solvers import make_table
 from fastddpm.process.table import DynamicThreshold, StepTable, dynamic_bound
 from fastddpm.process.timesteps import respace, spaced_timesteps
-from tests.helpers import peers_dir, run_table
+from tests.helpers import oracle, run_table
 
 F32, F64 = torch.float32, torch.float64
 SHAPE = (3, 2, 5, 7)
@@ -26,11 +25,6 @@ SHAPE = (3, 2, 5, 7)
 
 def columns(table, name):
     return table.rows[: table.S, COLUMNS.index(name)].double()
-
-
-def oracle(peer):
-    data = np.load(peers_dir() / peer / "oracle.npz")
-    return {key: torch.from_numpy(np.asarray(data[key])) for key in data.files if "sched" in key or key.endswith("t")}
 
 
 def close(ours, theirs, rtol=1e-6, atol=1e-7):

@@ -27,16 +27,8 @@ from fastddpm.train.loop import TrainConfig, Trainer
 from fastddpm.train.losses import simple_loss
 from tests.tiny import SPEC, UNET, T, environment, pictures, unconditional
 
+pytestmark = pytest.mark.usefixtures("single_thread")  # sums in one order are equal bit for bit
 QUICK = TrainConfig(epochs=3, batch_size=16, warmup=2, save_every=5, ema_decay=0.9, learning_rate=2e-3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small only lose time to threads, and sums in one order are equal bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trainer(folder, data=None, unet=UNET, spec=SPEC, network_seed=0, **changes):
