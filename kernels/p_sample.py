@@ -24,7 +24,7 @@ P_SAMPLE_RTOL = 2.0**-20
 
 
 def clip(x: Tensor, limit: Tensor) -> Tensor:
-    """x cut off at −limit and limit."""
+    """Cut x off at −limit and limit."""
     # As `clamp`, NaN included; but `clamp` with bounds that broadcast is three times slower on a CPU.
     return torch.minimum(torch.maximum(x, -limit), limit)
 

@@ -726,7 +726,7 @@ def start(*arguments, cwd):
 
 
 def test_ctrl_c_while_sampling_and_going_on(fastddpm, place, model):
-    arguments = ["sample", model, "-n", 60, "--folder", "out", "--batch-size", 1]
+    arguments = ["sample", model, "-n", 60, "--folder", "out", "--batch-size", 1, "--steps", 8]
     process = start(*arguments, cwd=place)
     result = stop(process, lambda: (place / "out" / "000003.png").exists())
     assert result.code == 130
