@@ -64,7 +64,9 @@ def test_help_names_every_option(fastddpm, name):
     special = {
         "T": "--timesteps",
         "as_json": "--json",
-        "conditional": "--class-labels",
+        "conditional": "--classes",
+        "classes": "--class-labels",
+        "guidance": "--guidance-scale",
         "model": "model",
         "data": "data",
     }
