@@ -43,7 +43,7 @@ def check_grids(grid, reference):
 
 
 def test_example_draws_what_sample_draws(fastddpm, place):
-    check_grids(*grids(fastddpm, place, "--n", "9", "--seed", "3"))
+    check_grids(*grids(fastddpm, place, "--n", "4", "--seed", "3"))
 
 
 @pytest.mark.slow
