@@ -55,7 +55,8 @@ def test_the_export_of_a_smaller_network(place, single_thread):
     pytest.importorskip("onnxruntime")
     [code] = [code for code in PYTHON if "export_onnx" in code]
     spec = dataclasses.replace(SPEC, num_classes=10, null_class=10, class_names=None)
-    save_checkpoint(place / "small", dataclasses.replace(UNET, num_classes=11), spec)
+    unet = dataclasses.replace(UNET, num_classes=11, channels=(8,), attention=(True,))
+    save_checkpoint(place / "small", unet, spec)
     names = run_python(code.replace('"mnist"', '"small"'), "README.md")
     assert names["images"].shape == (10, *SPEC.shape)
 

@@ -23,8 +23,6 @@ def instructions(variant):
 
 NAMES = [f"{variant.kernel} {variant.name}" for variant in VARIANTS]
 BY_NAME = dict(zip(NAMES, VARIANTS, strict=True))
-
-
 README = [*(f"p_sample bf16, noise {noise}" for noise in ("made", "supplied", "none")), "q_sample u8, noise made"]
 """Their figures stand there, so they are compiled for all targets."""
 
