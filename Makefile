@@ -6,8 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PINS := constraints.txt
 RESULTS := benchmarks/results
-# Test files in up to four processes, the dear ones (tests/kernels) first; the tests of one file stay together, since
-# they share what takes long to make.
+# Test files in up to four processes, the dear ones first (tests/conftest.py names them); the tests of one file stay
+# together, since they share what takes long to make.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Another environment that happens to be active, or the user's own site-packages, must not leak in.

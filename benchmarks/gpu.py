@@ -29,7 +29,7 @@ SHARES = {
 }  # fmt: skip
 """Sections in their order, and the part of the whole time that each may take; what one leaves over is the next's."""
 FAILED = 1
-_GRACE_S = 5.0
+GRACE_S = 5.0
 _TAIL = 2000
 
 
@@ -72,7 +72,7 @@ def run(chosen: Sequence[str], out: Path, minutes: float, dry: bool) -> list[Out
     kept, end = limits(chosen, minutes), time.monotonic() + 60 * minutes
     outcomes = []
     for i, name in enumerate(chosen):
-        seconds = max(end - time.monotonic() - sum(kept[later] for later in chosen[i + 1 :]), _GRACE_S)
+        seconds = max(end - time.monotonic() - sum(kept[later] for later in chosen[i + 1 :]), GRACE_S)
         print(f"{name}: up to {seconds:.0f} s", flush=True)
         outcome = run_section(command(name, out, seconds, dry), name, out, seconds)
         print(f"{name}: {'ok' if outcome.ok else 'FAILED'}, {outcome.seconds:.0f} s: {outcome.says}", flush=True)
@@ -82,7 +82,7 @@ def run(chosen: Sequence[str], out: Path, minutes: float, dry: bool) -> list[Out
 
 def command(name: str, out: Path, seconds: float, dry: bool) -> list[str]:
     """The command that runs a section."""
-    words = [sys.executable, "-m", "benchmarks.gpu_section", name, str(out), f"{max(seconds - _GRACE_S, 1):.1f}"]
+    words = [sys.executable, "-m", "benchmarks.gpu_section", name, str(out), f"{max(seconds - GRACE_S, 1):.1f}"]
     return [*words, "--dry"] if dry else words
 
 

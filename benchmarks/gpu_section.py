@@ -31,7 +31,7 @@ from fastddpm.bench.sections import compile_ahead
 device, network, peer, batch, dry = sys.argv[1:]
 print(json.dumps(compile_ahead(device, network, peer, int(batch), dry == "1")))
 """
-_DRY_TESTS = ("tests/kernels/test_gpu.py",)
+DRY_TESTS = ("tests/kernels/test_gpu.py",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def tests(section: Section) -> None:
     words = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     if importlib.util.find_spec("xdist"):
         words += ["-n", str(2 if section.dry else PROCESSES)]
-    files = _DRY_TESTS if section.dry else marked_files()
+    files = DRY_TESTS if section.dry else marked_files()
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     done = subprocess.run(
         [*words, *files], cwd=ROOT, capture_output=True, text=True, errors="replace", env=environment, check=False

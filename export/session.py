@@ -31,7 +31,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(int64)": np.int64,
     "tensor(float16)": np.float16,
 }
-_GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
+GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
 
 
 class SessionOptions(TypedDict, total=False):
@@ -209,7 +209,7 @@ class OnnxSession:
 
     def _choose(self, ort: ModuleType, provider: Provider) -> str:
         available = ort.get_available_providers()
-        has_gpu = any(os.path.exists(file) for file in _GPU_FILES)
+        has_gpu = any(os.path.exists(file) for file in GPU_FILES)
         if provider == "auto":
             return "cuda" if has_gpu and PROVIDERS["cuda"] in available else "cpu"
         if PROVIDERS[provider] not in available:

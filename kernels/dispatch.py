@@ -16,7 +16,7 @@ def _is_installed() -> bool:
     return spec is not None and spec.origin is not None
 
 
-def _is_interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether Triton would interpret kernels: what `triton.knobs.runtime.interpret` reads from the environment."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
@@ -24,7 +24,7 @@ def _is_interpreted() -> bool:
 HAS_TRITON = _is_installed()
 """Whether Triton is installed; it is not on macOS, Windows and some machines without a GPU."""
 
-INTERPRETED = HAS_TRITON and _is_interpreted()
+INTERPRETED = HAS_TRITON and is_interpreted()
 """Whether Triton's interpreter runs the kernels, on the CPU; as it was when this was imported."""
 
 

@@ -26,8 +26,8 @@ _NAME = re.compile(r"(?P<key>[\w-]+)-(?P<sum>[0-9a-f]{24})(?P<suffix>\.\w+)")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _ELSEWHERE = f"set {CACHE_VARIABLE} to a folder of yours"
 
-_said: set[str] = set()
-_private: Path | None = None
+SAID: set[str] = set()
+PRIVATE: Path | None = None
 
 
 class CacheWarning(UserWarning):
@@ -36,8 +36,8 @@ class CacheWarning(UserWarning):
 
 def say_once(about: object, text: str) -> None:
     """Warn in one line, once per process and thing that it is about."""
-    if str(about) not in _said:
-        _said.add(str(about))
+    if str(about) not in SAID:
+        SAID.add(str(about))
         warnings.warn(f"cache: {text}", CacheWarning, stacklevel=2)
 
 
@@ -70,12 +70,12 @@ def private_folder() -> Path:
     Raises:
         OSError: there is no place for temporary files.
     """
-    global _private
-    if _private is None or not os.access(_private, os.W_OK | os.X_OK) or _refusal(_private):
+    global PRIVATE
+    if PRIVATE is None or not os.access(PRIVATE, os.W_OK | os.X_OK) or _refusal(PRIVATE):
         # Never made, or taken away: there are services that clean up among temporary files.
-        _private = Path(tempfile.mkdtemp(prefix="fastddpm-"))
-        atexit.register(_remove, _private, os.getpid())
-    return _private
+        PRIVATE = Path(tempfile.mkdtemp(prefix="fastddpm-"))
+        atexit.register(_remove, PRIVATE, os.getpid())
+    return PRIVATE
 
 
 def _remove(folder: Path, process: int) -> None:
@@ -88,7 +88,7 @@ def folders() -> list[Path]:
     folder, problem = _examined(make=False)
     if folder is None and problem:
         say_once(CACHE_VARIABLE, problem)
-    return [place for place in (folder, _private) if place is not None]
+    return [place for place in (folder, PRIVATE) if place is not None]
 
 
 def _examined(*, make: bool) -> tuple[Path | None, str]:

@@ -50,14 +50,14 @@ def load(source: Path, functions: tuple[str, ...]) -> ctypes.CDLL:
     Raises:
         NativeError: there is no C compiler, it fails, or the result does not load.
     """
-    result = _loaded(source, functions)
+    result = load_library(source, functions)
     if isinstance(result, str):
         raise NativeError(result)
     return result
 
 
 @functools.cache
-def _loaded(source: Path, functions: tuple[str, ...]) -> ctypes.CDLL | str:
+def load_library(source: Path, functions: tuple[str, ...]) -> ctypes.CDLL | str:
     """The library, or why there is none: to find that out again would take as long as the first time."""
     why = ""
     try:

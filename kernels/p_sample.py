@@ -23,7 +23,8 @@ P_SAMPLE_RTOL = 2.0**-20
 """Kernel against reference, relative to the sum of the magnitudes of all terms, the noise's `NORMALS_ATOL` aside."""
 
 
-def _clip(x: Tensor, limit: Tensor) -> Tensor:
+def clip(x: Tensor, limit: Tensor) -> Tensor:
+    """Cut x off at −limit and limit."""
     # As `clamp`, NaN included; but `clamp` with bounds that broadcast is three times slower on a CPU.
     return torch.minimum(torch.maximum(x, -limit), limit)
 
@@ -85,10 +86,10 @@ def p_sample_reference(
         eff = torch.addcmul(base, guidance.reshape(-1, 1, 1, 1), eff - base)
     x0 = torch.addcmul(a_x * x, a_o, eff)
     if bound is None:
-        x0 = _clip(x0, limit)
+        x0 = clip(x0, limit)
     else:
         limit = bound.reshape(-1, 1, 1, 1)
-        x0 = _clip(x0, limit) / limit
+        x0 = clip(x0, limit) / limit
 
     new = torch.addcmul(torch.addcmul(c_0 * x0, c_x, x), c_o, eff)
     if history is not None:

@@ -19,8 +19,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the cache is to be, in a process that has not said anything yet and whose temporary files lie beside it."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(kept, "_said", set())
-    monkeypatch.setattr(kept, "_private", None)
+    monkeypatch.setattr(kept, "SAID", set())
+    monkeypatch.setattr(kept, "PRIVATE", None)
     monkeypatch.setenv("FASTDDPM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

@@ -20,9 +20,10 @@ from tests.command_line import Result
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # First calls compile, import and allocate, so a deadline per example would only measure the machine.
-settings.register_profile("local", deadline=None, print_blob=True)
-settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+for name, examples in (("quick", 40), ("slow", 200)):
+    settings.register_profile(
+        name, max_examples=examples, deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI"))
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -43,14 +44,23 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def fastddpm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
+def single_thread() -> Iterator[None]:
+    """PyTorch on one thread, as on the machine of least cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fastddpm(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], single_thread: None
+) -> Callable[..., Result]:
     """Run the command line in this process."""
     from fastddpm import cli
 
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("FASTDDPM_TRACEBACK", raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
 
     def run(*arguments: object) -> Result:
         capfd.readouterr()
@@ -59,15 +69,28 @@ def fastddpm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
             cli.main()
         return Result(ended.value.code, *capfd.readouterr())
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("slow" if config.getoption("--slow") else "quick")
+
+
+DEAR = (
+    "export/test_onnx_export.py", "checkpoints/test_lucidrains.py", "engines/test_ahead_of_time.py", "cli/test_cli.py",
+    "kernels/test_interpreter.py", "bench/test_bench.py", "engines/test_gpu_path.py", "test_readme.py", "test_docs.py",
+    "export/test_onnx_cli.py", "kernels/test_aot.py", "engines/test_random_runs.py", "train/test_training.py",
+)  # fmt: skip
+"""The files that take longest, the longest first: they are begun first, so that processes side by side end together."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    begun = {Path(__file__).parent / name: place for place, name in enumerate(DEAR)}
+    items.sort(key=lambda item: begun.get(item.path, len(DEAR)))
     if not torch.cuda.is_available():
         _skip(items, "gpu", "needs a GPU that torch can use")
     if not config.getoption("--slow"):

@@ -7,10 +7,10 @@ from fastddpm.nets.blocks import timestep_embedding
 from fastddpm.nets.unet import UNet, UNetConfig
 
 NAMES = {
-    "openai": openai._names,
-    "pesser": pesser._names,
-    "w86763777": w86763777._names,
-    "diffusers": diffusers_unet._names,
+    "openai": openai.names_of,
+    "pesser": pesser.names_of,
+    "w86763777": w86763777.names_of,
+    "diffusers": diffusers_unet.names_of,
 }
 CONVENTIONS = {
     "openai": {"embedding": "cos_sin", "embedding_shift": 0.0, "norm_eps": 1e-5, "attention_order": "heads_qkv"},
@@ -34,7 +34,7 @@ def foreign_network(dialect, **structure):
 def foreign_state(dialect, network):
     """Its weights under the dialect's names, the fused layers in parts."""
     ours, state = network.state_dict(), {}
-    for name, piece in renaming._pieces(network, NAMES[dialect](network.config)).items():
+    for name, piece in renaming.pieces_of(network, NAMES[dialect](network.config)).items():
         rows = piece.rows or (len(ours[name]) // len(piece.theirs),) * len(piece.theirs)
         for theirs, part in zip(piece.theirs, ours[name].split(rows), strict=True):
             # As copies: a file keeps what tensors share. Attention is made of convolutions in three of the dialects.

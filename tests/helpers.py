@@ -1,8 +1,10 @@
 """What several tests share: where data outside the repository is, and a run of a step table."""
 
+import functools
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +24,18 @@ def _folder(variable: str, default: str) -> Path:
 def peers_dir() -> Path:
     """The fixtures that other projects' code made: $FASTDDPM_PEERS, or ../shared/peers; skips if absent."""
     return _folder("FASTDDPM_PEERS", "peers")
+
+
+@functools.cache
+def oracle(peer: str) -> dict[str, Tensor]:
+    """What a peer's own code gave: the arrays of its `oracle.npz`. They are shared, so nobody may change them."""
+    with np.load(peers_dir() / peer / "oracle.npz") as data:
+        return {key: torch.from_numpy(np.asarray(data[key])) for key in data.files}
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference as a part of the largest number."""
+    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
 
 
 def mnist_dir() -> Path:

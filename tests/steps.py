@@ -1,5 +1,6 @@
 """Batches of a sampler's network at the start of a run, for tests that drive `Step` themselves."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -47,3 +48,13 @@ def finish(call: Call, function=None) -> torch.Tensor:
     while bool((runner.state.step < runner.state.end).any()):
         runner.run(1)
     return runner.state.x
+
+
+def grow(sampler: Sampler, capacity: int = 4096) -> None:
+    """Let the sampler's book get room for so many rows, as that many runs at once do."""
+    book = sampler.stepper.book
+    with contextlib.ExitStack() as runs:
+        for solver in ("ddpm", "ddim"):
+            for steps in range(15, 41):
+                runs.enter_context(book.open(sampler.table(solver=solver, steps=steps), [0, 1, 2]))
+    assert book.capacity >= capacity

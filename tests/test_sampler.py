@@ -49,13 +49,13 @@ class TestSameSample:
             assert torch.equal(got, expected[ids])
 
     @each_solver
-    @pytest.mark.parametrize("batch_size", [1, 3, 7, 64])
+    @pytest.mark.parametrize("batch_size", [1, 3, 64])
     def test_whatever_the_batch_size(self, run, batch_size):
         sampler = tiny_sampler()
-        labels = [i % 3 for i in range(20)]
+        labels = [i % 3 for i in range(10)]
         options = {**run, "seed": 9, "class_labels": labels, "guidance_scale": 1.5, "output": "raw"}
-        expected = sampler.sample(20, **options)
-        assert float((sampler.sample(20, batch_size=batch_size, **options) - expected).abs().max()) <= 1e-5
+        expected = sampler.sample(10, **options)
+        assert float((sampler.sample(10, batch_size=batch_size, **options) - expected).abs().max()) <= 1e-5
 
     @each_solver
     def test_in_any_order_and_split(self, run):

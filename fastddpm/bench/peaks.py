@@ -50,7 +50,7 @@ class Peaks:
 
     def product(self, precision: Precision, repeats: int = REPEATS) -> float:
         """GFLOP/s of the fastest of several matrix products."""
-        return max(self._speed(_fastest(self, precision), precision) for _ in range(repeats))
+        return max(self.speed(_fastest(self, precision), precision) for _ in range(repeats))
 
     def copy(self, repeats: int = REPEATS) -> float:
         """GB/s, read and written, of a copy far larger than caches."""
@@ -85,12 +85,13 @@ class Peaks:
     def _kind(self) -> str:
         return torch.device(self.device).type
 
-    def _speed(self, product: Product, precision: Precision) -> float:
+    def speed(self, product: Product, precision: Precision) -> float:
+        """GFLOP/s of one product, timed once."""
         with torch.no_grad(), arithmetic(precision, self.device):
             return product.flop / Clock.of(self.device).spent(product.call) / 1e6
 
 
 @functools.cache
 def _fastest(peaks: Peaks, precision: Precision) -> Product:
-    speed = functools.partial(peaks._speed, precision=precision)
+    speed = functools.partial(peaks.speed, precision=precision)
     return max(peaks.products(precision), key=lambda product: max(speed(product) for _ in range(REPEATS + 1)))

@@ -63,7 +63,7 @@ class Pace:
     def learn(self, name: str, seconds: float) -> None:
         """A peer got ready."""
         self._taken += seconds
-        self._estimated += _estimate(name)
+        self._estimated += estimate(name)
 
     @property
     def factor(self) -> float:
@@ -127,7 +127,7 @@ class WorkloadRun:
             if peer.note:
                 self.say(one.batch, peer.peer, peer.note)
                 continue
-            seconds = self._allowed(peer.peer, ahead_s + self.settings.rounds_s)
+            seconds = self.allowed(peer.peer, ahead_s + self.settings.rounds_s)
             if seconds > 0:
                 lineup.make_ready(peer, one.batch, one.steps, seconds)
                 if peer.ready_s is not None:
@@ -139,7 +139,7 @@ class WorkloadRun:
         self.result.flop = self.result.flop or lineup.flops("reference", *self.workload.everyone)
         self.result.lucidrains_flop = self.result.lucidrains_flop or lineup.flops("lucidrains")
         spare = functools.partial(self._spare, ahead_s)
-        peaks = self._time(lineup, one, min(self.settings.rounds_s, max(LEAST_ROUNDS_S, spare())))
+        peaks = self.time_rounds(lineup, one, min(self.settings.rounds_s, max(LEAST_ROUNDS_S, spare())))
         is_first = one.batch == self.workload.batches[0]
         if self.settings.looks:
             extras.look(lineup, one, spare, is_first)
@@ -147,7 +147,7 @@ class WorkloadRun:
             extras.over_steps(lineup, one, self.settings.over_steps, spare)
         self._summarise(one, peaks)
 
-    def _allowed(self, name: str, ahead_s: float) -> float:
+    def allowed(self, name: str, ahead_s: float) -> float:
         """Seconds in which a peer may get ready; 0 if it is left out.
 
         Those that always take part may have all that is left, the others what is spare.
@@ -155,13 +155,13 @@ class WorkloadRun:
         if name not in self.workload.more:
             return max(0.0, min(self.settings.allowance_s, self.deadline.left))
         spare = self._spare(ahead_s)
-        return min(self.settings.allowance_s, spare) if spare >= self.pace.factor * _estimate(name) else 0.0
+        return min(self.settings.allowance_s, spare) if spare >= self.pace.factor * estimate(name) else 0.0
 
     def _spare(self, ahead_s: float) -> float:
         """Seconds that are left when what is still to come takes as much longer than estimated as what is done did."""
         return self.deadline.left - self.pace.factor * ahead_s
 
-    def _time(self, lineup: Lineup, one: BatchResult, within_s: float) -> list[dict[str, float]]:
+    def time_rounds(self, lineup: Lineup, one: BatchResult, within_s: float) -> list[dict[str, float]]:
         """Rounds in which each peer runs once, within `within_s`; returns the machine's limits in each of them."""
         timed = {peer.peer: peer for peer in one.peers if peer.equality is not None and peer.equality.holds}
         precisions = sorted({peer.precision for peer in timed.values()})
@@ -201,7 +201,7 @@ class WorkloadRun:
         one.compare()
 
 
-def _estimate(name: str) -> float:
+def estimate(name: str) -> float:
     """Seconds that a peer takes to get ready when nothing is compiled yet, on two cores."""
     if name.startswith(("openvino", "onnxruntime")):
         return 20.0

@@ -146,7 +146,7 @@ def load_network(config: UNetConfig, weights: Mapping[str, Tensor], source: str)
     Raises:
         CheckpointError: If the weights do not fit.
     """
-    return load_renamed(config, _names(config), _renamed_attention(weights), source, _option)
+    return load_renamed(config, names_of(config), _renamed_attention(weights), source, _option)
 
 
 def unet_config(given: Mapping[str, object], source: str, sample_size: int | None = None) -> UNetConfig:
@@ -198,7 +198,8 @@ def _option(name: str) -> str | None:
     return next((option for pattern, option in _OPTIONS.items() if re.match(pattern, name)), None)
 
 
-def _names(config: UNetConfig) -> Names:
+def names_of(config: UNetConfig) -> Names:
+    """What this dialect calls the parts of a network."""
     levels = len(config.channels)
 
     def place(part: Part, level: int, i: int, kind: Kind) -> str:

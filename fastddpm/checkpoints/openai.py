@@ -176,7 +176,8 @@ def _process(config: UNetConfig, state: Mapping[str, Tensor], flags: Flags) -> t
     return NoiseSchedule.linear(T, 1000.0 / T * 1e-4, 1000.0 / T * 0.02), spec
 
 
-def _names(config: UNetConfig) -> Names:
+def names_of(config: UNetConfig) -> Names:
+    """What this dialect calls the parts of a network."""
     levels, layers = len(config.channels), config.layers
 
     def place(part: Part, level: int, i: int, kind: Kind) -> str:
@@ -206,7 +207,7 @@ DIALECT = UNetDialect(
     flags=FLAGS,
     config=_config,
     process=_process,
-    names=_names,
+    names=names_of,
     presets=PRESETS,
     relatives=RELATIVES,
 )

@@ -103,7 +103,9 @@ def _schedule(flags: Flags) -> NoiseSchedule:
     return NoiseSchedule.from_betas(betas)
 
 
-def _names(config: UNetConfig) -> Names:
+def names_of(config: UNetConfig) -> Names:
+    """What this dialect calls the parts of a network."""
+
     def place(part: Part, level: int, i: int, kind: Kind) -> str:
         if part == "mid":
             return f"mid.attn_{i + 1}" if kind == "attention" else f"mid.block_{i + 1}"
@@ -127,6 +129,6 @@ DIALECT = UNetDialect(
     flags=FLAGS,
     config=_config,
     process=_process,
-    names=_names,
+    names=names_of,
     presets=PRESETS,
 )

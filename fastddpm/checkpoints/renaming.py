@@ -79,7 +79,7 @@ def load_renamed(
     """
     with torch.device("meta"):
         network = UNet(config)
-    pieces = _pieces(network, names)
+    pieces = pieces_of(network, names)
     parts = {ours: _shapes(piece, tuple(network.get_parameter(ours).shape)) for ours, piece in pieces.items()}
 
     def remedy(odd: list[str]) -> str:
@@ -94,7 +94,7 @@ def load_renamed(
     return network.eval()
 
 
-def _pieces(network: UNet, names: Names) -> dict[str, _Piece]:
+def pieces_of(network: UNet, names: Names) -> dict[str, _Piece]:
     """All of our tensors and what they are made of, block by block in the order of the time projections."""
     pieces: dict[str, _Piece] = {}
     projections: list[str] = []

@@ -17,7 +17,7 @@ from fastddpm.nets.unet import UNetConfig
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec, Prediction
 
-_TABLE = "time_embedding.timembedding.0.weight"
+TABLE = "time_embedding.timembedding.0.weight"
 _REQUIRED = ("beta_1", "beta_T", "mean_type", "var_type")
 FLAGS = (*_REQUIRED, "img_size", "image_size", "T", "ch", "ch_mult", "attn", "num_res_blocks", "dropout", "model")
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "xstart": "x_start", "xprev": "x_prev"}
@@ -25,13 +25,13 @@ _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "xstart": "x_start", "x
 
 def _check_times(state: Mapping[str, Tensor], source: str) -> int:
     """T, from the frozen table of time embeddings, which must be the one that we compute."""
-    table = state.get(_TABLE)
+    table = state.get(TABLE)
     if table is None or table.ndim != 2 or not table.is_floating_point() or table.shape[1] % 2:
-        raise CheckpointError(f"{source}: {_TABLE} must be a table [T, even width]; fetch the file again")
+        raise CheckpointError(f"{source}: {TABLE} must be a table [T, even width]; fetch the file again")
     ours = timestep_embedding(torch.arange(len(table)), table.shape[1], order="interleaved", shift=0.0)
     # Sines of large arguments, rounded once differently: 1e-3 leaves room for a million steps.
     if not bool(((ours - table.float()).abs() < 1e-3).all()):
-        raise CheckpointError(f"{source}: {_TABLE} must hold the sinusoids of 0 … T−1, got others; it was changed")
+        raise CheckpointError(f"{source}: {TABLE} must hold the sinusoids of 0 … T−1, got others; it was changed")
     return len(table)
 
 
@@ -45,7 +45,7 @@ def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
     firsts = [level * (layers + 1) for level in range(levels)]
     size = flags.size(("image_size", "img_size"), levels)
     head = state["head.weight"].shape
-    ch = state[_TABLE].shape[1]
+    ch = state[TABLE].shape[1]
     channels = tuple(state[f"downblocks.{i}.block1.2.weight"].shape[0] for i in firsts)
     config = UNetConfig(
         sample_size=size,
@@ -68,7 +68,7 @@ def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
 
 
 def _process(config: UNetConfig, state: Mapping[str, Tensor], flags: Flags) -> tuple[NoiseSchedule, ModelSpec]:
-    betas = torch.linspace(flags.number("beta_1"), flags.number("beta_T"), len(state[_TABLE])).double()
+    betas = torch.linspace(flags.number("beta_1"), flags.number("beta_T"), len(state[TABLE])).double()
     variance = flags.choice("var_type", ("fixedlarge", "fixedsmall"))
     spec = ModelSpec(
         (config.in_channels, *config.sample_size),
@@ -79,7 +79,8 @@ def _process(config: UNetConfig, state: Mapping[str, Tensor], flags: Flags) -> t
     return NoiseSchedule.from_betas(betas), spec
 
 
-def _names(config: UNetConfig) -> Names:
+def names_of(config: UNetConfig) -> Names:
+    """What this dialect calls the parts of a network."""
     levels, layers = len(config.channels), config.layers
 
     def place(part: Part, level: int, i: int, kind: Kind) -> str:
@@ -104,10 +105,10 @@ def _names(config: UNetConfig) -> Names:
 DIALECT = UNetDialect(
     name="w86763777",
     reason="keys time_embedding.timembedding and downblocks",
-    entries=(_TABLE, "downblocks.0.block1.0.weight"),
+    entries=(TABLE, "downblocks.0.block1.0.weight"),
     flags=FLAGS,
     config=_config,
     process=_process,
-    names=_names,
-    constants=(_TABLE,),
+    names=names_of,
+    constants=(TABLE,),
 )

@@ -287,14 +287,14 @@ class Animation:
         """Choose at most so many of the steps, the last one included; of each the state, or its estimate of x_0."""
         self._to_bytes, self._to_unit, self._estimates = to_bytes, to_unit, estimates
         count = min(frames, steps)
-        self._parts: dict[int, list[Tensor]] = {round((i + 1) * steps / count): [] for i in range(count)}
+        self.shown: dict[int, list[Tensor]] = {round((i + 1) * steps / count): [] for i in range(count)}
 
     def __call__(self, preview: Preview) -> None:
         """Take in the state after a step."""
-        if preview.step in self._parts:
+        if preview.step in self.shown:
             x = preview.x_start if self._estimates else preview.x
-            self._parts[preview.step].append(to_uint8(x, self._to_bytes, self._to_unit).cpu())
+            self.shown[preview.step].append(to_uint8(x, self._to_bytes, self._to_unit).cpu())
 
     def frames(self) -> list[Tensor]:
         """The pictures of each chosen step, uint8 [n, C, H, W]."""
-        return [torch.cat(parts) for parts in self._parts.values()]
+        return [torch.cat(parts) for parts in self.shown.values()]

@@ -18,7 +18,7 @@ _ASCII = {
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control characters, invisible ones, half characters, other line ends
 NARROW = 60
 """Terminals with fewer columns get lines instead of tables and bars."""
-_PATIENCE_S = 2.0
+PATIENCE_S = 2.0
 
 
 def settle_streams() -> None:
@@ -74,7 +74,7 @@ def on_terminal() -> bool:
 @contextlib.contextmanager
 def patience(text: str) -> Iterator[None]:
     """Say what is going on if the block takes more than a moment."""
-    timer = threading.Timer(_PATIENCE_S, tell, [f"{text} …"])
+    timer = threading.Timer(PATIENCE_S, tell, [f"{text} …"])
     timer.daemon = True
     timer.start()
     try:

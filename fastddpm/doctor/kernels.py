@@ -60,7 +60,7 @@ def check_p_sample(device: torch.device) -> str:
                 history=given.get("history"), history2=given.get("history2"), bound=given.get("bound"),
             )  # fmt: skip
             what = f"p_sample, {_name(dtype)}, {name}"
-            worst = max(worst, _off(given["x"], want, P_SAMPLE_RTOL * size + NORMALS_ATOL, what))
+            worst = max(worst, worst_error(given["x"], want, P_SAMPLE_RTOL * size + NORMALS_ATOL, what))
     return _passed(worst, OUT_DTYPES)
 
 
@@ -83,7 +83,8 @@ def check_q_sample(device: torch.device) -> str:
             # The map of bytes to [-1, 1] rounds too, by up to a unit of 1.
             size = (signal * exact).abs() + (spread * eps).abs() + signal
             what = f"q_sample, {_name(dtype)}, noise {'given' if given else 'made'}"
-            worst = max(worst, _off(got, signal * exact + spread * eps, Q_SAMPLE_RTOL * size + NORMALS_ATOL, what))
+            allowed = Q_SAMPLE_RTOL * size + NORMALS_ATOL
+            worst = max(worst, worst_error(got, signal * exact + spread * eps, allowed, what))
     return _passed(worst, (torch.float32, torch.uint8))
 
 
@@ -105,7 +106,7 @@ def check_add_group_norm(device: torch.device) -> str:
         _, got = add_group_norm(x.to(device), norm, terms, Projection(row.to(device), "add"))
         low = 0.0 if dtype == torch.float32 else LOW_TOLERANCE
         allowed = (GROUP_NORM_RTOL + low) * want.abs().max() + 0 * want
-        worst = max(worst, _off(got, want, allowed, f"add_group_norm, {_name(dtype)}"))
+        worst = max(worst, worst_error(got, want, allowed, f"add_group_norm, {_name(dtype)}"))
     return _passed(worst, OUT_DTYPES)
 
 
@@ -120,7 +121,7 @@ def check_winograd(device: torch.device) -> str:
         want = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
         low = 0.0 if dtype == torch.float32 else 2.0**-8 * want.abs()
         got = winograd_conv(x, pack(weight), bias)
-        worst = max(worst, _off(got, want, WINOGRAD_RTOL * x.double().abs().max() + low + 0 * want,
+        worst = max(worst, worst_error(got, want, WINOGRAD_RTOL * x.double().abs().max() + low + 0 * want,
                                 f"winograd, {_name(dtype)}"))  # fmt: skip
     return _passed(worst, dtypes)
 
@@ -182,7 +183,7 @@ def _update_float64(case: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.where(finished, state, new), torch.where(finished, 0.0, size)
 
 
-def _off(got: Tensor, want: Tensor, allowed: Tensor, what: str) -> float:
+def worst_error(got: Tensor, want: Tensor, allowed: Tensor, what: str) -> float:
     """The largest error as a part of what is allowed.
 
     Raises:

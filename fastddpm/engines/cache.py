@@ -36,7 +36,7 @@ _UNFINISHED_S = 86400.0
 _NO_PART_OF_A_STEP = frozenset(
     {"bench", "cli", "checkpoints", "doctor", "integrations", "train", "data", "pretrained", "__pycache__"}
 )
-_IMPORTED = time.time()
+IMPORTED = time.time()
 
 
 @functools.cache
@@ -45,11 +45,11 @@ def source_digest() -> str:
 
     Sources that were changed while this process runs are not what it runs. It then shares packages with nobody.
     """
-    digest, changed = _digest(Path(__file__).parents[1])
-    return digest if changed < _IMPORTED else uuid.uuid4().hex[: len(digest)]
+    digest, changed = package_digest(Path(__file__).parents[1])
+    return digest if changed < IMPORTED else uuid.uuid4().hex[: len(digest)]
 
 
-def _digest(package: Path) -> tuple[str, float]:
+def package_digest(package: Path) -> tuple[str, float]:
     """A digest of a package's .py and .c files, without folders that no step depends on, and the latest change."""
     digest, changed = hashlib.blake2b(digest_size=12), 0.0
     for folder, folders, names in os.walk(package, followlinks=True):

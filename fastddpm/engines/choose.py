@@ -193,7 +193,7 @@ class Engine:
 
     def _measure(self, call: Call, known: Measured | None, seconds: float | None) -> Measured:
         """What a prepared step takes, and an eager one if that is not known; remembered on disk."""
-        compiled_ms = _milliseconds(self.quick.runner, call)
+        compiled_ms = milliseconds(self.quick.runner, call)
         eager_ms = known.eager_ms if known is not None else self._eager_ms(call)
         batch, *shape = call.state.x.shape
         label = f"batch {batch} of {' × '.join(map(str, shape))}{call.step.form.caption} on {self.device}, "
@@ -204,7 +204,7 @@ class Engine:
         return measured
 
     def _eager_ms(self, call: Call) -> float:
-        return _milliseconds(lambda call: StepRunner(call.step, call), call.formed(in_place=self.in_place))
+        return milliseconds(lambda call: StepRunner(call.step, call), call.formed(in_place=self.in_place))
 
 
 def _times(known: Measured) -> str:
@@ -229,7 +229,7 @@ def _not_worth(known: Measured | None, to_come: int) -> str:
     return ""
 
 
-def _milliseconds(make: Callable[[Call], Runner], call: Call) -> float:
+def milliseconds(make: Callable[[Call], Runner], call: Call) -> float:
     """The least of a few timings of a step, after one that is not counted; the call's samples stay as they are."""
     runner = make(call.copy())
     best = float("inf")

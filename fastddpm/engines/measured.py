@@ -15,8 +15,8 @@ from fastddpm.files import write_json
 from fastddpm.kernels.kept import folders
 
 _FILE = "measured.json"
-_LOCK_S = 3.0
-_MOST = 1000  # measurements; the latest ones stay
+LOCK_S = 3.0
+MOST = 1000  # measurements; the latest ones stay
 _MOST_BYTES = 4 << 20
 _MOST_CHARACTERS = 200
 _Time = Annotated[float, Within(0, 1e9)]
@@ -49,12 +49,12 @@ def remembered() -> dict[str, Measured]:
 
 def remember(key: str, measured: Measured) -> None:
     """Add a measurement to those on disk; where that is not possible within a few seconds, it is forgotten."""
-    with contextlib.suppress(OSError), locked("measured", _LOCK_S) as had:
+    with contextlib.suppress(OSError), locked("measured", LOCK_S) as had:
         if had:
             path = cache_folder() / _FILE
             values = _read(path)
             values.pop(key, None)  # to come last
-            latest = dict([*values.items(), (key, measured)][-_MOST:])
+            latest = dict([*values.items(), (key, measured)][-MOST:])
             write_json(path, {name: dataclasses.asdict(value) for name, value in latest.items()})
 
 

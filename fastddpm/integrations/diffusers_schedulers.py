@@ -48,7 +48,7 @@ class _Compatible:
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
-        return [*super()._get_compatibles(), *_OURS]  # type: ignore[misc]
+        return [*super()._get_compatibles(), *OURS]  # type: ignore[misc]
 
 
 class FastDDPMScheduler(_Compatible, ForwardSteps, DDPMScheduler):  # type: ignore[misc]
@@ -348,4 +348,4 @@ class FastDPMSolverMultistepScheduler(_Compatible, TableSteps, DPMSolverMultiste
         return super().add_noise(original_samples, noise, timesteps) if noised is None else noised
 
 
-_OURS = (FastDDPMScheduler, FastDDIMScheduler, FastDPMSolverMultistepScheduler)
+OURS = (FastDDPMScheduler, FastDDIMScheduler, FastDPMSolverMultistepScheduler)

@@ -26,7 +26,7 @@ class PipelineNetwork:
         self._lock = threading.Lock()
         self._key: tuple[object, ...] | None = None
         self._weights: Weights | None = None
-        self._stepper: Stepper | None = None
+        self.stepper: Stepper | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         """Copies and pickles are empty; what was made is made anew."""
@@ -46,15 +46,15 @@ class PipelineNetwork:
         with self._lock:  # calls from several threads share what is made
             key = (id(unet), spec, T, device)
             is_stale = self._weights is not None and self._weights.have_changed()
-            if self._stepper is None or self._key != key or is_stale:
+            if self.stepper is None or self._key != key or is_stale:
                 ours = _our_network(unet, device)
                 if ours is None:
-                    self._stepper = self._made(_as_it_is(unet), "eager", spec, T, device)
+                    self.stepper = self._made(_as_it_is(unet), "eager", spec, T, device)
                 else:
-                    self._stepper = self._made(ours, self._engine, spec, T, device)
+                    self.stepper = self._made(ours, self._engine, spec, T, device)
                 self._key = key
                 self._weights = Weights(unet)
-            return self._stepper
+            return self.stepper
 
     def _made(
         self, model: Callable[..., Tensor], engine: EngineName, spec: ModelSpec, T: int, device: torch.device

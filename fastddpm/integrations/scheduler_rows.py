@@ -99,7 +99,7 @@ class Rows:
                 return None
             values: int | list[int] = timestep.tolist()
             return self._find_all(values) if isinstance(values, list) else self.index.get(values)
-        position = _position(timestep, timesteps)
+        position = position_of(timestep, timesteps)
         if position is not None:
             return position
         if timestep.ndim > 1 or timestep.is_floating_point():
@@ -129,7 +129,7 @@ class Rows:
         return torch.where(self._look_up(timesteps) < len(self.timesteps), timesteps, last)
 
 
-def _position(timestep: Tensor, timesteps: Tensor) -> int | None:
+def position_of(timestep: Tensor, timesteps: Tensor) -> int | None:
     """Where in `timesteps` an element of it stands, told by its address: reading it would stop the device."""
     if timestep.numel() != 1 or timestep.device != timesteps.device or timestep.dtype != timesteps.dtype:
         return None

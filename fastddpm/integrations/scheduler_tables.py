@@ -39,7 +39,7 @@ def ancestral_table(scheduler: DDPMScheduler, timesteps: Tensor, prev_timesteps:
         TypeError: the timesteps are not integers.
     """
     conventions = conventions_of("DDPMScheduler", scheduler.config)
-    schedule = _schedule(scheduler)
+    schedule = schedule_of(scheduler)
     table = make_table(
         schedule,
         timesteps,
@@ -77,7 +77,7 @@ def ddim_table(
     if scheduler.num_inference_steps is None:
         raise ValueError("ddim_table: the scheduler must have its timesteps set, got none; call set_timesteps")
     conventions = conventions_of("DDIMScheduler", {**scheduler.config, "variance_type": None})
-    schedule = _schedule(scheduler)
+    schedule = schedule_of(scheduler)
     return make_table(
         schedule,
         timesteps,
@@ -113,7 +113,7 @@ def multistep_tables(scheduler: DPMSolverMultistepScheduler, timesteps: Tensor) 
     config = scheduler.config
     # DPM-Solver++ is deterministic: its variance_type only says that the network has channels that are left out.
     conventions = conventions_of("DPMSolverMultistepScheduler", {**config, "variance_type": None})
-    schedule = _schedule(scheduler)
+    schedule = schedule_of(scheduler)
     threshold, to_one = _threshold(conventions), conventions["final_alpha_to_one"]
     _check_sigmas(scheduler, schedule, timesteps, to_one)
     short = config["lower_order_final"] and timesteps.numel() < _SHORT
@@ -167,7 +167,8 @@ def _check_sigmas(
         raise ValueError("multistep_tables: sigmas must be those of the timesteps, got others; leave them as they are")
 
 
-def _schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
+def schedule_of(scheduler: SchedulerMixin) -> NoiseSchedule:
+    """The noise schedule of a scheduler of diffusers."""
     # The library's own ᾱ, which is not always the product: DPM-Solver lifts ᾱ = 0 to 2⁻²⁴.
     return NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod, scheduler.betas.float())
 

@@ -69,7 +69,7 @@ def update(
         floats = _float(past[0]), _float(past[1])
         new, x0 = _update_alike(rows.host[at], _float(x), _float(out), _float(z), floats, threshold)
     else:
-        new, x0 = _update_each(place, x, out, z, past, fused)
+        new, x0 = update_each(place, x, out, z, past, fused)
     return (new, x0) if dtype == torch.float32 else (new.to(dtype), x0.to(dtype))
 
 
@@ -98,7 +98,7 @@ def _update_alike(
     return new, x0
 
 
-def _update_each(
+def update_each(
     place: Place, x: Tensor, out: Tensor, z: Tensor | None, past: _Past, fused: bool
 ) -> tuple[Tensor, Tensor]:
     """The update by the kernel, or by its reference where it must be differentiable: each sample at its own row."""

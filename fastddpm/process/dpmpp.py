@@ -163,7 +163,7 @@ def _second_order(pairs: StepPairs, h: Tensor, lower_order_final: bool) -> dict[
 
 def _third_order(alpha: Tensor, h: Tensor, h1: Tensor, h2: Tensor, factor: float) -> dict[str, Tensor]:
     """c_0, c_h and c_h2 of rows with √ᾱ_prev = alpha and the steps h of this row and of the two before it."""
-    phi_3 = _phi_3(h)
+    phi_3 = third_exponential(h)
     phi_2 = h * (0.5 + phi_3)
     of_d2 = (phi_2 * h1 / h - factor * phi_3) * h / (h1 + h2)  # what D' gets by way of D2, and D'' loses
     newer = alpha * (phi_2 + of_d2) * h / h1  # of x̂_0 − x̂_0'
@@ -171,7 +171,7 @@ def _third_order(alpha: Tensor, h: Tensor, h1: Tensor, h2: Tensor, factor: float
     return {"c_0": newer - alpha * torch.expm1(-h), "c_h": older - newer, "c_h2": -older}
 
 
-def _phi_3(h: Tensor) -> Tensor:
+def third_exponential(h: Tensor) -> Tensor:
     """(e^{−h} − 1 + h)/h² − ½ for h > 0; by its series where the difference would lose digits."""
     low = h.clamp(max=0.5)
     series = torch.stack([(-low) ** (k - 2) / math.factorial(k) for k in range(3, 17)]).sum(0)

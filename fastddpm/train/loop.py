@@ -154,15 +154,15 @@ class Trainer:
         Raises:
             FloatingPointError: If the loss is not finite.
         """
-        x_start, labels, numbers = self._batch()
-        generator = self._generator("timesteps", self.step)
+        x_start, labels, numbers = self.batch()
+        generator = self.generator("timesteps", self.step)
         t = torch.randint(self.schedule.T, (len(numbers),), generator=generator).to(self.device)
-        labels = self._drop_labels(labels, generator)
+        labels = self.drop_labels(labels, generator)
         if self.network.config.dropout > 0:
             torch.manual_seed(_seed(self.config.seed, "dropout", self.step))
-        self._set_learning_rate()
+        self.set_learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(x_start, t, labels, numbers.to(self.device))
+        loss = self.loss(x_start, t, labels, numbers.to(self.device))
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
         value, steepness = torch.stack((loss.detach(), norm)).tolist()  # the step's only wait for the device
@@ -176,7 +176,8 @@ class Trainer:
         self.step += 1
         return float(value)
 
-    def _loss(self, x_start: Tensor, t: Tensor, labels: Tensor | None, numbers: Tensor) -> Tensor:
+    def loss(self, x_start: Tensor, t: Tensor, labels: Tensor | None, numbers: Tensor) -> Tensor:
+        """The loss of these pictures, each at its own timestep, with the noise of its number in the run."""
         seed = torch.full_like(numbers, self.config.seed)
         x_t, eps = q_sample(x_start, t, *self.alphas, seed=seed, sample_id=numbers, domain=TRAINING)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bf16"):
@@ -186,36 +187,39 @@ class Trainer:
             return hybrid_loss(self.schedule, clean, x_t, t, eps, out, self.spec.prediction, self.config.vlb_weight)
         return F.mse_loss(out, target_of(self.schedule, clean, eps, t, self.spec.prediction))
 
-    def _batch(self) -> tuple[Tensor, Tensor | None, Tensor]:
+    def batch(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """The pictures of this step, their labels, and their numbers in the run (int64, unique)."""
         epoch, within = divmod(self.step, self.steps_per_epoch)
         first = within * self.config.batch_size
-        chosen = self._order(epoch)[first : first + self.config.batch_size]
+        chosen = self.order(epoch)[first : first + self.config.batch_size]
         images = self.data.images[chosen]
         if self.config.hflip:
-            flips = torch.rand(len(chosen), generator=self._generator("flips", self.step)) < 0.5
+            flips = torch.rand(len(chosen), generator=self.generator("flips", self.step)) < 0.5
             images = torch.where(flips[:, None, None, None], images.flip(3), images)
         labels = None if self.spec.num_classes is None or self.data.labels is None else self.data.labels[chosen]
         numbers = self.step * self.config.batch_size + torch.arange(len(chosen))
         return images.to(self.device), labels if labels is None else labels.to(self.device), numbers
 
-    def _order(self, epoch: int) -> Tensor:
+    def order(self, epoch: int) -> Tensor:
         """In which order an epoch visits the pictures: a permutation, kept until the next epoch."""
         if self._epoch_order is None or self._epoch_order[0] != epoch:
-            generator = self._generator("order", epoch)
+            generator = self.generator("order", epoch)
             self._epoch_order = epoch, torch.randperm(len(self.data.images), generator=generator)
         return self._epoch_order[1]
 
-    def _drop_labels(self, labels: Tensor | None, generator: torch.Generator) -> Tensor | None:
+    def drop_labels(self, labels: Tensor | None, generator: torch.Generator) -> Tensor | None:
+        """Labels of which some are replaced by that of no class, at random."""
         if labels is None or self.spec.null_class is None:
             return labels
         dropped = torch.rand(len(labels), generator=generator).to(self.device) < self.config.label_dropout
         return torch.where(dropped, self.spec.null_class, labels)
 
-    def _generator(self, purpose: str, count: int) -> torch.Generator:
+    def generator(self, purpose: str, count: int) -> torch.Generator:
+        """Random numbers for one purpose and one count of steps or epochs."""
         return torch.Generator().manual_seed(_seed(self.config.seed, purpose, count))
 
-    def _set_learning_rate(self) -> None:
+    def set_learning_rate(self) -> None:
+        """Give the optimiser the rate of the step to come."""
         config = self.config
         rate = config.learning_rate * min(1.0, (self.step + 1) / max(1, config.warmup))
         if config.lr_schedule == "cosine" and self.step >= config.warmup:

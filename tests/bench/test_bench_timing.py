@@ -139,7 +139,7 @@ def test_peaks_are_measured_anew(monkeypatch):
     found = peaks.Peaks("cpu", dry=True)
     assert set(found.measure(["fp32", "bf16"])) == {"fp32", "bf16", "copy"}
     speeds = iter([3.0, 9.0, 5.0])
-    monkeypatch.setattr(peaks.Peaks, "_speed", lambda *_: next(speeds))
+    monkeypatch.setattr(peaks.Peaks, "speed", lambda *_: next(speeds))
     assert found.product("fp32", repeats=3) == 9.0
 
 

@@ -86,7 +86,7 @@ COMMANDS = {
 
 def run(out, monkeypatch, minutes):
     monkeypatch.setattr(gpu, "SHARES", {"doctor": 0.2, "tests": 0.2, "kernels": 0.2, "trace": 0.4})
-    monkeypatch.setattr(gpu, "_GRACE_S", 0.5)
+    monkeypatch.setattr(gpu, "GRACE_S", 0.5)
     monkeypatch.setattr(
         gpu, "command", lambda name, out, seconds, dry: [sys.executable, "-S", "-c", COMMANDS[name], str(out)]
     )
@@ -131,7 +131,7 @@ def gone(process):
 def test_tests_of_a_gpu_are_found():
     files = gpu_section.marked_files()
     assert "tests/kernels/test_gpu.py" in files and "tests/engines/test_gpu_path.py" in files
-    assert "tests/cli/test_cli.py" not in files and all((ROOT / name).exists() for name in gpu_section._DRY_TESTS)
+    assert "tests/cli/test_cli.py" not in files and all((ROOT / name).exists() for name in gpu_section.DRY_TESTS)
 
 
 def test_what_compiles_the_same_is_compiled_once(monkeypatch):

@@ -269,7 +269,7 @@ FIELDS = {
     "spec": [field.name for field in dataclasses.fields(SPEC)],
     "schedule": ["name", "T", "beta_start", "beta_end", "dtype", "betas", "s", "max_beta", "zero_terminal_snr", "tau"],
 }
-QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 
 
 def load_or_refuse(folder):

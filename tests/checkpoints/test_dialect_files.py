@@ -561,7 +561,7 @@ def test_openai_relatives_are_named(tmp_path):
 
 def test_other_time_tables_are_refused(tmp_path):
     state = foreign_state("w86763777", foreign_network("w86763777"))
-    state[w86763777._TABLE] = state[w86763777._TABLE] + 0.01
+    state[w86763777.TABLE] = state[w86763777.TABLE] + 0.01
     torch.save(state, tmp_path / "ckpt.pt")
     with pytest.raises(CheckpointError, match="must hold the sinusoids"):
         load_checkpoint(tmp_path / "ckpt.pt", **FLAGS["w86763777"])

@@ -5,12 +5,11 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from fastddpm import Sampler
-from tests.helpers import peers_dir
+from tests.helpers import oracle, peers_dir, relative
 
 SCHEDULE_NAMES = {
     "sqrt_alphas_bar": "sqrt_alphas_cumprod",
@@ -42,12 +41,6 @@ def meta(name):
 
 
 @functools.cache
-def oracle(name):
-    with np.load(peers_dir() / name / "oracle.npz") as data:
-        return {key: torch.from_numpy(np.asarray(data[key])) for key in data.files}
-
-
-@functools.cache
 def sampler(name, mode=None):
     folder = peers_dir() / name
     flags = json.loads((folder / "flags.json").read_text())
@@ -57,10 +50,6 @@ def sampler(name, mode=None):
     else:
         path = folder / meta(name)["checkpoint"]
     return Sampler.from_pretrained(path, device="cpu", **flags)
-
-
-def relative(ours, theirs):
-    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
 
 
 @pytest.mark.parametrize("name", FIXTURES)

@@ -97,7 +97,7 @@ def own(tmp_path_factory):
 
 
 @given(data=st.data())
-@settings(QUICK, max_examples=60 * SCALE)
+@settings(QUICK, max_examples=40 * SCALE)
 def test_own_configurations(own, data):
     folder, config = own
     write(folder / "config.json", data.draw(mutated(config)))
@@ -109,7 +109,7 @@ LUCIDRAINS = {"dim": 8, "init_dim": 8, "dim_mults": [1, 2], "full_attn": [False,
 
 
 @given(entry=JSON | mutated(LUCIDRAINS))
-@settings(QUICK, max_examples=60 * SCALE)
+@settings(QUICK, max_examples=40 * SCALE)
 def test_own_configurations_of_lucidrains_networks(own, entry):
     folder, config = own
     write(folder / "config.json", {**config, "lucidrains": entry})
@@ -193,7 +193,7 @@ def test_absurdly_many_levels(theirs, entries):
 @given(flags=st.dictionaries(st.sampled_from(sorted({*(name for flags in FLAGS.values() for name in flags), "preset",
     "null_class", "attn", "ch_mult", "channel_mult", "attention_resolutions", "timestep_respacing", "num_head_channels",
     "num_heads_upsample", "model"})), JSON, min_size=1, max_size=4), dialect=st.sampled_from(list(FLAGS)))  # fmt: skip
-@settings(QUICK, max_examples=80 * SCALE)
+@settings(QUICK, max_examples=40 * SCALE)
 def test_flags(files, flags, dialect):
     load(files[dialect], **{**FLAGS[dialect], **flags})
 
@@ -279,7 +279,7 @@ WRAPPED = st.sampled_from([None, None, None, "net_model", "ema_model", "model", 
 
 
 @given(dialect=st.sampled_from(list(FLAGS)), changes=st.lists(CHANGES, min_size=1, max_size=4), wrapped=WRAPPED)
-@settings(QUICK, max_examples=120 * SCALE)
+@settings(QUICK, max_examples=60 * SCALE)
 def test_changed_state_dicts(tmp_path_factory, dialect, changes, wrapped):
     state, path = STATES[dialect], tmp_path_factory.mktemp("changed") / "model.pt"
     for recipe in changes:
@@ -306,7 +306,7 @@ STARTS = st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x08" 
 
 @given(content=st.binary(max_size=200), start=STARTS, suffix=st.sampled_from([".pt", ".safetensors", ".ckpt"]))
 @example(content=b"", start=b"\x80\x02", suffix=".pt")
-@settings(QUICK, max_examples=80 * SCALE)
+@settings(QUICK, max_examples=40 * SCALE)
 def test_random_bytes(tmp_path_factory, content, start, suffix):
     path = tmp_path_factory.mktemp("bytes") / f"model{suffix}"
     path.write_bytes(start + content)
@@ -324,7 +324,7 @@ def contents(tmp_path_factory):
 
 @given(name=st.sampled_from(["zip.pt", "pickle.pt", "tensors.safetensors"]), flips=st.lists(
     st.tuples(st.floats(0, 1), st.integers(0, 7)), min_size=1, max_size=6), near=st.booleans())  # fmt: skip
-@settings(QUICK, max_examples=80 * SCALE)
+@settings(QUICK, max_examples=40 * SCALE)
 def test_flipped_bits(tmp_path_factory, contents, name, flips, near):
     """Near the start is the pickle's program or the header; elsewhere are mostly numbers, which nothing can check."""
     content = bytearray(contents[name])

@@ -64,7 +64,9 @@ def test_help_names_every_option(fastddpm, name):
     special = {
         "T": "--timesteps",
         "as_json": "--json",
-        "conditional": "--class-labels",
+        "conditional": "--classes",
+        "classes": "--class-labels",
+        "guidance": "--guidance-scale",
         "model": "model",
         "data": "data",
     }
@@ -250,8 +252,8 @@ def test_long_runs_make_short_gifs(fastddpm, place, plain_model, tmp_path):
     from fastddpm.cli.drawing import GIF_FRAMES, Animation
 
     animation = Animation(1000)
-    assert len(animation._parts) == GIF_FRAMES and max(animation._parts) == 1000
-    assert list(Animation(3)._parts) == [1, 2, 3]
+    assert len(animation.shown) == GIF_FRAMES and max(animation.shown) == 1000
+    assert list(Animation(3).shown) == [1, 2, 3]
 
 
 def test_all_outputs_together_show_the_same_pictures(fastddpm, place, model):
@@ -726,7 +728,7 @@ def start(*arguments, cwd):
 
 
 def test_ctrl_c_while_sampling_and_going_on(fastddpm, place, model):
-    arguments = ["sample", model, "-n", 60, "--folder", "out", "--batch-size", 1]
+    arguments = ["sample", model, "-n", 60, "--folder", "out", "--batch-size", 1, "--steps", 8]
     process = start(*arguments, cwd=place)
     result = stop(process, lambda: (place / "out" / "000003.png").exists())
     assert result.code == 130

@@ -135,7 +135,7 @@ def test_what_ships_is_one_line(fastddpm):
 def test_long_work_is_announced_and_short_work_is_not(monkeypatch, capsys):
     with patience("short"):
         pass
-    monkeypatch.setattr(terminal, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(terminal, "PATIENCE_S", 0.01)
     with patience("long"):
         time.sleep(0.3)
     assert capsys.readouterr().err == "long …\n"
@@ -144,7 +144,7 @@ def test_long_work_is_announced_and_short_work_is_not(monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["compile", "export"])
 def test_compiling_and_exporting_say_what_goes_on(fastddpm, place, monkeypatch, tmp_path, name):
     model = save_checkpoint(tmp_path / "model")
-    monkeypatch.setattr(terminal, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(terminal, "PATIENCE_S", 0.01)
 
     def takes_long(*_, **__):
         time.sleep(0.3)

@@ -14,8 +14,8 @@ from fastddpm.engines.compare import CompileError
 from fastddpm.engines.devices import describe_choices
 from fastddpm.kernels import kept
 from tests.engines.common import RUNS, like
-from tests.networks import tiny_sampler
-from tests.steps import begin
+from tests.networks import one_level_sampler
+from tests.steps import begin, grow
 
 CPU = torch.device("cpu")
 
@@ -57,11 +57,8 @@ def test_two_histories_have_a_package_of_their_own(compiled):
 
 
 def test_a_book_that_has_grown_is_served_by_the_same_package(compiled):
-    before, book = set(cache.packages()), compiled.stepper.book
-    table = compiled.table(solver="ddpm")
-    with book.open(table, [0, 1, 2]):
-        while book.capacity < 4 * 1024:  # as many runs at once would make it
-            book._make_way()
+    before = set(cache.packages())
+    grow(compiled)
     asked = {"class_labels": [0, 2, 1], "solver": "ddpm", "steps": 5, "output": "raw"}
     got = compiled.sample(3, **asked)
     assert set(cache.packages()) == before
@@ -122,7 +119,7 @@ def test_a_damaged_package_is_made_anew(compiled, monkeypatch, damage):
         whole[:middle] if damage == "cut" else whole[:middle] + bytes([whole[middle] ^ 8]) + whole[middle + 1 :]
     )
     built = []
-    monkeypatch.setattr(kept, "_said", set())  # what was said once is not said again
+    monkeypatch.setattr(kept, "SAID", set())  # what was said once is not said again
     monkeypatch.setattr(ahead_of_time, "compile_step", lambda call, path: built.append(path.write_bytes(whole)))
     sampler = like(compiled, "compiled")
     with pytest.warns(cache.CacheWarning, match="damaged"):
@@ -147,9 +144,10 @@ def test_a_good_package_that_does_not_load_stays(compiled, monkeypatch):
     assert key in cache.packages()
 
 
-def test_weights_that_change_are_noticed(compiled):
+@pytest.mark.slow
+def test_weights_that_change_are_compiled_anew(compiled):
     """Else a package would go on with the old ones, or old rows with new layers: a network that never was."""
-    sampler = like(tiny_sampler(), "compiled")
+    sampler = like(one_level_sampler(), "compiled")
     asked = {"class_labels": [0, 2, 1], "steps": 3, "output": "raw"}
     before = sampler.sample(3, **asked)
     with torch.no_grad():
@@ -157,6 +155,17 @@ def test_weights_that_change_are_noticed(compiled):
     expected = like(sampler, "eager").sample(3, **asked)
     assert (expected - before).abs().max() > 1e-3
     assert (sampler.sample(3, **asked) - expected).abs().max() < 1e-4
+
+
+def test_weights_that_change_are_noticed(compiled, monkeypatch):
+    """Whose old package, were it taken for the new one, would be refused."""
+    sampler, old = like(one_level_sampler(), "compiled"), cache.find(key_of(compiled)).read_bytes()
+    sampler.sample(3, class_labels=1, steps=1)
+    with torch.no_grad():
+        sampler.model.time_projection.weight.mul_(1.5)
+    monkeypatch.setattr(ahead_of_time, "compile_step", lambda call, path: path.write_bytes(old))
+    with pytest.raises(CompileError, match="must give what an eager one gives"):
+        sampler.sample(3, class_labels=1, steps=1)
 
 
 class Branching(nn.Module):
@@ -182,7 +191,7 @@ def test_a_wrongly_compiled_step_is_refused(monkeypatch):
 
     monkeypatch.setattr(ahead_of_time, "compile_step", lambda call, path: path.write_bytes(b"0"))
     monkeypatch.setattr(ahead_of_time, "load_step", lambda path, key: passes)
-    sampler = like(tiny_sampler(), "compiled")
+    sampler = like(one_level_sampler(), "compiled")
     with torch.no_grad():
         sampler.model.stem.bias.add_(0.125)  # weights that no other test has
     with pytest.raises(CompileError, match="must give what an eager one gives"):
@@ -191,7 +200,7 @@ def test_a_wrongly_compiled_step_is_refused(monkeypatch):
 
 
 def test_a_packages_name_depends_on_all_that_matters(monkeypatch):
-    sampler = tiny_sampler()
+    sampler = one_level_sampler()
     names = [key_of(sampler), key_of(sampler, n=2), key_of(sampler, variance="learned_range")]
     names.append(key_of(like(sampler, "eager", precision="bf16")))
     monkeypatch.setattr(cache, "source_digest", lambda: "other sources")
@@ -202,7 +211,7 @@ def test_a_packages_name_depends_on_all_that_matters(monkeypatch):
     names.append(key_of(sampler))
     assert len(set(names)) == len(names)
     monkeypatch.undo()
-    assert key_of(tiny_sampler()) == names[0] == key_of(tiny_sampler())
+    assert key_of(one_level_sampler()) == names[0] == key_of(one_level_sampler())
 
 
 def test_a_missing_compiler_is_one_line_and_auto_goes_on(monkeypatch):
@@ -211,7 +220,7 @@ def test_a_missing_compiler_is_one_line_and_auto_goes_on(monkeypatch):
 
     monkeypatch.setattr(ahead_of_time, "compile_step", fail)
     monkeypatch.setattr("fastddpm.engines.choose.COMPILE_S", 1e-9)
-    sampler = tiny_sampler()
+    sampler = one_level_sampler()
     with torch.no_grad():
         sampler.model.stem.bias.add_(0.25)
     expected = like(sampler, "eager").sample(2, class_labels=1, steps=6)

@@ -50,9 +50,9 @@ def package(tmp_path: Path) -> Path:
      ("step/b.pyc", False)],
 )  # fmt: skip
 def test_the_digest_follows_the_sources_of_steps(package, name, matters):
-    before, _ = store._digest(package)
+    before, _ = store.package_digest(package)
     (package / name).write_text("2")
-    assert (store._digest(package)[0] != before) == matters
+    assert (store.package_digest(package)[0] != before) == matters
 
 
 def test_the_digest_tells_a_file_from_a_part_of_another(tmp_path):
@@ -61,17 +61,17 @@ def test_the_digest_tells_a_file_from_a_part_of_another(tmp_path):
         (tmp_path / name).mkdir()
         for file, text in texts.items():
             (tmp_path / name / file).write_text(text)
-        digests.add(store._digest(tmp_path / name)[0])
+        digests.add(store.package_digest(tmp_path / name)[0])
     assert len(digests) == 2
 
 
 def test_our_own_digest_is_of_this_package():
-    assert source_digest() == store._digest(Path(fastddpm.__file__).parent)[0] and len(source_digest()) == 24
+    assert source_digest() == store.package_digest(Path(fastddpm.__file__).parent)[0] and len(source_digest()) == 24
 
 
 def test_sources_that_change_under_a_process_are_not_its_own(monkeypatch):
     before = source_digest()
-    monkeypatch.setattr(store, "_IMPORTED", 0.0)
+    monkeypatch.setattr(store, "IMPORTED", 0.0)
     others = {source_digest.__wrapped__() for _ in range(2)}
     assert len(others | {before}) == 3 and {len(other) for other in others} == {24}
 

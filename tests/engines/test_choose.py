@@ -56,7 +56,7 @@ class Pretended:
 def quick(monkeypatch, tmp_path) -> tuple[Sampler, Pretended]:
     """An automatic sampler that may take a pretended quick way, and that way; nothing is remembered yet."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(choose, "_milliseconds", lambda make, call: 1.0)
+    monkeypatch.setattr(choose, "milliseconds", lambda make, call: 1.0)
     sampler, way = tiny_sampler(), Pretended()
     sampler.stepper.engine = Engine("auto", CPU, quick=way)
     return sampler, way
@@ -78,7 +78,7 @@ def test_short_runs_are_not_compiled_for(quick):
 def test_long_runs_are_compiled_for_once_under_way(quick, monkeypatch):
     sampler, way = quick
     monkeypatch.setattr(choose, "COMPILE_S", 1e-9)
-    monkeypatch.setattr(choose, "_milliseconds", lambda make, call: 1e-9)
+    monkeypatch.setattr(choose, "milliseconds", lambda make, call: 1e-9)
     expected = run(like(sampler, "eager"))
     for _ in range(2):
         assert torch.equal(run(sampler), expected)  # the change-over is no break
@@ -89,7 +89,7 @@ def test_long_runs_are_compiled_for_once_under_way(quick, monkeypatch):
 def test_slower_compiled_steps_are_not_used(quick, monkeypatch):
     sampler, way = quick
     monkeypatch.setattr(choose, "COMPILE_S", 1e-9)
-    monkeypatch.setattr(choose, "_milliseconds", lambda make, call: 1e9)
+    monkeypatch.setattr(choose, "milliseconds", lambda make, call: 1e9)
     for _ in range(2):
         run(sampler)
         assert sampler.engine.used == "eager" and "ms a step compiled" in sampler.engine.why

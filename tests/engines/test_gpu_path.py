@@ -15,9 +15,11 @@ from fastddpm.engines.choose import Engine
 from fastddpm.engines.compare import CompileError
 from fastddpm.engines.gpu import Gpu, compile_in_place
 from fastddpm.step.request import RunOptions, make_request
+from fastddpm.step.step import StepForm
 from tests.engines.common import like
 from tests.engines.recorder import Recorder, Untouched
 from tests.networks import tiny_sampler
+from tests.steps import grow
 
 CPU = torch.device("cpu")
 K = 4
@@ -36,10 +38,22 @@ def uncompiled(step, arguments):
     return step
 
 
+by_dynamo = functools.partial(compile_in_place, backend="eager")
+
+
+FORMS: list[StepForm] = []
+"""Of the steps that were compiled in this test."""
+
+
 def gpu_sampler(sampler=None, *, graphs=True, compile_step=uncompiled, capture=Recorder, **engine) -> Sampler:
     """A sampler whose engine is the GPU's, on the CPU."""
+
+    def counted(step, arguments):
+        FORMS.append(step.form)
+        return compile_step(step, arguments)
+
     copy = like(sampler or tiny_sampler(), "eager")
-    quick = Gpu(graphs=graphs, graph_steps=K, compile_step=compile_step, capture=capture)
+    quick = Gpu(graphs=graphs, graph_steps=K, compile_step=counted, capture=capture)
     copy.stepper.engine = Engine(engine.get("name", "cuda_graph"), CPU, quick=quick)
     return copy
 
@@ -48,6 +62,7 @@ def gpu_sampler(sampler=None, *, graphs=True, compile_step=uncompiled, capture=R
 def captures():
     """The graphs that were captured in this test."""
     Recorder.captures.clear()
+    FORMS.clear()
     return Recorder.captures
 
 
@@ -78,64 +93,70 @@ def check_every_run(sampler, **options):
         assert (got - expected).abs().max() <= 1e-4 * expected.abs().max(), run
 
 
+@pytest.mark.slow
 def test_the_compiled_step_is_one_graph_and_is_never_compiled_again(compiling_again_is_an_error):
     """Inductor compiles the engine's own step, in place, as on a GPU; from then on a recompilation is an error."""
     sampler = gpu_sampler(graphs=False, compile_step=compile_in_place, name="compiled")
     sampler.sample(3, class_labels=0, solver="dpmpp_2m", steps=4)  # a step with a history serves the others too
     compiling_again_is_an_error()
     check_every_run(sampler)
-    assert sampler.engine.used == "compiled" and len(sampler.engine.quick._steps) == 1
+    assert sampler.engine.used == "compiled" and len(FORMS) == 1
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0], ids=["plain", "guided"])
-@pytest.mark.parametrize("noise", [False, True], ids=["noise made", "noise supplied"])
+@pytest.mark.parametrize(
+    ("noise", "guidance"),
+    [(False, 2.0), (True, 1.0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 1.0), (True, 2.0)))],
+    ids=["noise made, guided", "noise supplied, plain", "noise made, plain", "noise supplied, guided"],
+)
 def test_each_form_is_one_graph_without_recompilation(guidance, noise, compiling_again_is_an_error):
     """The same with Dynamo alone, for steps with and without history."""
     torch._dynamo.reset()
-    compile_step = functools.partial(compile_in_place, backend="eager")
-    sampler = gpu_sampler(graphs=False, compile_step=compile_step, name="compiled")
+    sampler = gpu_sampler(graphs=False, compile_step=by_dynamo, name="compiled")
     options = {"guidance_scale": guidance}
     if noise:
         options["noise"] = lambda i, t, ids: torch.full((len(ids), 1, 8, 8), 0.25)
     for run in ({"solver": "ddim", "eta": 1.0}, {"solver": "dpmpp_2m"}, {"solver": "dpmpp_3m"}):  # 0, 1, 2 histories
         sampler.sample(3, class_labels=0, steps=3, **run, **options)
-    compiled = len(sampler.engine.quick._steps)
+    compiled = len(FORMS)
     compiling_again_is_an_error()
     check_every_run(sampler, **options)
-    assert len(sampler.engine.quick._steps) == compiled
+    assert len(FORMS) == compiled
 
 
-def test_foreign_networks_are_one_graph_too(compiling_again_is_an_error):
-    spec = ModelSpec(shape=(3, 5, 7))
-    torch._dynamo.reset()
+def foreign(shape, T=50) -> Sampler:
+    """A sampler of a function, which compiles in a moment."""
     network = lambda x, t: x / (1 + t.view(-1, 1, 1, 1) / 100)  # noqa: E731
-    plain = Sampler(network, NoiseSchedule.linear(50), spec, device="cpu", engine="eager")
-    sampler = gpu_sampler(plain, graphs=False, compile_step=functools.partial(compile_in_place, backend="eager"))
+    return Sampler(network, NoiseSchedule.linear(T), ModelSpec(shape=shape), device="cpu", engine="eager")
+
+
+@pytest.mark.parametrize("compile_step", [by_dynamo, compile_in_place], ids=["dynamo", "inductor"])
+def test_foreign_networks_are_one_graph_too(compile_step, compiling_again_is_an_error):
+    torch._dynamo.reset()
+    plain = foreign((3, 5, 7))
+    sampler = gpu_sampler(plain, graphs=False, compile_step=compile_step, name="compiled")
     sampler.sample(2, solver="ddpm", steps=3)
     compiling_again_is_an_error()
     for steps in (4, 7, 50):
         got = sampler.sample(2, solver="ddpm", steps=steps, seed=steps)
-        torch.testing.assert_close(got, plain.sample(2, solver="ddpm", steps=steps, seed=steps))
+        torch.testing.assert_close(got, plain.sample(2, solver="ddpm", steps=steps, seed=steps), rtol=1e-4, atol=1e-4)
+    assert sampler.engine.used == "compiled" and len(FORMS) == 1
 
 
 def test_a_book_that_grows_is_no_recompilation(compiling_again_is_an_error):
     torch._dynamo.reset()
-    sampler = gpu_sampler(graphs=False, compile_step=functools.partial(compile_in_place, backend="eager"))
+    sampler = gpu_sampler(graphs=False, compile_step=by_dynamo)
     sampler.sample(3, class_labels=1, solver="ddpm", steps=3)
     compiling_again_is_an_error()
-    book = sampler.stepper.book
-    with book.open(sampler.table(solver="ddpm"), [0, 1, 2]):
-        while book.capacity < 4 * 1024:
-            book._make_way()
+    grow(sampler)
     expected = like(sampler, "eager").sample(3, class_labels=1, solver="ddpm", steps=5)
     torch.testing.assert_close(sampler.sample(3, class_labels=1, solver="ddpm", steps=5), expected)
 
 
 def test_a_batch_of_another_size_is_compiled_by_itself():
-    sampler = gpu_sampler(graphs=False, compile_step=functools.partial(compile_in_place, backend="eager"))
-    for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10):  # more than Dynamo would allow one function by itself
-        assert sampler.sample(n, class_labels=1, solver="ddpm", steps=2).shape[0] == n
-    assert len(sampler.engine.quick._steps) == 10
+    sampler = gpu_sampler(foreign((1, 4, 4)), graphs=False, compile_step=by_dynamo)
+    for n in range(1, 11):  # more than Dynamo would allow one function by itself
+        assert sampler.sample(n, solver="ddpm", steps=2).shape[0] == n
+    assert len(FORMS) == 10
 
 
 def test_what_is_no_one_graph_is_refused():
@@ -143,7 +164,7 @@ def test_what_is_no_one_graph_is_refused():
         return x if float(x.sum()) > 0 else -x
 
     plain = Sampler(branches, NoiseSchedule.linear(50), ModelSpec(shape=(1, 4, 4)), device="cpu", engine="eager")
-    sampler = gpu_sampler(plain, compile_step=functools.partial(compile_in_place, backend="eager"))
+    sampler = gpu_sampler(plain, compile_step=by_dynamo)
     with pytest.raises(CompileError, match="must compile as one graph.*engine='eager'"):
         sampler.sample(1, steps=3)
 
@@ -177,7 +198,7 @@ def test_a_second_sample_replays_without_a_new_capture(captures):
 def test_a_graph_with_a_history_serves_runs_without_and_the_leanest_is_taken(captures):
     sampler = gpu_sampler()
     sampler.sample(3, class_labels=0, solver="ddim", steps=5)
-    assert "history" not in {name for form, _ in sampler.engine.quick._steps for name in form.names}
+    assert [form.history for form in FORMS] == [0]
     sampler.sample(3, class_labels=0, solver="dpmpp_2m", steps=5)
     assert len(captures) == 4
     replays = captures[0].replays
@@ -193,10 +214,11 @@ def test_two_histories_are_kept_for_who_reads_them(captures):
         expected = like(sampler, "eager").sample(3, **asked, **run)
         assert torch.equal(sampler.sample(3, **asked, **run), expected)
     assert len(captures) == 2
+    FORMS.clear()
     lean = gpu_sampler()
     for solver in ("dpmpp_2m", "dpmpp_3m"):
         lean.sample(3, solver=solver, steps=5, **asked)
-    assert [form.history for form, _ in lean.engine.quick._steps] == [1, 2] and len(captures) == 6
+    assert [form.history for form in FORMS] == [1, 2] and len(captures) == 6
 
 
 def test_nothing_is_launched_between_replays():
@@ -280,10 +302,7 @@ def test_a_book_that_grows_is_captured_anew(captures):
     sampler = gpu_sampler()
     options = {"class_labels": [0, 2, 1], "solver": "ddpm", "steps": 6, "output": "raw"}
     expected = sampler.sample(3, **options)
-    book = sampler.stepper.book
-    with book.open(sampler.table(solver="ddpm"), [0, 1, 2]):
-        while book.capacity < 4 * 1024:
-            book._make_way()
+    grow(sampler)
     assert torch.equal(sampler.sample(3, **options), expected)
     assert len(captures) == 4
 
@@ -304,7 +323,7 @@ def test_what_cannot_be_captured_is_refused_and_auto_says_so(monkeypatch):
 
 def test_auto_changes_over_to_graphs_in_the_middle_of_a_run(monkeypatch, captures):
     monkeypatch.setattr(choose, "COMPILE_S", 1e-9)
-    monkeypatch.setattr(choose, "_milliseconds", lambda make, call: 1e-9)
+    monkeypatch.setattr(choose, "milliseconds", lambda make, call: 1e-9)
     sampler = gpu_sampler(name="auto")
     asked = {"class_labels": [0, 2, 1], "solver": "dpmpp_2m", "steps": 12, "output": "raw"}
     expected = like(sampler, "eager").sample(3, **asked)

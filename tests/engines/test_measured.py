@@ -100,7 +100,7 @@ def test_writers_at_once_lose_nothing(cache):
 
 
 def test_a_lock_that_is_not_to_be_had_costs_only_the_measurement(cache, monkeypatch):
-    monkeypatch.setattr(module, "_LOCK_S", 0.1)
+    monkeypatch.setattr(module, "LOCK_S", 0.1)
     cache.mkdir(mode=0o700)
     with FileLock(cache / ".measured.lock"):
         began = time.perf_counter()
@@ -111,7 +111,7 @@ def test_a_lock_that_is_not_to_be_had_costs_only_the_measurement(cache, monkeypa
 
 
 def test_the_latest_stay(cache, monkeypatch):
-    monkeypatch.setattr(module, "_MOST", 3)
+    monkeypatch.setattr(module, "MOST", 3)
     for i in range(5):
         remember(f"{i}", Measured(1.0))
     assert list(remembered()) == ["2", "3", "4"]

@@ -1,9 +1,9 @@
 """`fastddpm export`, the example that runs its file without fastddpm, and the layout for a server."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from tests import tiny
+from tests.command_line import files, good, refused
+from tests.networks import two_layers_sampler
 
 pytest.importorskip("onnx", reason="needs onnx")
 pytest.importorskip("onnxruntime", reason="needs onnxruntime")
@@ -25,15 +27,12 @@ def run(arguments, folder):
     return subprocess.run(arguments, cwd=folder, env=tiny.environment(), capture_output=True, text=True, check=False)
 
 
-def grids(folder, *options):
+def grids(fastddpm, folder, *options):
     """The example's grid and the command line's, of the shipped model."""
-    for command in (
-        tiny.command("export", "mnist", "digits.onnx", "--what", "chain"),
-        [sys.executable, EXAMPLE, "digits.onnx", *options],
-        tiny.command("sample", "mnist", *options, "--grid", "reference.png"),
-    ):
-        done = run(command, folder)
-        assert done.returncode == 0, done.stderr
+    good(fastddpm("export", "mnist", "digits.onnx", "--what", "chain"))
+    done = run([sys.executable, EXAMPLE, "digits.onnx", *options], folder)
+    assert done.returncode == 0, done.stderr
+    good(fastddpm("sample", "mnist", *options, "--grid", "reference.png"))
     return [np.asarray(Image.open(folder / name)).astype(int) for name in ("grid.png", "reference.png")]
 
 
@@ -43,13 +42,13 @@ def check_grids(grid, reference):
     assert (grid != reference).mean() < 1e-3
 
 
-def test_example_draws_what_sample_draws(tmp_path):
-    check_grids(*grids(tmp_path, "--n", "9", "--seed", "3"))
+def test_example_draws_what_sample_draws(fastddpm, place):
+    check_grids(*grids(fastddpm, place, "--n", "4", "--seed", "3"))
 
 
 @pytest.mark.slow
-def test_example_draws_what_sample_draws_by_default(tmp_path):
-    check_grids(*grids(tmp_path))
+def test_example_draws_what_sample_draws_by_default(fastddpm, place):
+    check_grids(*grids(fastddpm, place))
 
 
 def test_example_needs_neither_torch_nor_fastddpm():
@@ -60,16 +59,24 @@ def test_example_needs_neither_torch_nor_fastddpm():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return tiny.save_checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+    unet = dataclasses.replace(tiny.UNET, channels=(8,), attention=(True,))
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("tiny") / "model", unet)
 
 
-def test_server_repository(checkpoint, tmp_path):
-    done = run(tiny.command("export", checkpoint, "my model.onnx", "--what", "network", "--server", "repo"), tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "wrote my model.onnx (" in done.stdout and "wrote repo/my_model" in done.stdout
-    place = tmp_path / "repo" / "my_model"
-    assert (place / "1" / "model.onnx").read_bytes() == (tmp_path / "my model.onnx").read_bytes()
-    text = (place / "config.pbtxt").read_text()
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The network of a sampler of two layers, which does not take long."""
+    from fastddpm.export import export_onnx
+
+    return export_onnx(two_layers_sampler(), tmp_path_factory.mktemp("exported") / "m.onnx", what="network")
+
+
+def test_server_repository(fastddpm, checkpoint, place):
+    out = good(fastddpm("export", checkpoint, "my model.onnx", "--what", "network", "--server", "repo"))
+    assert "wrote my model.onnx (" in out and "wrote repo/my_model" in out
+    repository = place / "repo" / "my_model"
+    assert (repository / "1" / "model.onnx").read_bytes() == (place / "my model.onnx").read_bytes()
+    text = (repository / "config.pbtxt").read_text()
     assert text.count("{") == text.count("}")
     assert 'name: "my_model"\nbackend: "onnxruntime"\nmax_batch_size: 64\ndynamic_batching {' in text
     names = re.findall(r'^(?:input|output) {\n  name: "(\w+)"', text, re.M)
@@ -77,10 +84,9 @@ def test_server_repository(checkpoint, tmp_path):
     assert re.findall(r'key: "(\w+)"', text) == names[:-1]
 
 
-def test_a_server_repository_that_cannot_be_written_leaves_nothing(checkpoint, tmp_path, monkeypatch):
-    from fastddpm.export import export_onnx, server
+def test_a_server_repository_that_cannot_be_written_leaves_nothing(exported, tmp_path, monkeypatch):
+    from fastddpm.export import server
 
-    exported = export_onnx(checkpoint, tmp_path / "m.onnx", what="network")
     (tmp_path / "repo" / "other").mkdir(parents=True)
 
     def fail(*_):
@@ -94,15 +100,16 @@ def test_a_server_repository_that_cannot_be_written_leaves_nothing(checkpoint, t
     assert not (tmp_path / "new").exists()
 
 
-def test_server_configuration_parses_as_the_published_message(checkpoint, tmp_path):
+def test_server_configuration_parses_as_the_published_message(exported, tmp_path):
     from google.protobuf import text_format
 
     from fastddpm.export import OnnxSession, export_onnx
     from fastddpm.export.server import config
 
     schema, types = model_config_schema(), {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64}
-    for options in ({"what": "network"}, {"what": "step", "steps": 3, "tensorrt": True, "batch": 4}):
-        session = OnnxSession(export_onnx(checkpoint, tmp_path / "m.onnx", **options).files[0], "cpu")
+    fixed = {"what": "step", "steps": 3, "tensorrt": True, "batch": 4}
+    for made in (exported, export_onnx(two_layers_sampler(), tmp_path / "m.onnx", **fixed)):
+        session = OnnxSession(made.files[0], "cpu")
         parsed = text_format.Parse(config("m", session), schema.ModelConfig())
         assert (parsed.name, parsed.backend) == ("m", "onnxruntime")
         assert [value.name for value in parsed.input] == list(session.inputs)
@@ -133,12 +140,10 @@ def model_config_schema():
 
 
 @pytest.mark.slow
-def test_tensorrt_names_its_command(checkpoint, tmp_path):
-    words = ("export", checkpoint, "m.onnx", "--what", "network", "--tensorrt", "--batch", "4")
-    done = run(tiny.command(*words), tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "trtexec --onnx=m.onnx --saveEngine=m.engine" in done.stdout
-    assert sorted(os.listdir(tmp_path)) == ["m.onnx"]
+def test_tensorrt_names_its_command(fastddpm, checkpoint, place):
+    out = good(fastddpm("export", checkpoint, "m.onnx", "--what", "network", "--tensorrt", "--batch", "4"))
+    assert "trtexec --onnx=m.onnx --saveEngine=m.engine" in out
+    assert files(place) == ["m.onnx"]
 
 
 @pytest.mark.parametrize(
@@ -148,11 +153,9 @@ def test_tensorrt_names_its_command(checkpoint, tmp_path):
         (("m.onnx", "--fp16", "--int8"), "--fp16 and --int8 must not both be given"),
     ],
 )
-def test_bad_options_are_one_line_and_leave_nothing(checkpoint, tmp_path, words, message):
-    done = run(tiny.command("export", checkpoint, *words), tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("fastddpm: error: ") and done.stderr.count("\n") == 1 and message in done.stderr
-    assert os.listdir(tmp_path) == []
+def test_bad_options_are_one_line_and_leave_nothing(fastddpm, checkpoint, place, words, message):
+    result = fastddpm("export", checkpoint, *words)
+    assert refused(result, message) and result.out == "" and files(place) == []
 
 
 def test_metadata_name_the_licence_of_the_card(checkpoint):

@@ -1,6 +1,7 @@
 """Exported files: the three levels against PyTorch, what they say about themselves, and what is refused."""
 
 import concurrent.futures
+import itertools
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
 from fastddpm import CheckpointError, ModelSpec, NoiseSchedule, Sampler  # noqa: E402
 from fastddpm.export import OnnxSampler, export_onnx  # noqa: E402
 from fastddpm.export.graph import Graph, in_order  # noqa: E402
-from fastddpm.export.model_file import _tensors, write_model  # noqa: E402
+from fastddpm.export.model_file import write_model  # noqa: E402
 from fastddpm.export.modules import Ask, step_of  # noqa: E402
 from fastddpm.export.normals import add_words, first_noise, step_noise  # noqa: E402
 from fastddpm.export.session import OnnxSession  # noqa: E402
@@ -29,7 +30,7 @@ from fastddpm.kernels.philox import (  # noqa: E402
     normals_reference,
     philox4x32_reference,
 )
-from tests.networks import tiny_sampler  # noqa: E402
+from tests.networks import one_level_sampler, tiny_sampler, two_layers_sampler  # noqa: E402
 
 CHAIN_ATOL = 1e-3
 """The promise for float32; on these small networks the difference is about 1e-7."""
@@ -44,6 +45,8 @@ FILES = {
     "chain_3m": {"what": "chain", "solver": "dpmpp_3m", "steps": 16},
     "noise": {"what": "step", "solver": "ddpm", "steps": 3, "noise": "input", "guidance": False},
 }
+UNETS = ("network", "step")
+"""The files of a U-Net; the others are of a network of two layers, because tracing takes long."""
 ASKED = {"seed": 2**63 + 5, "sample_ids": [3, 2**33, 2**64 - 1], "class_labels": [0, 2, 1], "progress": False}
 
 
@@ -53,13 +56,20 @@ def sampler():
 
 
 @pytest.fixture(scope="module")
-def exported(sampler, tmp_path_factory):
+def source(sampler):
+    """A function: name of a file → the sampler that it is made of."""
+    other = two_layers_sampler(engine="eager")
+    return lambda name: sampler if name in UNETS else other
+
+
+@pytest.fixture(scope="module")
+def exported(source, tmp_path_factory):
     """A function: level → what was exported, each made once."""
     folder, made = tmp_path_factory.mktemp("onnx"), {}
 
     def get(name):
         if name not in made:
-            made[name] = export_onnx(sampler, folder / f"{name}.onnx", **FILES[name])
+            made[name] = export_onnx(source(name), folder / f"{name}.onnx", **FILES[name])
         return made[name]
 
     return get
@@ -71,8 +81,8 @@ def method(name):
 
 @pytest.mark.parametrize("scale", [1.0, [1.0, 2.5, 0.0]], ids=["plain", "guided"])
 @pytest.mark.parametrize("name", ["step", "step_input", "step_3m", "chain", "chain_3m"])
-def test_pictures_equal_pytorchs(sampler, exported, name, scale):
-    ours = sampler.sample(3, guidance_scale=scale, **method(name), **ASKED)
+def test_pictures_equal_pytorchs(source, exported, name, scale):
+    ours = source(name).sample(3, guidance_scale=scale, **method(name), **ASKED)
     theirs = OnnxSampler(exported(name).files[0], "cpu").sample(3, guidance_scale=scale, **ASKED)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=TIGHT)
 
@@ -118,27 +128,27 @@ def test_what_depends_on_time_alone_is_tabulated_and_classes_are_told():
 
 
 @pytest.mark.parametrize("kind", ["function", "generator"])
-def test_noise_of_the_callers(exported, kind, sampler):
+def test_noise_of_the_callers(exported, kind, source):
     path = exported("noise").files[0]
 
-    def source():
+    def noise():
         if kind == "generator":
             return torch.Generator().manual_seed(4)
         return lambda i, t, ids: torch.full((len(ids), 1, 8, 8), float(i + t) / 50)
 
-    ours = sampler.sample(2, class_labels=1, noise=source(), solver="ddpm", steps=3, progress=False)
-    theirs = OnnxSampler(path, "cpu").sample(2, class_labels=1, noise=source(), progress=False)
+    ours = source("noise").sample(2, class_labels=1, noise=noise(), solver="ddpm", steps=3, progress=False)
+    theirs = OnnxSampler(path, "cpu").sample(2, class_labels=1, noise=noise(), progress=False)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=TIGHT)
     other = OnnxSampler(path, "cpu").sample(2, class_labels=1, progress=False)
     assert (other - theirs).abs().max() > 1e-2
 
 
-def test_callback_sees_each_step(sampler, exported):
+def test_callback_sees_each_step(source, exported):
     def collect(into):
         return lambda preview: into.append((preview.step, preview.timestep, preview.x.clone(), preview.x_start.clone()))
 
     ours, theirs = [], []
-    sampler.sample(2, class_labels=1, solver="dpmpp_2m", steps=6, callback=collect(ours), progress=False)
+    source("step_input").sample(2, class_labels=1, callback=collect(ours), progress=False, **method("step_input"))
     model = OnnxSampler(exported("step_input").files[0], "cpu")
     model.sample(2, class_labels=1, callback=collect(theirs), progress=False)
     assert [seen[:2] for seen in theirs] == [seen[:2] for seen in ours]
@@ -213,7 +223,7 @@ def test_the_noise_and_the_update_take_few_operators(exported):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_file_is_valid_and_says_what_it_is(sampler, exported, name):
+def test_file_is_valid_and_says_what_it_is(source, exported, name):
     path = exported(name).files[0]
     onnx.checker.check_model(str(path), full_check=True)
     model = onnx.load(path)
@@ -222,7 +232,7 @@ def test_file_is_valid_and_says_what_it_is(sampler, exported, name):
     assert (model.producer_name, facts["what"]) == ("fastddpm", FILES[name]["what"])
     assert model.producer_version and len(facts["weights_sha256"]) == 64 and facts["licence"] == "not stated"
     assert NoiseSchedule.from_config(facts["schedule"]).T == 40
-    assert ModelSpec.from_dict(facts["spec"]) == sampler.spec
+    assert ModelSpec.from_dict(facts["spec"]) == source(name).spec
     assert facts == exported(name).facts
     for value in (*model.graph.input, *model.graph.output):
         assert facts["meaning"][value.name]
@@ -249,11 +259,11 @@ def test_same_bytes_in_another_process(exported, tmp_path):
 
 
 def test_external_weights(exported, tmp_path):
-    paths = write_model(tmp_path / "m.onnx", onnx.load(exported("chain").files[0]), external=True)
+    paths = write_model(tmp_path / "m.onnx", onnx.load(exported("step").files[0]), external=True)
     assert [path.name for path in paths] == ["m.onnx", "m.onnx.data"] == sorted(os.listdir(tmp_path))
-    assert paths[0].stat().st_size < exported("chain").files[0].stat().st_size / 2 < paths[1].stat().st_size
+    assert paths[0].stat().st_size < exported("step").files[0].stat().st_size / 2 < paths[1].stat().st_size
     options = {"class_labels": 1, "progress": False}
-    inside = OnnxSampler(exported("chain").files[0], "cpu").sample(2, **options)
+    inside = OnnxSampler(exported("step").files[0], "cpu").sample(2, **options)
     assert torch.equal(OnnxSampler(paths[0], "cpu").sample(2, **options), inside)
     moved = tmp_path / "elsewhere"
     moved.mkdir()
@@ -263,20 +273,20 @@ def test_external_weights(exported, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("what", "precision"),
+    ("make", "what", "precision"),
     [
-        ("network", "fp32"),
-        ("chain", "fp16"),
+        (two_layers_sampler, "network", "fp32"),
+        (two_layers_sampler, "chain", "fp16"),
         *(
-            pytest.param(what, precision, marks=pytest.mark.slow)
-            for what, precision in (("network", "fp16"), ("step", "fp32"), ("step", "fp16"), ("chain", "fp32"))
+            pytest.param(tiny_sampler, *case, marks=pytest.mark.slow)
+            for case in itertools.product(("network", "step", "chain"), ("fp32", "fp16"))
         ),
     ],
 )
-def test_models_that_are_too_large_for_one_file(sampler, tmp_path, monkeypatch, what, precision):
+def test_models_that_are_too_large_for_one_file(tmp_path, monkeypatch, make, what, precision):
     """The limit is 2 GB; nothing on the way may copy or check such a model as one message."""
     monkeypatch.setattr("fastddpm.export.model_file.LIMIT", 1000)
-    method = {"solver": "ddpm", "steps": 3}
+    sampler, method = make(), {"solver": "ddpm", "steps": 3}
     given = {} if what == "network" else method
     files = export_onnx(sampler, tmp_path / "m.onnx", what=what, precision=precision, **given).files
     assert [file.name for file in files] == ["m.onnx", "m.onnx.data"] == sorted(os.listdir(tmp_path))
@@ -293,7 +303,7 @@ def test_models_that_are_too_large_for_one_file(sampler, tmp_path, monkeypatch, 
 def test_a_full_disk_leaves_the_old_file(exported, tmp_path, external):
     target = write_model(tmp_path / "m.onnx", onnx.load(exported("network").files[0]), external=external)[0]
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    model = onnx.load(exported("chain").files[0])
+    model = onnx.load(exported("step").files[0])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
@@ -306,7 +316,7 @@ def test_a_full_disk_leaves_the_old_file(exported, tmp_path, external):
 
 
 def test_weights_stay_with_their_model_when_two_write_at_once(exported, tmp_path):
-    models = [onnx.load(exported(name).files[0]).SerializeToString() for name in ("network", "chain")]
+    models = [onnx.load(exported(name).files[0]).SerializeToString() for name in ("network", "step")]
 
     def write(data):
         for _ in range(8):
@@ -317,12 +327,13 @@ def test_weights_stay_with_their_model_when_two_write_at_once(exported, tmp_path
     assert sorted(os.listdir(tmp_path)) == ["m.onnx", "m.onnx.data"]
 
     def values(model):
-        return [onnx.numpy_helper.to_array(tensor).tobytes() for tensor in _tensors(model)]
+        return [onnx.numpy_helper.to_array(tensor).tobytes() for tensor in model.graph.initializer]
 
     assert values(onnx.load(tmp_path / "m.onnx")) in [values(onnx.load_model_from_string(data)) for data in models]
 
 
-def test_fp16_keeps_norms_and_state_in_float32(sampler, tmp_path):
+def test_fp16_keeps_norms_and_state_in_float32(tmp_path):
+    sampler = one_level_sampler()
     path = export_onnx(sampler, tmp_path / "m.onnx", what="network", precision="fp16").files[0]
     model = onnx.load(path)
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
@@ -405,33 +416,33 @@ def test_a_bare_function_can_be_exported(tmp_path):
     torch.testing.assert_close(theirs, sampler.sample(3, solver="ddpm", steps=4, progress=False), rtol=0, atol=TIGHT)
 
 
-def test_the_onnx_engine_keeps_its_file(sampler, tmp_path, monkeypatch):
+def test_the_onnx_engine_keeps_its_file(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTDDPM_CACHE", str(tmp_path))
     options = {"class_labels": [0, 1, 2], "guidance_scale": 2.0, "solver": "ddpm", "steps": 5, "progress": False}
+    sampler, written = one_level_sampler(), []
     ours = sampler.sample(3, **options)
-    written = []
     for _ in range(2):
         other = Sampler(sampler.model, sampler.schedule, sampler.spec, device="cpu", engine="onnx")
         torch.testing.assert_close(other.sample(3, **options), ours, rtol=0, atol=TIGHT)
         assert other.engine.used == "onnx"
         written.append([(path.name, path.stat().st_ino) for path in tmp_path.glob("*.onnx")])
     assert len(written[0]) == 1 and written[0] == written[1]
-    path = export_onnx(other, tmp_path / "m.onnx", what="network").files[0]  # of the network underneath
-    assert OnnxSampler(path, "cpu").facts["weights_sha256"]
     with pytest.raises(ValueError, match="precision must be fp32 for the onnx engine, got bf16"):
         Sampler(sampler.model, sampler.schedule, sampler.spec, device="cpu", engine="onnx", precision="bf16")
 
 
-def test_the_onnx_engine_notices_changed_weights():
-    changing = tiny_sampler()
+def test_the_onnx_engine_notices_changed_weights(tmp_path):
+    changing = two_layers_sampler(engine="eager")
     other = Sampler(changing.model, changing.schedule, changing.spec, device="cpu", engine="onnx")
     options = {"class_labels": [0, 1, 2], "steps": 3, "progress": False}
     before = other.sample(3, **options)
     with torch.no_grad():
-        changing.model.stem.bias.add_(0.5)
+        changing.model.last.bias.add_(0.5)
     after = other.sample(3, **options)
     assert (after - before).abs().max() > 1e-2
     torch.testing.assert_close(after, changing.sample(3, **options), rtol=0, atol=TIGHT)
+    path = export_onnx(other, tmp_path / "m.onnx", what="network").files[0]  # of the network underneath
+    assert OnnxSampler(path, "cpu").facts["weights_sha256"]
 
 
 class SelfConditioned(torch.nn.Module):
@@ -504,7 +515,7 @@ def test_missing_providers(exported, monkeypatch):
 def test_a_provider_whose_libraries_are_missing_falls_back_with_a_warning(exported, monkeypatch):
     if torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime-gpu on a machine without a GPU")
-    monkeypatch.setattr("fastddpm.export.session._GPU_FILES", ("/",))
+    monkeypatch.setattr("fastddpm.export.session.GPU_FILES", ("/",))
     path = exported("network").files[0]
     with pytest.warns(UserWarning, match="cuda does not work here, running on the cpu"):
         assert OnnxSampler(path).session.provider == "cpu"

@@ -17,10 +17,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from fastddpm import FastDDIMScheduler, FastDDPMScheduler, FastDPMSolverMultistepScheduler, Method, ModelSpec, Sampler
 from fastddpm.checkpoints.diffusers_scheduler import conventions_of
 from fastddpm.integrations import diffusers_schedulers, scheduler_tables, scheduler_update
-from fastddpm.integrations.scheduler_rows import Rows, _position
+from fastddpm.integrations.scheduler_rows import Rows, position_of
 from fastddpm.integrations.scheduler_tables import multistep_tables
-from tests.checkpoints.test_dialects import FIXTURES, oracle
-from tests.helpers import peers_dir
+from tests.checkpoints.test_dialects import FIXTURES
+from tests.helpers import oracle, peers_dir
 from tests.syncs import NoSync
 
 PAIRS = {
@@ -85,15 +85,15 @@ def check_alike(kind, config, steps, tolerance=RUN_RTOL, **options):
 # ---------------------------------------------------------------------- the same results as the parent
 
 
-@pytest.mark.parametrize("steps", [20, None], ids=["strided", "all"])
+@pytest.mark.parametrize(("T", "steps"), [(200, 20), (40, None)], ids=["strided", "all"])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_ddpm_steps_as_its_parent(prediction, variance, steps, table_steps):
+def test_ddpm_steps_as_its_parent(prediction, variance, T, steps, table_steps):
     for spacing, clip in itertools.product(SPACINGS, (True, False)):
         config = {"prediction_type": prediction, "variance_type": variance, "timestep_spacing": spacing}
-        config |= {"clip_sample": clip, "num_train_timesteps": 200}
+        config |= {"clip_sample": clip, "num_train_timesteps": T}
         check_alike("ddpm", config, steps, channels=2 if variance == "learned_range" else 1)
-    assert len(table_steps) == 6 * (steps or 200)
+    assert len(table_steps) == 6 * (steps or T)
 
 
 @pytest.mark.parametrize("clipped", [True, False], ids=["clipped_out", "raw_out"])
@@ -398,12 +398,12 @@ def test_custom_timesteps():
 def test_position_is_told_by_address_alone():
     timesteps = torch.arange(10, 0, -1)
     views = list(timesteps)
-    assert [_position(view, timesteps) for view in views] == list(range(10))
-    assert _position(timesteps[3:][2:3], timesteps) == 5
-    assert _position(timesteps[4].clone(), timesteps) is None
-    assert _position(timesteps.int()[4], timesteps) is None
-    assert _position(timesteps[2:4], timesteps) is None
-    assert _position(torch.arange(100, 0, -1)[50], timesteps) is None
+    assert [position_of(view, timesteps) for view in views] == list(range(10))
+    assert position_of(timesteps[3:][2:3], timesteps) == 5
+    assert position_of(timesteps[4].clone(), timesteps) is None
+    assert position_of(timesteps.int()[4], timesteps) is None
+    assert position_of(timesteps[2:4], timesteps) is None
+    assert position_of(torch.arange(100, 0, -1)[50], timesteps) is None
 
 
 def test_a_device_that_cannot_be_read_gets_rows_by_lookup():
@@ -418,7 +418,7 @@ def test_a_device_that_cannot_be_read_gets_rows_by_lookup():
     assert table[10].isnan().all() and len(table) == len(times) == 12
     x = torch.rand(2, 3, 4, 4)
     place = rows, torch.tensor([0, 10])
-    new, _ = scheduler_update._update_each(place, x, x, torch.zeros_like(x), (None, None), False)
+    new, _ = scheduler_update.update_each(place, x, x, torch.zeros_like(x), (None, None), False)
     assert new[0].isfinite().all() and new[1].isnan().all()
 
 
@@ -472,7 +472,7 @@ def test_a_method_s_rows_are_the_scheduler_s(order, final, lower, euler):
         scheduler.set_timesteps(steps)
         theirs = multistep_tables(scheduler, scheduler.timesteps)[-1]
         spec = ModelSpec(shape=(1, 8, 8), **conventions_of("DPMSolverMultistepScheduler", config))
-        ours = Method(f"dpmpp_{order}m", steps).table(scheduler_tables._schedule(scheduler), spec)
+        ours = Method(f"dpmpp_{order}m", steps).table(scheduler_tables.schedule_of(scheduler), spec)
         assert torch.equal(ours.timesteps, theirs.timesteps) and torch.equal(ours.rows, theirs.rows)
 
 
@@ -560,8 +560,8 @@ def test_configurations_go_round(kind, tmp_path):
     assert type(ours.from_pretrained(tmp_path)) is ours
     back = theirs.from_config(ours.from_pretrained(tmp_path).config)
     assert {k: v for k, v in back.config.items() if not k.startswith("_")} == same
-    assert theirs in fast.compatibles and set(diffusers_schedulers._OURS) <= set(fast.compatibles)
-    for other in diffusers_schedulers._OURS:
+    assert theirs in fast.compatibles and set(diffusers_schedulers.OURS) <= set(fast.compatibles)
+    for other in diffusers_schedulers.OURS:
         assert other.from_config(PNDMScheduler(beta_end=0.01).config).config.beta_end == 0.01
 
 

@@ -2,15 +2,15 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers import peers_dir
+from tests.pages import ROOT, run_python
 
-TEXT = (Path(__file__).parents[2] / "docs" / "drop-in.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "drop-in.md").read_text(encoding="utf-8")
 EXAMPLES = [
     (library.split()[0].strip(), block)
     for library, section in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.S | re.M)
@@ -28,7 +28,6 @@ STAND_IN = """from fastddpm.bench.lucidrains_package import package_module
 package_module("denoising_diffusion_pytorch")
 """
 MODEL = "model = lambda x, t: x / (1 + t.view(-1, 1, 1, 1) / 100)\n"
-SAVE = "\nimport torch\ntorch.save(torch.as_tensor(images) if not isinstance(images, list) else len(images), {!r})\n"
 
 
 def version(block: str, sign: str) -> str:
@@ -44,15 +43,13 @@ def test_at_most_five_lines_change(library, block):
     assert sum(line.startswith("+") for line in block.splitlines()) <= 5
 
 
-def place(library: str, folder: Path) -> str:
+def provide(library: str, folder: Path) -> str:
     """Put what the example reads into a folder; returns what must run before it."""
     if library in FILES:
         source = peers_dir() / FILES[library]
         shutil.copy(source, folder / source.name)
     if library == "diffusers":
         diffusers = pytest.importorskip("diffusers")
-        import torch
-
         torch.manual_seed(0)
         unet = diffusers.UNet2DModel(
             sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
@@ -62,28 +59,16 @@ def place(library: str, folder: Path) -> str:
     return {"denoising-diffusion-pytorch": STAND_IN, "Your": MODEL}.get(library, "")
 
 
-def run(code: str, folder: Path, result: str):
-    import torch
-
-    done = subprocess.run(
-        [sys.executable, "-c", code + SAVE.format(result)], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / result)
-
-
 @pytest.mark.parametrize("library, block", PYTHON, ids=ids(PYTHON))
-def test_example(library, block, tmp_path):
-    import torch
-
+def test_example(library, block, place, single_thread):
     if library == "denoising-diffusion-pytorch":
         pytest.importorskip("einops")
-    prelude = place(library, tmp_path)
-    after = run(prelude + version(block, "+"), tmp_path, "after.pt")
-    same_pictures = "\n images" in block
-    if same_pictures:
-        before = run(prelude + version(block, "-"), tmp_path, "before.pt")
+    prelude = provide(library, place)
+    after = run_python(prelude + version(block, "+"), "drop-in.md")["images"]
+    if "\n images" in block:
+        before = run_python(prelude + version(block, "-"), "drop-in.md")["images"]
+        before, after = torch.as_tensor(before), torch.as_tensor(after)
         assert after.shape == before.shape and (after - before).abs().max() <= 1e-4
     else:
-        drawn = isinstance(after, torch.Tensor)
-        assert (len(after) if drawn else after) == 2 and (not drawn or bool(torch.isfinite(after).all()))
+        assert len(after) == 2
+        assert isinstance(after, list) or bool(torch.isfinite(torch.as_tensor(after)).all())

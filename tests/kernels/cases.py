@@ -1,5 +1,6 @@
 """Arguments for the kernels' tests, and a float64 evaluation of the equations that shares no code with the package."""
 
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -166,6 +167,7 @@ def philox_words(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tu
     return c0, c1, c2, c3
 
 
+@functools.cache
 def normals_float64(seed: int, sample_id: int, t: int, numel: int) -> np.ndarray:
     """One sample's normals, word by word; u is rounded to float32 as specified, all else is float64."""
     lanes: list[float] = []

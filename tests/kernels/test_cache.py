@@ -226,7 +226,7 @@ def test_a_file_that_others_could_have_written_is_left_alone(cache, monkeypatch)
         assert find("key", ".so") is None
     path.chmod(0o644)
     assert find("key", ".so") == path
-    monkeypatch.setattr(store, "_said", set())
+    monkeypatch.setattr(store, "SAID", set())
     give_away(path, monkeypatch)
     with pytest.warns(CacheWarning, match="must be a file of yours alone, got one that belongs to user"):
         assert find("key", ".so") is None

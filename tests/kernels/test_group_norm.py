@@ -70,8 +70,8 @@ def test_pictures_too_large_for_registers_take_pytorch_on_gpus():
     assert called == ["reference"]
 
 
-@pytest.mark.parametrize("channels", [32, 96, 128, 256, 384, 512, 768, 1024])
-@pytest.mark.parametrize("side", [1, 4, 7, 16, 28, 32, 64, 128])
+@pytest.mark.parametrize("channels", [32, 96, 256, 384, 1024])
+@pytest.mark.parametrize("side", [1, 7, 16, 28, 128])
 @pytest.mark.parametrize("groups", [1, 8, 32])
 def test_tiles_hold_whole_groups(channels, side, groups):
     plan = tile(channels, groups, side * side)
@@ -234,11 +234,11 @@ class TestFusedBody:
         assert (fused_body(network, x, projections, index) - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize("name", ["ho", "scale-shift", "resblock-updown", "asymmetric"])
+@pytest.mark.parametrize("options", [{}, {"scale_shift": True, "resblock_updown": True}], ids=["ho", "adm"])
 @torch.no_grad()
-def test_fused_body_is_one_graph(name, monkeypatch):
+def test_fused_body_is_one_graph(options, monkeypatch):
     """As a GPU would trace it: the choice of the way and the way itself, without a break."""
-    network = make(**OPTIONS[name])
+    network = make(**options)
     x, t, y = inputs(network)
     projections = network.embed(t, y)
     want = network.body(x, projections)

@@ -100,4 +100,4 @@ def test_the_environment_is_read_as_triton_reads_it(value, monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     else:
         monkeypatch.setenv("TRITON_INTERPRET", value)
-    assert dispatch._is_interpreted() is bool(triton.knobs.runtime.interpret)
+    assert dispatch.is_interpreted() is bool(triton.knobs.runtime.interpret)

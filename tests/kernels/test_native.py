@@ -42,7 +42,7 @@ def builds(cache, monkeypatch) -> list[str]:
 
 def load_anew(source: Path, functions: tuple[str, ...] = ("answer",)):
     """The library as another process loads it, which has no private folder with what this one made."""
-    native._loaded.cache_clear()
+    native.load_library.cache_clear()
     shutil.rmtree(private_folder())
     return load(source, functions)
 

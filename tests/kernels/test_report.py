@@ -22,15 +22,25 @@ def few(monkeypatch):
     monkeypatch.setattr(report, "VARIANTS", VARIANTS[:3])
 
 
+def check_json(text, variants):
+    rows = json.loads(text)
+    assert len(rows) == len(variants)
+    assert all(list(row) == KEYS for row in rows)
+    assert {row["target"] for row in rows} == {"sm_90"}
+    assert all(value is not None for row in rows for value in row.values())
+
+
+def test_json(few, capsys):
+    assert report.main(["--json", "--target", "sm_90"]) == 0
+    check_json(capsys.readouterr().out, VARIANTS[:3])
+
+
+@pytest.mark.slow
 def test_json_as_a_program():
     command = [sys.executable, "-m", "fastddpm.kernels.report", "--json", "--target", "sm_90"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    rows = json.loads(run.stdout)
-    assert len(rows) == len(VARIANTS)
-    assert all(list(row) == KEYS for row in rows)
-    assert {row["target"] for row in rows} == {"sm_90"}
-    assert all(value is not None for row in rows for value in row.values())
+    check_json(run.stdout, VARIANTS)
 
 
 def test_table_says_that_its_times_are_bounds(few, capsys):

@@ -18,7 +18,9 @@ from tests.tiny import save_checkpoint, unconditional
 LUCIDRAINS = {"timesteps": 50, "beta_schedule": "linear", "objective": "pred_v"}
 DIALECTS = [*FLAGS, "diffusers", "fastddpm", "lucidrains"]
 OWN_NAMES = {"openai": "image_size", "pesser": "resolution", "w86763777": "img_size", "lucidrains": "image_size"}
-SIZES = [(8, 8), (8, 16), (16, 6), (2, 10), (12, 4)]
+SIZES = [(8, 16), (16, 6), (2, 10)]
+PAIRS = [(dialect, SIZES[(i + j) % 3]) for i, dialect in enumerate(DIALECTS) for j in range(2)]
+"""Each dialect with two sizes, each size with four dialects."""
 
 
 def without_size(dialect):
@@ -64,8 +66,7 @@ def check(sampler, network, size):
     assert pictures.shape == (2, *sampler.spec.shape) and bool(pictures.isfinite().all())
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(("dialect", "size"), PAIRS, ids=[f"{dialect}-{size[0]}x{size[1]}" for dialect, size in PAIRS])
 def test_any_size_that_the_network_can_halve(tmp_path, dialect, size):
     network, path = save(tmp_path, dialect)
     height, width = size
@@ -78,7 +79,7 @@ def test_any_size_that_the_network_can_halve(tmp_path, dialect, size):
     assert load_checkpoint(tmp_path / "copy").spec.shape == sampler.spec.shape
 
 
-@pytest.mark.parametrize("size", [(7, 9), (1, 27), (5, 5), (3, 8)], ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("size", [(7, 9), (1, 27), (3, 8)], ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_odd_sizes_of_networks_with_one_resolution(tmp_path, dialect, size):
     network, path = save(tmp_path, dialect, channels=(32,), attention=(True,))

@@ -131,7 +131,7 @@ def test_in_bfloat16_all_but_the_embedding_is_cast(name):
     assert kept == embedding | {name for name, _ in ours.named_parameters() if ".mlp." in name}
 
 
-@pytest.mark.parametrize("name", ["self-conditioned", "classes"])
+@pytest.mark.parametrize("name", ["self-conditioned", pytest.param("classes", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_trace_is_of_any_batch(name):
     _, ours = pair(name)

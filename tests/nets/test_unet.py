@@ -109,14 +109,6 @@ class TestOptions:
         assert all(name.endswith((".qkv", ".out")) for name in called)
         assert len(called) == 2 * sum(isinstance(m, Attention) for m in network.modules())
 
-    def test_body_is_one_graph(self, options):
-        network = make(**options)
-        x, t, y = inputs(network)
-        projections = network.embed(t, y)
-        torch._dynamo.reset()
-        compiled = torch.compile(network.body, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(x, projections), network.body(x, projections))
-
     def test_channels_last_changes_nothing(self, options):
         network = make(**options)
         x, t, y = inputs(network)
@@ -130,6 +122,24 @@ class TestOptions:
             UNetConfig.from_dict({k: list(v) if isinstance(v, tuple) else v for k, v in config.to_dict().items()})
             == config
         )
+
+
+TRACED = {
+    "old": {"conv_resample": False, "num_heads": 2, "attention_order": "heads_qkv", "downsample_padding": "asymmetric"},
+    "new": {"scale_shift": True, "resblock_updown": True, "head_channels": 4, "mid_scale": 1.7, "num_classes": 5},
+    **{name: pytest.param(options, marks=pytest.mark.slow) for name, options in OPTIONS.items()},
+}
+"""Options by themselves are slow tests; the first two have all whose code differs."""
+
+
+@pytest.mark.parametrize("options", TRACED.values(), ids=TRACED.keys())
+def test_body_is_one_graph(options):
+    network = make(**options)
+    x, t, y = inputs(network)
+    projections = network.embed(t, y)
+    torch._dynamo.reset()
+    compiled = torch.compile(network.body, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, projections), network.body(x, projections))
 
 
 @pytest.mark.parametrize("order", ["sin_cos", "cos_sin", "interleaved"])

@@ -75,6 +75,7 @@ def test_float_ids_are_refused():
 IDS = [0, 1, 2**31, 2**32 - 1, 2**33, 2**40 - 1, 2**63 - 1, 2**63, 2**64 - 2**32, 2**64 - 1]
 
 
+@pytest.mark.slow
 def test_compiled_noise_is_the_same_for_all_ids():
     """A compiler may take for granted that signed products do not overflow, and may multiply indices in 32 bits."""
     compiled = torch.compile(lambda seed, ids, t: normals(seed, ids, t, (1, 16, 20)), fullgraph=True)

@@ -1,6 +1,5 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,15 +10,10 @@ from fastddpm.process import likelihood, reference
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.timesteps import respace, spaced_timesteps
 from fastddpm.train import losses
-from tests.helpers import peers_dir
+from tests.helpers import oracle
 
 F64 = torch.float64
 OPENAI = {"openai_guided": NoiseSchedule.linear(1000), "openai_improved": NoiseSchedule.cosine(4000)}
-
-
-def oracle(peer):
-    data = np.load(peers_dir() / peer / "oracle.npz")
-    return {key: torch.from_numpy(np.asarray(data[key])) for key in data.files}
 
 
 def close(ours, theirs, rtol=1e-5, atol=1e-6):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastddpm.process.schedule import SCHEDULE_NAMES, NoiseSchedule
-from tests.helpers import peers_dir
+from tests.helpers import oracle
 
 F32, F64 = torch.float32, torch.float64
 
@@ -34,22 +34,14 @@ OWN_NAMES = {
 NOT_OURS = {"timestep_map", "loss_weight", "logvar"}  # of the peer's sampler or loss, not of the process
 
 
-def oracle(peer):
-    return np.load(peers_dir() / peer / "oracle.npz")
-
-
-def column(values):
-    return torch.from_numpy(np.asarray(values))
-
-
 @pytest.mark.parametrize("peer", PEERS)
 def test_tables_equal_the_peers(peer):
     schedule, data = PEERS[peer](), oracle(peer)
-    names = [key.removeprefix("sched_full/") for key in data.files if key.startswith("sched_full/")]
+    names = [key.removeprefix("sched_full/") for key in data if key.startswith("sched_full/")]
     compared = [name for name in names if name not in NOT_OURS]
     assert "betas" in compared
     for name in compared:
-        theirs = column(data[f"sched_full/{name}"])
+        theirs = data[f"sched_full/{name}"]
         ours = getattr(schedule, OWN_NAMES.get(name, name)).to(theirs.dtype)
         # The log-variance at t = 0 is each peer's own placeholder: no sampler uses it.
         skip = 1 if "log" in name else 0
@@ -59,30 +51,30 @@ def test_tables_equal_the_peers(peer):
 @pytest.mark.parametrize("peer", [name for name in PEERS if name != "pesser_ho"])
 def test_forward_process_equals_the_peers(peer):
     schedule, data = PEERS[peer](), oracle(peer)
-    x_start, eps = column(data["fwd/x_start"]), column(data["fwd/noise"]).float()
+    x_start, eps = data["fwd/x_start"], data["fwd/noise"].float()
     for k, step in enumerate(data["fwd/t"].tolist()):
         t = torch.full((x_start.shape[0],), step)
         x_t = schedule.q_sample(x_start, t, eps)
         close(x_t, data["fwd/x_t"][k])
         for key in ("fwd/v", "fwd/velocity"):
-            if key in data.files:
+            if key in data:
                 close(schedule.v_from(x_start, eps, t), data[key][k])
         mean, variance, log_variance = schedule.q_posterior(x_start, x_t, t)
-        if "fwd/post_mean" in data.files:
+        if "fwd/post_mean" in data:
             close(mean, data["fwd/post_mean"][k])
-        if "fwd/post_var" in data.files:
+        if "fwd/post_var" in data:
             close(variance.flatten(), data["fwd/post_var"][k])
-        if "fwd/post_logvar" in data.files and step > 0:
+        if "fwd/post_logvar" in data and step > 0:
             close(log_variance.flatten(), data["fwd/post_logvar"][k])
 
 
 def close(ours, theirs):
-    torch.testing.assert_close(ours, column(theirs), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_one_step_of_the_forward_process_equals_pesser():
     schedule, data = PEERS["pesser_ho"](), oracle("pesser_ho")
-    x_prev, eps = column(data["fwd1/x_prev"]), column(data["fwd1/noise"]).float()
+    x_prev, eps = data["fwd1/x_prev"], data["fwd1/noise"].float()
     for k, step in enumerate(data["fwd1/t"].tolist()):
         mean, variance = schedule.q_step(x_prev, torch.full((x_prev.shape[0],), step))
         close(mean + variance.sqrt() * eps, data["fwd1/x_next"][k])

@@ -2,7 +2,6 @@ import dataclasses
 import math
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -13,12 +12,12 @@ from fastddpm.kernels.p_sample import COLUMNS, p_sample_reference
 from fastddpm.process import reference
 from fastddpm.process.ddim import ddim_table
 from fastddpm.process.ddpm import ddpm_table
-from fastddpm.process.dpmpp import _phi_3, dpmpp_2m_table, dpmpp_3m_table
+from fastddpm.process.dpmpp import dpmpp_2m_table, dpmpp_3m_table, third_exponential
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.solvers import make_table
 from fastddpm.process.table import DynamicThreshold, StepTable, dynamic_bound
 from fastddpm.process.timesteps import respace, spaced_timesteps
-from tests.helpers import peers_dir, run_table
+from tests.helpers import oracle, run_table
 
 F32, F64 = torch.float32, torch.float64
 SHAPE = (3, 2, 5, 7)
@@ -26,11 +25,6 @@ SHAPE = (3, 2, 5, 7)
 
 def columns(table, name):
     return table.rows[: table.S, COLUMNS.index(name)].double()
-
-
-def oracle(peer):
-    data = np.load(peers_dir() / peer / "oracle.npz")
-    return {key: torch.from_numpy(np.asarray(data[key])) for key in data.files if "sched" in key or key.endswith("t")}
 
 
 def close(ours, theirs, rtol=1e-6, atol=1e-7):
@@ -173,7 +167,7 @@ def test_dpmpp_3m_after_infinite_lambda():
 def test_phi_3_is_exact_for_steps_of_any_length(h):
     x = Fraction(h)
     exact = sum((-x) ** (k - 2) / math.factorial(k) for k in range(3, 60))
-    assert _phi_3(torch.tensor([h], dtype=F64)).item() == pytest.approx(float(exact), rel=2e-14)
+    assert third_exponential(torch.tensor([h], dtype=F64)).item() == pytest.approx(float(exact), rel=2e-14)
 
 
 @pytest.mark.parametrize("peer", ["openai_guided", "openai_improved"])

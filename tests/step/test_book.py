@@ -1,5 +1,7 @@
 """The book of rows: chapters of several runs in one batch, each equal to its own run, and room for them."""
 
+import functools
+
 import pytest
 import torch
 
@@ -46,6 +48,7 @@ def test_chapters_of_four_solvers_share_a_batch_bit_for_bit(guidance, in_place):
         assert torch.equal(mixed[number :: len(RUNS)], expected[number :: len(RUNS)])
 
 
+@functools.cache
 def table_of(steps: int, solver: str = "ddim"):
     return tiny_sampler().table(solver=solver, steps=steps)
 
@@ -67,8 +70,10 @@ def test_a_chapter_is_the_tables_rows_and_ends_with_the_identity():
 
 
 def test_a_run_that_is_in_the_book_is_not_written_again(monkeypatch):
-    rows, written = book(64), []
-    monkeypatch.setattr(rows, "_write", lambda chapter, table, label: written.append(label))
+    network, written = tiny_unet(), []
+    rows = Book(network, SPEC, 40, torch.device("cpu"), capacity=64)
+    tabulate = network.tabulate
+    monkeypatch.setattr(network, "tabulate", lambda times, label: written.append(label) or tabulate(times, label))
     for _ in range(2):
         with rows.open(table_of(5), [0, 1]), rows.open(table_of(6), [1]):
             pass

@@ -109,10 +109,14 @@ def test_otherwise_its_arguments_stay_as_they_are(solver, histories):
     assert all(torch.equal(a, b) for a, b in zip(call.arguments(), before, strict=True))
 
 
+ROWS, TOLD = (tiny_sampler, 2.0), (told_of_classes, None)
+
+
 @pytest.mark.parametrize(
-    ("make", "guidance"), [(tiny_sampler, 2.0), (told_of_classes, None)], ids=["rows, guided", "told, plain"]
+    ("solver", "make", "guidance"),
+    [("ddpm", *ROWS), ("ddim", *TOLD), ("dpmpp_2m", *TOLD), ("dpmpp_3m", *ROWS)],
+    ids=["ddpm, rows, guided", "ddim, told, plain", "dpmpp_2m, told, plain", "dpmpp_3m, rows, guided"],
 )
-@SOLVERS
 def test_a_step_is_one_graph(solver, guidance, make):
     sampler = make()
     table = sampler.table(solver=solver, steps=4)

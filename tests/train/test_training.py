@@ -27,16 +27,8 @@ from fastddpm.train.loop import TrainConfig, Trainer
 from fastddpm.train.losses import simple_loss
 from tests.tiny import SPEC, UNET, T, environment, pictures, unconditional
 
+pytestmark = pytest.mark.usefixtures("single_thread")  # sums in one order are equal bit for bit
 QUICK = TrainConfig(epochs=3, batch_size=16, warmup=2, save_every=5, ema_decay=0.9, learning_rate=2e-3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small only lose time to threads, and sums in one order are equal bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trainer(folder, data=None, unet=UNET, spec=SPEC, network_seed=0, **changes):
@@ -100,14 +92,14 @@ def test_the_loss_is_the_textbooks(tmp_path, prediction):
     run = trainer(tmp_path, unet=unet, spec=spec)
     for parameter in run.network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    images, _, numbers = run._batch()
+    images, _, numbers = run.batch()
     t = torch.arange(16) % T
     eps = normals(torch.zeros(16, dtype=torch.int64), numbers, t, (1, 8, 8))
     x_start = images.float() / 127.5 - 1
     with torch.no_grad():
         out = run.network(run.schedule.q_sample(x_start, t, eps), t)
         expected = simple_loss(run.schedule, x_start, t, eps, out, prediction).mean()
-        assert float(run._loss(images, t, None, numbers)) == pytest.approx(float(expected), rel=1e-5)
+        assert float(run.loss(images, t, None, numbers)) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_bfloat16_and_checkpointing_train_too(tmp_path):
@@ -137,7 +129,7 @@ def test_learning_rate(tmp_path, schedule):
     assert run.total == 20
     rates = []
     for run.step in range(20):
-        run._set_learning_rate()
+        run.set_learning_rate()
         rates.append(run.optimizer.param_groups[0]["lr"])
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     if schedule == "constant":
@@ -161,7 +153,7 @@ def test_the_average_follows_its_formula(tmp_path):
 def test_labels_are_dropped_at_the_rate_that_was_asked_for(tmp_path, share):
     run = trainer(tmp_path, label_dropout=share)
     labels = torch.zeros(20_000, dtype=torch.int64)
-    dropped = run._drop_labels(labels, run._generator("timesteps", 0)) == SPEC.null_class
+    dropped = run.drop_labels(labels, run.generator("timesteps", 0)) == SPEC.null_class
     # 0.01 is 4.7 standard deviations of the mean of 20,000 draws at 0.1: fails by chance once in 400,000 seeds.
     assert float(dropped.float().mean()) == pytest.approx(share, abs=0.01 if 0 < share < 1 else 0)
 
@@ -169,23 +161,23 @@ def test_labels_are_dropped_at_the_rate_that_was_asked_for(tmp_path, share):
 def test_mirroring_is_random_and_half_of_all(tmp_path):
     data = pictures(640)
     run = trainer(tmp_path, data, hflip=True, batch_size=320)
-    seen, _, _ = run._batch()
-    chosen = run._order(0)[:320]
+    seen, _, _ = run.batch()
+    chosen = run.order(0)[:320]
     same = (seen == data.images[chosen]).flatten(1).all(1)
     mirrored = (seen == data.images[chosen].flip(3)).flatten(1).all(1)
     assert bool((same ^ mirrored).all())
     assert 110 < int(mirrored.sum()) < 210  # 160 ± 5.6 standard deviations
     run.step = 1
-    assert not torch.equal(run._batch()[0][:64], seen[:64])
+    assert not torch.equal(run.batch()[0][:64], seen[:64])
 
 
 def test_every_epoch_is_a_new_permutation(tmp_path):
     run = trainer(tmp_path)
     numbers, epochs = [], []
     for run.step in range(8):
-        _, _, ids = run._batch()
+        _, _, ids = run.batch()
         numbers += ids.tolist()
-        epochs.append(run._order(run.step // 4))
+        epochs.append(run.order(run.step // 4))
     assert numbers == list(range(8 * 16))
     assert sorted(epochs[0].tolist()) == list(range(64))
     assert torch.equal(epochs[0], epochs[3]) and not torch.equal(epochs[0], epochs[4])

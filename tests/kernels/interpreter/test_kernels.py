@@ -9,10 +9,14 @@ from tests.kernels.cases import CHAPTERS, OPTIONS, PAST, S, make_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1, 1), (2, 1, 1, 3), (1, 1, 2, 2), (3, 1, 3, 341), (7, 1, 28, 28), (2, 3, 32, 32)]
+SIZES = [
+    pytest.param(shape, dtype, id=f"{shape}-{str(dtype)[6:]}") for shape, dtype in zip(SHAPES, 2 * DTYPES, strict=True)
+]
+"""The dtype is that of one operand as it is read, so each shape is seen with one of them."""
 
 
-@pytest.fixture(autouse=True, params=["hardware's formulas", "portable formulas"])
-def approximations(request, monkeypatch):
+@pytest.fixture(params=["hardware's formulas", "portable formulas"])
+def formulas(request, monkeypatch):
     """Both ways to make normals: NVIDIA's (with NumPy in the place of its instructions) and the portable one."""
     nvidia = request.param.startswith("hardware")
     for module in (p_sample_triton, q_sample_triton):
@@ -24,21 +28,25 @@ def test_cpu_tensors_reach_the_kernels():
     assert dispatch.runs_triton("cpu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.usefixtures("formulas")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_p_sample_options(options, dtype):
-    checks.check_p_sample(make_case((7, 3, 4, 4), dtype, options))
+def test_p_sample_options(options):
+    checks.check_p_sample(make_case((7, 3, 4, 4), torch.bfloat16, options))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_p_sample_types(dtype):
+    checks.check_p_sample(make_case((7, 3, 4, 4), dtype, OPTIONS["everything"]))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), SIZES)
 def test_p_sample_sizes(shape, dtype):
     checks.check_p_sample(make_case(shape, dtype, ("learned", "history")))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_p_sample_sizes_with_two_histories(shape):
-    checks.check_p_sample(make_case(shape, torch.bfloat16, ("history", "history2", "deterministic")))
+@pytest.mark.parametrize(("shape", "dtype"), SIZES)
+def test_p_sample_sizes_with_two_histories(shape, dtype):
+    checks.check_p_sample(make_case(shape, dtype, ("history", "history2", "deterministic")))
 
 
 def test_p_sample_writes_nothing_beyond_the_state():
@@ -71,11 +79,17 @@ def test_p_sample_identity():
     checks.check_identity()
 
 
+@pytest.mark.usefixtures("formulas")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("source", ["float", "uint8"])
-@pytest.mark.parametrize("given", [False, True], ids=["eps made", "eps given"])
-def test_q_sample(shape, source, given):
-    checks.check_q_sample(shape, source, given)
+def test_q_sample(shape, source):
+    checks.check_q_sample(shape, source, False)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("source", ["float", "uint8"])
+def test_q_sample_with_noise_given(shape, source):
+    checks.check_q_sample(shape, source, True)
 
 
 def test_q_sample_gradients():
