@@ -153,8 +153,13 @@ class Stepper:
                 x_T=batch.x_T if x_T is None else x_T,
                 labels=batch.labels if labelled else None,
                 guidance=batch.guidance,
+                known=batch.known,
+                mask=batch.mask,
             )
-            form = StepForm.of(self.spec, table, guided=guided, labelled=labelled, noise=noise, previews=previews)
+            form = StepForm.of(
+                self.spec, table, guided=guided, labelled=labelled, noise=noise, previews=previews,
+                masked=batch.mask is not None,
+            )  # fmt: skip
             call = Call(Step(self.network, form), state, self.book, torch.zeros_like(state.x)[None] if noise else None)
             yield call.formed()
 

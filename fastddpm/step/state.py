@@ -27,6 +27,8 @@ class State:
         guidance: float32 [B], scales of classifier-free guidance, or None for none.
         history: float32 [B, C, H, W], the previous step's x̂_0, zeros before the first, or None where nobody reads it.
         history2: float32 [B, C, H, W], that of the step before it, likewise.
+        known: float32 [B, C, H, W], pictures of which a part is known, in the network's range, or None.
+        mask: float32 [B, C, H, W], with `known`: 1 where they are to be drawn, 0 where they are known.
     """
 
     x: Tensor
@@ -39,6 +41,8 @@ class State:
     guidance: Tensor | None = None
     history: Tensor | None = None
     history2: Tensor | None = None
+    known: Tensor | None = None
+    mask: Tensor | None = None
 
     @classmethod
     def create(
@@ -52,6 +56,8 @@ class State:
         labels: Tensor | None = None,
         guidance: Tensor | None = None,
         history: bool = False,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> State:
         """Samples at the start of their run: x_T, each clock at its chapter's first row.
 
@@ -64,6 +70,8 @@ class State:
             labels: int64 [B].
             guidance: float [B].
             history: whether to keep x̂_0.
+            known: float [B, C, H, W].
+            mask: float [B, C, H, W].
 
         Returns:
             The new state.
@@ -83,6 +91,8 @@ class State:
             None if places.uncond is None else places.uncond.clone(),
             None if guidance is None else guidance.to(device, torch.float32),
             torch.zeros_like(x) if history else None,
+            known=None if known is None else known.to(device, torch.float32).contiguous(),
+            mask=None if mask is None else mask.to(device, torch.float32).contiguous(),
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
