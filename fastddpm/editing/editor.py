@@ -12,7 +12,7 @@ from fastddpm.editing.masks import Part
 from fastddpm.editing.plans import Fill, Plan, Planner
 from fastddpm.engines.options import SampleOptions, split_options
 from fastddpm.images import Output, check_output
-from fastddpm.pictures.inputs import Picture, Pictures
+from fastddpm.pictures.inputs import Picture, Pictures, from_pictures
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import check_choice
@@ -43,6 +43,22 @@ class Editor(abc.ABC):
     @abc.abstractmethod
     def _drawn(self, plan: Plan, output: Output) -> Tensor | list[Image]:
         """What comes of a plan."""
+
+    def pictures(self, images: Pictures) -> Tensor:
+        """Pictures as the edits take them, in [0, 1].
+
+        Args:
+            images: n pictures.
+
+        Returns:
+            float32 [n, C, H, W] on the CPU.
+
+        Raises:
+            TypeError: something is no picture, or of another dtype.
+            ValueError: size, channels or values do not fit, or there is none.
+            OSError: a file cannot be opened.
+        """
+        return from_pictures(images, self.spec.shape, unit_range=True, function="pictures").cpu()
 
     def img2img(
         self, images: Pictures, strength: float = 0.5, *, output: Output = "unit", **options: Unpack[SampleOptions]
