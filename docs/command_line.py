@@ -23,7 +23,9 @@ def reference() -> str:
     """All commands, as Markdown."""
     from fastddpm.cli import app
 
-    groups = [(group.typer_instance, f"{group.name or group.typer_instance.info.name} ") for group in app.registered_groups]
+    groups = [
+        (group.typer_instance, f"{group.name or group.typer_instance.info.name} ") for group in app.registered_groups
+    ]
     return "\n\n".join(
         _command(info, prefix) for part, prefix in [(app, ""), *groups] for info in part.registered_commands
     )

@@ -43,6 +43,7 @@ class Form:
         guided: whether the scale of classifier-free guidance is an input.
         output: what a chain gives.
         tensorrt: whether TensorRT's parser must take it.
+        inpaint: whether pictures of which a part is known, and the mask of the rest, are inputs.
     """
 
     what: What
@@ -53,6 +54,7 @@ class Form:
     guided: bool
     output: Range
     tensorrt: bool
+    inpaint: bool = False
 
     @property
     def dynamic(self) -> bool:
@@ -80,6 +82,7 @@ def make_form(
     guidance: bool | None,
     output: Range,
     tensorrt: bool,
+    inpaint: bool = False,
 ) -> Form:
     """Check what an export may be asked for; the arguments are `export_onnx`'s.
 
@@ -99,6 +102,8 @@ def make_form(
         raise ValueError(f"export: batch must be a positive int or None, got {batch!r}; None leaves it open")
     if tensorrt and what == "chain":
         raise ValueError("export: what must be network or step for TensorRT, got chain; its loops go one step too far")
+    if inpaint and what == "network":
+        raise ValueError("export: what must be step or chain for inpainting, got network; it knows nothing of a mask")
     if tensorrt:
         noise, batch = "input" if what == "step" else "philox", batch or 1
     if noise == "input" and what != "step":
@@ -108,4 +113,4 @@ def make_form(
         why = "a network alone is asked once" if what == "network" else "the network has no label for no class"
         raise ValueError(f"export: guidance must be False here, got True: {why}")
     guided = possible if guidance is None else guidance
-    return Form(what, precision, opset, batch, noise, guided, output, tensorrt)
+    return Form(what, precision, opset, batch, noise, guided, output, tensorrt, inpaint)

@@ -19,7 +19,7 @@ from fastddpm.export.source import Source
 from fastddpm.export.tracing import trace
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
-from fastddpm.step.step import HISTORIES, Step
+from fastddpm.step.step import HISTORIES, KNOWN, Step
 
 if TYPE_CHECKING:
     import onnx
@@ -31,7 +31,7 @@ def build(source: Source, table: StepTable | None, form: Form) -> tuple[onnx.Mod
     labels = ("y",) if spec.num_classes is not None else ()
     past = "x_self_cond" if table is None else "history"
     names = ("x", "t" if table is None else "step", *labels, *((past,) if spec.self_condition else ()))
-    step = None if table is None else step_of(network, spec, table)
+    step = None if table is None else step_of(network, spec, table, masked=form.inpaint)
     module = Whole(network) if step is None or table is None else Ask(step, spec, table)
     traced = _trace(module, names, ("out",), spec, form, many=2 if form.guided else 1)
     if form.precision != "fp32":
@@ -91,6 +91,7 @@ def step_inputs(step: Step, spec: ModelSpec, form: Form) -> tuple[str, ...]:
         "y": spec.num_classes is not None,
         "guidance": form.guided,
         **{name: name in step.form.histories for name in HISTORIES},
+        **dict.fromkeys(KNOWN, form.inpaint),
         "noise": not made and step.form.noise,
     }
     return tuple(name for name, is_wanted in wanted.items() if is_wanted)
@@ -109,6 +110,7 @@ def _join_step(
         "out_uncond": form.guided,
         "guidance": form.guided,
         **{name: name in step.form.histories for name in HISTORIES},
+        **dict.fromkeys(KNOWN, form.inpaint),
         "noise": step.form.noise,
     }
     inputs = ("x", "out", "step", *(name for name, is_wanted in optional.items() if is_wanted))
@@ -116,7 +118,7 @@ def _join_step(
     update = _trace(Update(step, table), inputs, outputs, spec, form, label="the update")
     shorten_update(update)
     if step.form.noise and form.noise == "philox":
-        noise = step_noise(table.timesteps.numpy(), spec.shape, form.opset)
+        noise = step_noise(table.counters.numpy(), spec.shape, form.opset)
         graph.add(noise, "noise/", {name: name for name in ("step", "seed", "sample_id", "noise")})
     graphs.join_step(
         graph,
@@ -148,7 +150,8 @@ def _chain_model(
 ) -> onnx.ModelProto:
     graph = graphs.Graph("chain")
     labels = ("y",) if spec.num_classes is not None else ()
-    _declare(graph, ("seed", "sample_id", *labels, *(("guidance",) if form.guided else ())), spec, form)
+    optional = (*(("guidance",) if form.guided else ()), *(KNOWN if form.inpaint else ()))
+    _declare(graph, ("seed", "sample_id", *labels, *optional), spec, form)
     graph.add(first_noise(spec.shape, form.opset), "first/", {name: name for name in ("seed", "sample_id", "x_T")})
     body = graphs.Graph("step")
     _join_step(body, traced, names, step, table, spec, form)

@@ -5,7 +5,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-COLUMNS = ("a_x", "a_o", "c_0", "c_x", "c_o", "c_h", "sigma", "bound", "log_beta", "log_beta_tilde", "c_h2", "k_0", "k_z")
+COLUMNS = (
+    "a_x",
+    "a_o",
+    "c_0",
+    "c_x",
+    "c_o",
+    "c_h",
+    "sigma",
+    "bound",
+    "log_beta",
+    "log_beta_tilde",
+    "c_h2",
+    "k_0",
+    "k_z",
+)
 """The columns of a solver's table, in their order in memory."""
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -185,7 +199,9 @@ def _check_known(x: Tensor, known: Tensor | None, mask: Tensor | None, stochasti
                 "p_sample", name, value, dtypes=(x.dtype,), shape=shape, device=x.device, contiguous=True, fix=fix
             )
     if known is not None and not stochastic:
-        raise ValueError("p_sample: stochastic must be True with known, got False; known pixels are noised in every row")
+        raise ValueError(
+            "p_sample: stochastic must be True with known, got False; known pixels are noised in every row"
+        )
 
 
 def check_q_sample(

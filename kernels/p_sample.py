@@ -8,8 +8,8 @@ stay. With a row's entries, the network's output `out`, the previous row's estim
     x  ← c_0·x̂₀ + c_x·x + c_o·out + c_h·h + c_h2·h₂ + σ·z
 
 which covers DDPM (Ho et al. 2020, eq. 6-7, 11), DDIM (Song et al. 2021, eq. 12), and DPM-Solver++(2M) and (3M) (Lu et
-al. 2022). Where a part of the pictures is known, x₀ᵏ, and a mask m says where the rest is (1), there follows (Lugmayr et
-al. 2022, eq. 8)
+al. 2022). Where a part of the pictures is known, x₀ᵏ, and a mask m says where the rest is (1), there follows (Lugmayr
+et al. 2022, eq. 8)
 
     x  ← (1 − m)·(k_0·x₀ᵏ + k_z·z) + m·x
 
@@ -180,8 +180,8 @@ def p_sample(
         bound: float32 [B], ≥ 1: dynamic thresholds s, x̂₀ = clip(x̂₀, −s, s)/s (Saharia et al. 2022), instead of the
             table's bound.
         known: float32 [B, C, H, W], contiguous, finite: the pictures of which a part is known.
-        mask: float32 [B, C, H, W], contiguous, in [0, 1], with `known`: 1 where an element is to be drawn, 0 where it is
-            known; in between the two are mixed. It is as large as x, and not one plane for all channels, so that a
+        mask: float32 [B, C, H, W], contiguous, in [0, 1], with `known`: 1 where an element is to be drawn, 0 where it
+            is known; in between the two are mixed. It is as large as x, and not one plane for all channels, so that a
             thread finds an element's mask where it finds the element.
         stochastic: False leaves out σ·z altogether, for solvers whose σ is 0 in every row; the noise, which is
             most of the arithmetic, is then not made. With `known` it must be made.

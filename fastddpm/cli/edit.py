@@ -47,7 +47,9 @@ def img2img(
     pictures: PicturesArgument,
     strength: Annotated[
         float,
-        typer.Option(help="Above 0, at most 1: how much is drawn anew. At 1 hardly anything is left.", rich_help_panel=HOW),
+        typer.Option(
+            help="Above 0, at most 1: how much is drawn anew. At 1 hardly anything is left.", rich_help_panel=HOW
+        ),
     ] = 0.5,
     classes: ClassesOption = "none",
     guidance: GuidanceOption = 1.0,
@@ -71,9 +73,11 @@ def img2img(
     Examples:
     - `fastddpm edit img2img mnist seven.png --strength 0.4`
 
-    - `fastddpm edit img2img mnist seven.png --strength 0.6 --classes 2 --guidance 2 --grid two.png`
+    - `fastddpm edit img2img mnist seven.png --strength 0.6 --class-labels 2 --guidance-scale 2 --grid two.png`
     """
-    asked = _edit(model, flag, solver, steps, eta, classes, guidance, seed, batch_size, device, engine, precision, quiet)
+    asked = _edit(
+        model, flag, solver, steps, eta, classes, guidance, seed, batch_size, device, engine, precision, quiet
+    )
     sampler = asked.sampler
     asked.run(
         len(pictures),
@@ -107,11 +111,11 @@ def inpaint(
     ] = 10,
     jump_length: Annotated[
         int | None,
-        typer.Option(help="repaint: steps that are made again together. [default: a fifth, at most 10]", rich_help_panel=HOW),
+        typer.Option(
+            help="repaint: steps that are made again together. [default: a fifth, at most 10]", rich_help_panel=HOW
+        ),
     ] = None,
-    each: Annotated[
-        int, typer.Option(help="How many ways to fill in each picture.", rich_help_panel=HOW)
-    ] = 1,
+    each: Annotated[int, typer.Option(help="How many ways to fill in each picture.", rich_help_panel=HOW)] = 1,
     classes: ClassesOption = "none",
     guidance: GuidanceOption = 1.0,
     seed: SeedOption = 0,
@@ -136,7 +140,9 @@ def inpaint(
 
     - `fastddpm edit inpaint mnist seven.png --mask middle --each 6 --seed 3 --grid six.png`
     """
-    asked = _edit(model, flag, solver, steps, eta, classes, guidance, seed, batch_size, device, engine, precision, quiet)
+    asked = _edit(
+        model, flag, solver, steps, eta, classes, guidance, seed, batch_size, device, engine, precision, quiet
+    )
     if each < 1:
         raise ValueError(f"--each must be at least 1, got {each}; leave it out for one")
     sampler, files = asked.sampler, [path for path in pictures for _ in range(each)]
@@ -194,7 +200,9 @@ def interpolate(
 
     - `fastddpm edit interpolate mnist two.png seven.png --path slerp -n 8 --steps 100`
     """
-    asked = _edit(model, flag, solver, steps, eta, classes, guidance, seed, batch_size, device, engine, precision, quiet)
+    asked = _edit(
+        model, flag, solver, steps, eta, classes, guidance, seed, batch_size, device, engine, precision, quiet
+    )
     sampler = asked.sampler
     asked.run(
         n,
@@ -230,7 +238,9 @@ def invert(
     Examples:
     - `fastddpm edit invert mnist seven.png --steps 100`
     """
-    asked = _edit(model, flag, "ddim", steps, None, classes, guidance, seed, batch_size, device, engine, precision, quiet)
+    asked = _edit(
+        model, flag, "ddim", steps, None, classes, guidance, seed, batch_size, device, engine, precision, quiet
+    )
     asked.invert(pictures, latents, grid)
 
 

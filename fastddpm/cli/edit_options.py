@@ -19,16 +19,13 @@ ClassesOption = Annotated[
     str,
     typer.Option(
         "--class-labels",
-        "--classes",
         help="`none`; or the pictures' classes, such as `3,1,4`, in turn.",
         rich_help_panel=METHOD,
     ),
 ]
 GuidanceOption = Annotated[
     float,
-    typer.Option(
-        "--guidance-scale", "--guidance", help="Scale of classifier-free guidance. 1: none.", rich_help_panel=METHOD
-    ),
+    typer.Option("--guidance-scale", help="Scale of classifier-free guidance. 1: none.", rich_help_panel=METHOD),
 ]
 SeedOption = Annotated[int, typer.Option(help="Another seed draws another picture.", rich_help_panel=METHOD)]
 SolverOption = Annotated[

@@ -26,9 +26,9 @@ Path = Literal["noise", "slerp"]
 class Editor(abc.ABC):
     """Edits of pictures by a trained network. `Sampler` is one.
 
-    Pictures are image files, PIL images, arrays (uint8 or float in [0, 1], [H, W], [H, W, C] or [N, H, W, C]) or tensors
-    ([C, H, W] or [N, C, H, W]), one or a list of them, of the network's size; gray becomes colour and colour gray where
-    it wants that. All methods take the options of `Sampler.sample`; there is a sample for each picture.
+    Pictures are image files, PIL images, arrays (uint8 or float in [0, 1], [H, W], [H, W, C] or [N, H, W, C]) or
+    tensors ([C, H, W] or [N, C, H, W]), one or a list of them, of the network's size; gray becomes colour and colour
+    gray where it wants that. All methods take the options of `Sampler.sample`; there is a sample for each picture.
 
     Attributes:
         spec: the network's conventions.
@@ -100,15 +100,16 @@ class Editor(abc.ABC):
     ) -> Tensor | list[Image]:
         """Draw a part of pictures anew, to fit the rest (RePaint, Lugmayr et al. 2022, Algorithm 1).
 
-        In each step what is known is √ᾱ x_0 + √(1−ᾱ) z of the level where the step lands, and the rest is drawn. So that
-        the two come to agree, "repaint" goes back up in noise every `jump_length` steps and makes them again, in all
+        In each step what is known is √ᾱ x_0 + √(1−ᾱ) z of the level where the step lands, and the rest is drawn. For
+        the two to come to agree, "repaint" goes back up in noise every `jump_length` steps and makes them again, in all
         `resamplings` times, which takes about so many times as long. "replace" does not (Song et al. 2021, "Score-based
         generative modeling", appendix I.2). What is known comes out as it went in.
 
         Args:
             images: n pictures.
             mask: what is to be drawn anew, white (1, True) where it is, black (0) where the picture stays: one mask or
-                n, in any form that pictures have, bool too; or "middle", "left", "right", "top" or "bottom". Gray mixes.
+                n, in any form that pictures have, bool too; or "middle", "left", "right", "top" or "bottom". Gray
+                mixes.
             fill: "repaint" or "replace".
             jump_length: steps that a jump goes back, 1 … S−1; None is a fifth of the steps, and 10 at the most.
             resamplings: how often each step is made, 1 … 128; with 1 "repaint" is "replace". Solvers that look back at
@@ -133,8 +134,8 @@ class Editor(abc.ABC):
     def invert(self, images: Pictures, **options: Unpack[SampleOptions]) -> Tensor:
         """The noise x_T from which DDIM draws given pictures (Song et al. 2021, sec. 4.3): its steps, walked upwards.
 
-        `Sampler.sample(n, x_T=…)` with the same steps, timesteps and labels gives the pictures back, the closer the more
-        steps there are: the error falls as 1/S. Guidance makes it larger.
+        `Sampler.sample(n, x_T=…)` with the same steps, timesteps and labels gives the pictures back, the closer the
+        more steps there are: the error falls as 1/S. Guidance makes it larger.
 
         Args:
             images: n pictures.
@@ -165,8 +166,8 @@ class Editor(abc.ABC):
     ) -> Tensor | list[Image]:
         """Draw pictures between two, the first and the last of them what the two themselves become.
 
-        - path "noise": (1−λ) x_t(a) + λ x_t(b) with the same noise in all (Ho et al. 2020, sec. 4.4 and fig. 8), and the
-          run from there. The lower the level, the more it is a blend of the two; the higher, the freer.
+        - path "noise": (1−λ) x_t(a) + λ x_t(b) with the same noise in all (Ho et al. 2020, sec. 4.4 and fig. 8), and
+          the run from there. The lower the level, the more it is a blend of the two; the higher, the freer.
         - path "slerp": both are inverted, and the run begins on the great circle between the two states (Song et al.
           2021, sec. 5.3). That takes plain DDIM.
 
@@ -178,7 +179,8 @@ class Editor(abc.ABC):
             level: in (0, 1]: the run starts from the first timestep that is at most level · T. None is 0.5 for "noise"
                 and 1 for "slerp".
             output: as in `Sampler.sample`, and so are the options.
-            options: as there, but that x_T must be left out, and `sample_ids` is one id, whose noise all pictures share.
+            options: as there, but that x_T must be left out, and `sample_ids` is one id, whose noise all pictures
+                share.
 
         Returns:
             The pictures, n of them.

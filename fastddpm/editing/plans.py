@@ -103,7 +103,9 @@ class Planner:
     def _upwards(self, function: str, pictures: Tensor, level: float, method: Method, run: RunOptions) -> Plan:
         """DDIM upwards to the method's first timestep t ≤ level · T."""
         if method.solver != "ddim":
-            raise ValueError(f"{function}: solver must be ddim, got {method.solver}; only its way can be walked upwards")
+            raise ValueError(
+                f"{function}: solver must be ddim, got {method.solver}; only its way can be walked upwards"
+            )
         if run.x_T is not None:
             raise ValueError(f"{function}: x_T must be left out, got one; it follows from the pictures")
         table = tail_table(method, self.schedule, self.spec, level, function=function, name="level")
@@ -160,7 +162,8 @@ class Planner:
         first, second = (self._pictures("interpolate", picture) for picture in (a, b))
         if len(first) != 1 or len(second) != 1:
             raise ValueError(
-                f"interpolate: a and b must be one picture each, got {len(first)} and {len(second)}; call it for each pair"
+                f"interpolate: a and b must be one picture each, got {len(first)} and {len(second)}; "
+                "call it for each pair"
             )
         return first, second
 

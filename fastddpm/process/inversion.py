@@ -56,6 +56,4 @@ def inversion_table(
     kept = (a_to / a_from).sqrt()
     direction = (1.0 - a_to).sqrt() - kept * (1.0 - a_from).sqrt()
     columns |= {"c_x": kept + direction * e_x, "c_o": direction * e_o}
-    return assemble(
-        "inversion_table", "ddim", asked, columns, prediction=prediction, variance="fixed_small", clip=None
-    )
+    return assemble("inversion_table", "ddim", asked, columns, prediction=prediction, variance="fixed_small", clip=None)

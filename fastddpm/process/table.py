@@ -6,8 +6,8 @@ before it, `history2`:
     x̂_0     = clip(a_x · x_t + a_o · out, −bound, +bound)
     x_{t−1} = c_0 · x̂_0 + c_x · x_t + c_o · out + c_h · history + c_h2 · history2 + sd · z
 
-and where a part of the picture is known (inpainting), that part is k_0 · known + k_z · z instead, of the level where the
-row lands.
+and where a part of the picture is known (inpainting), that part is k_0 · known + k_z · z instead, of the level where
+the row lands.
 
 `sd` is sigma, times exp(½ (f · log_beta + (1 − f) · log_beta_tilde)) with f = (v + 1)/2 if the network
 also returns a variance v (Nichol & Dhariwal 2021, eq. 15). Rows whose variance is not learned hold 0 in

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from fastddpm.common.arguments import number
 from fastddpm.process.method import Method
 from fastddpm.process.schedule import NoiseSchedule

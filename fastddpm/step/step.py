@@ -23,6 +23,8 @@ ALWAYS = ("x", "step", "end", "sample_id", "seed", "rows", "timesteps", "conditi
 """The arguments that every step has."""
 HISTORIES = ("history", "history2")
 """Where the estimates of x_0 of the last steps are kept, the newest first."""
+KNOWN = ("known", "mask")
+"""What a step is told of pictures of which a part is known."""
 CHANGED = ("x", "step", *HISTORIES)
 """The arguments that a step changes, in the order of its results; the histories only where they are kept."""
 
@@ -81,8 +83,7 @@ class StepForm:
             "uncond": self.guided and not self.labelled,
             "guidance": self.guided,
             **{name: name in self.histories for name in HISTORIES},
-            "known": self.masked,
-            "mask": self.masked,
+            **dict.fromkeys(KNOWN, self.masked),
             "noise": self.noise,
         }
         return (*ALWAYS, *(name for name, is_wanted in wanted.items() if is_wanted))
@@ -147,7 +148,8 @@ class Step(nn.Module):
         Args:
             tensors: in the order of `StepForm.names`: x, step, end, sample_id and seed as in `State`; rows, timesteps
                 and conditions as in `Book`; then, as the form has them, labels, uncond, guidance, history, history2,
-                known and mask as in `State`, and noise, float32 [N, B, C, H, W], z, as in `p_sample` (with N = 1 that of this step).
+                known and mask as in `State`, and noise, float32 [N, B, C, H, W], z, as in `p_sample` (with N = 1 that
+                of this step).
 
         Returns:
             x, step and, where they are kept, the histories, one step later.

@@ -132,7 +132,9 @@ def test_interpolation_by_inversion_begins_and_ends_with_its_pictures(sampler, l
     between = sampler.interpolate(a, b, 3, path="slerp", level=level, output="raw", **run)
     if level is None:
         latents = sampler.invert([a, b], **run)
-        alone = sampler.sample(3, x_T=slerp(*latents[:, None], torch.tensor([0, 0.5, 1]).view(-1, 1, 1, 1)), output="raw", **run)
+        alone = sampler.sample(
+            3, x_T=slerp(*latents[:, None], torch.tensor([0, 0.5, 1]).view(-1, 1, 1, 1)), output="raw", **run
+        )
         torch.testing.assert_close(between, alone, rtol=1e-4, atol=1e-4)
     for place, picture in ((0, a), (2, b)):
         assert (between[place] - (2 * picture - 1)).square().mean().sqrt() < 0.1
@@ -198,7 +200,7 @@ def repaint_by_diffusers(network, x_T, images, mask, generator, scheduler):
 def one_z_a_row(scheduler, mask, shape, seed):
     """The z of each row that adds what a step and the jump after it draw, elements known and not, float64.
 
-    r σ z_0 + Σ w_k z_k is σ_row z for what is drawn, and r √(1−ᾱ_prev) z_0 + Σ w_k z_k is √(1−ᾱ_to) z for what is known.
+    r σ z_0 + Σ w_k z_k is σ_row z for what is drawn, r √(1−ᾱ_prev) z_0 + Σ w_k z_k is √(1−ᾱ_to) z for what is known.
     """
     generator = torch.Generator().manual_seed(seed)
     betas, a_bar = scheduler.betas.double(), scheduler.alphas_cumprod.double()
@@ -262,23 +264,23 @@ def test_supplied_noise_has_a_row_for_every_step(sampler):
 @pytest.mark.parametrize(
     ("edit", "error", "match"),
     [
-        (lambda s: s.img2img(pictures(), 2.0), ValueError, r"^img2img: strength must be above 0 and at most 1, got 2; "),
+        (lambda s: s.img2img(pictures(), 2.0), ValueError, r"^img2img: strength must be above 0 and at most 1, got 2"),
         (lambda s: s.img2img([], 0.5), ValueError, r"^img2img: images must be at least one, got none"),
-        (lambda s: s.img2img(torch.rand(1, 9, 8), 0.5), ValueError, r"^img2img: images must be 8×8 pixels, got 8×9; "),
+        (lambda s: s.img2img(torch.rand(1, 9, 8), 0.5), ValueError, r"^img2img: images must be 8×8 pixels"),
         (lambda s: s.img2img(pictures() * 255, 0.5), ValueError, r"^img2img: images of floats must be in \[0, 1\]"),
         (lambda s: s.img2img(pictures(), 0.5, stepps=3), TypeError, r"got stepps; mend the name"),
-        (lambda s: s.inpaint(pictures(), "centre"), ValueError, r"^inpaint: mask must be an image file or one of middle, "),
-        (lambda s: s.inpaint(pictures(), "top", fill="x"), ValueError, r"^inpaint: fill must be one of repaint, replace"),
-        (lambda s: s.inpaint(pictures(), "top", method="replace"), TypeError, r"method must be a fastddpm.Method, got str"),
+        (lambda s: s.inpaint(pictures(), "centre"), ValueError, r"^inpaint: mask must be an image file or one of"),
+        (lambda s: s.inpaint(pictures(), "top", fill="x"), ValueError, r"^inpaint: fill must be one of repaint"),
+        (lambda s: s.inpaint(pictures(), "top", method="replace"), TypeError, r"method must be a fastddpm.Method"),
         (lambda s: s.invert(pictures(), solver="ddpm"), ValueError, r"^invert: solver must be ddim, got ddpm; "),
         (lambda s: s.invert(pictures(), eta=0.5), ValueError, r"^invert: eta must be 0, got more; "),
         (lambda s: s.invert(pictures(), x_T=pictures()), ValueError, r"^invert: x_T must be left out, got one; "),
-        (lambda s: s.interpolate(pictures(), pictures()), ValueError, r"a and b must be one picture each, got 2 and 2; "),
+        (lambda s: s.interpolate(pictures(), pictures()), ValueError, r"a and b must be one picture each, got 2"),
         (lambda s: s.interpolate(*pictures(), 1), ValueError, r"^interpolate: n must be at least 2, got 1; "),
-        (lambda s: s.interpolate(*pictures(), 3, path="x"), ValueError, r"^interpolate: path must be one of noise, slerp"),
-        (lambda s: s.interpolate(*pictures(), 3, path="slerp", solver="ddpm"), ValueError, r"^interpolate: solver must be"),
-        (lambda s: s.interpolate(*pictures(), 3, sample_ids=[1, 2, 3]), ValueError, r"sample_ids must be one id, .* got 3"),
-        (lambda s: s.interpolate(*pictures(), 3, x_T=pictures(3)), ValueError, r"^interpolate: x_T must be left out"),
+        (lambda s: s.interpolate(*pictures(), 3, path="x"), ValueError, r"^interpolate: path must be one of"),
+        (lambda s: s.interpolate(*pictures(), 3, path="slerp", solver="ddpm"), ValueError, r"^interpolate: solver"),
+        (lambda s: s.interpolate(*pictures(), 3, sample_ids=[1, 2, 3]), ValueError, r"sample_ids must be one id"),
+        (lambda s: s.interpolate(*pictures(), 3, x_T=pictures(3)), ValueError, r"^interpolate: x_T must be left"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(sampler, edit, error, match):

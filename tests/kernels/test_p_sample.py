@@ -24,7 +24,9 @@ def test_odd_sizes(shape):
 
 
 @given(
-    options=st.sets(st.sampled_from(["learned", "guidance", "history", "history2", "bound", "noise", "deterministic", "known"]))
+    options=st.sets(
+        st.sampled_from(["learned", "guidance", "history", "history2", "bound", "noise", "deterministic", "known"])
+    )
 )
 def test_any_combination_of_options(options):
     options |= {"history"} if "history2" in options else set()
@@ -211,7 +213,9 @@ def test_refuses_known_pixels_that_do_not_fit():
     case = make_case((2, 3, 4, 4), options=("known",))
     wrong = case.clone()
     wrong.options["mask"] = wrong.options["mask"][:, :1]
-    with pytest.raises(ValueError, match=r"^p_sample: mask must be of shape \[2, 3, 4, 4\], got \[2, 1, 4, 4\]; expand"):
+    with pytest.raises(
+        ValueError, match=r"^p_sample: mask must be of shape \[2, 3, 4, 4\], got \[2, 1, 4, 4\]; expand"
+    ):
         wrong.call(p_sample)
     case.options["stochastic"] = False
     with pytest.raises(ValueError, match=r"^p_sample: stochastic must be True with known, got False; "):

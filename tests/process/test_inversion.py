@@ -72,5 +72,7 @@ def test_it_reaches_a_level_without_signal():
 
 
 def test_timesteps_that_do_not_descend_are_refused():
-    with pytest.raises(ValueError, match=r"^inversion_table: timesteps must be strictly descending, got 3 followed by 7"):
+    with pytest.raises(
+        ValueError, match=r"^inversion_table: timesteps must be strictly descending, got 3 followed by 7"
+    ):
         inversion_table(SCHEDULE, [3, 7])

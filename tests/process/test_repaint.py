@@ -30,7 +30,9 @@ def test_the_order_is_that_of_diffusers(length, resamplings):
     for last, t in zip([T, *theirs], theirs, strict=False):
         if t < last:
             made.append(t)
-    ours, _ = rows_in_order(resampled(ddpm_table(SCHEDULE, FULL), SCHEDULE, jump_length=length, resamplings=resamplings))
+    ours, _ = rows_in_order(
+        resampled(ddpm_table(SCHEDULE, FULL), SCHEDULE, jump_length=length, resamplings=resamplings)
+    )
     assert ours == made
 
 
