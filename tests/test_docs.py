@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -57,7 +58,9 @@ def test_python(block, place, single_thread, monkeypatch):
 
 @pytest.fixture
 def pictures(place):
-    """Random pictures in MNIST's format in `mnist/`, which the pages train on."""
+    """Random pictures in MNIST's format in `mnist/`, which the pages train on, and the digits that they edit."""
+    for name in ("two.png", "seven.png", "mask.png"):
+        shutil.copy(ROOT / "docs" / "images" / "editing" / name, place)
     folder = place / "mnist"
     folder.mkdir()
     images = np.random.default_rng(0).integers(0, 256, (32, 28, 28), dtype=np.uint8)

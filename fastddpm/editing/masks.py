@@ -43,7 +43,7 @@ def from_mask(mask: Picture | Part, n: int, shape: tuple[int, int, int], *, func
             f"{function}: mask must be an image file or one of {', '.join(PARTS)}, got {str(mask)!r}; mend the path"
         )
     if isinstance(mask, str) and mask in PARTS:
-        planes = _part(typing.cast(Part, mask), H, W)
+        planes = _part(mask, H, W)
     else:
         planes = from_pictures(
             [_numbers(function, mask)], (1, H, W), unit_range=True, function=function, argument="mask"
