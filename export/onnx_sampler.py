@@ -141,9 +141,16 @@ class OnnxSampler:
         unit_range = self.spec.to_unit == "identity"
         known = from_pictures(images, self.spec.shape, unit_range=unit_range, function="inpaint").cpu()
         masks = from_mask(mask, len(known), self.spec.shape)
-        return self._sampled(len(known), output, options, known=known, mask=masks)
+        return self._sampled(len(known), output, options, known, masks)
 
-    def _sampled(self, n: int, output: Output, options: Mapping[str, Any], **known: Tensor) -> Tensor | list[Image]:
+    def _sampled(
+        self,
+        n: int,
+        output: Output,
+        options: Mapping[str, Any],
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor | list[Image]:
         """What `sample` and `inpaint` give."""
         method, run = split_options(options)
         check_output(output)
@@ -152,7 +159,7 @@ class OnnxSampler:
             self._check_settled(options)
         if what != "network" and run.batch_size is None:
             run = dataclasses.replace(run, batch_size=self.session.batch)
-        request = dataclasses.replace(make_request(self.spec, self.device, n, run), **known)
+        request = dataclasses.replace(make_request(self.spec, self.device, n, run), known=known, mask=mask)
         if what != "network":
             self._check(request, run.noise, run.callback, output, n)
         course, begin = self._course(method)

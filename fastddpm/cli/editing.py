@@ -121,7 +121,8 @@ class Edit:
         Outputs(grid, None, None, None).check(spec.shape, 2 * n)
         options = self.options(n)
         states = self.sampler.invert([*pictures], **options)
-        again = cast(Tensor, self.sampler.sample(n, x_T=states, **options)).cpu()
+        options["x_T"] = states
+        again = self.sampler.sample(n, **options).cpu()
         originals = self.sampler.pictures([*pictures])
         with atomic_path(latents) as temporary, open(temporary, "wb") as file:
             np.savez(file, x_T=states.cpu().numpy())

