@@ -19,6 +19,7 @@ from fastddpm.export.tensorrt import check_tensorrt
 from fastddpm.export.tracing import DEFAULT_OPSET, require_onnx
 from fastddpm.files import check_replaceable, check_writable
 from fastddpm.process.method import Method, MethodOptions
+from fastddpm.process.repaint import resampled
 
 
 def export_onnx(
@@ -36,6 +37,9 @@ def export_onnx(
     external: bool | None = None,
     licence: str | None = None,
     tensorrt: bool = False,
+    inpaint: bool = False,
+    jump_length: int | None = None,
+    resamplings: int = 1,
     **options: Unpack[MethodOptions],
 ) -> Exported:
     """Write a checkpoint as ONNX.
@@ -45,6 +49,9 @@ def export_onnx(
     - "step": (x, step, sample_id, seed[, y, guidance, history]) → x_next, step_next[, history_next], or with
       `noise="input"` (x, step, noise[, …]); step, sample_id, seed int64 [B] (64-bit patterns), guidance float32 [B].
     - "chain": (seed, sample_id[, y, guidance]) → pictures float32 [B, C, H, W], all steps in one Scan.
+
+    With `inpaint` a step and a chain take two inputs more, float32 [B, C, H, W]: `known`, pictures in the network's own
+    range, and `mask`, 1 where they are to be drawn; a mask of ones is plain sampling.
 
     Args:
         model: a `Sampler`, or what `load_checkpoint` takes.
@@ -65,6 +72,9 @@ def export_onnx(
         licence: the weights' licence, for the metadata; None takes what the checkpoint's card says.
         tensorrt: write only what TensorRT's parser takes: a network or a step, of a fixed batch (1 unless `batch` says
             otherwise), its noise an input; the operators are checked against TensorRT's published table.
+        inpaint: step and chain: whether known pictures and a mask are inputs.
+        jump_length: with `inpaint`, as in `Sampler.inpaint`: how far RePaint's jumps go back.
+        resamplings: with `inpaint`: how often each row is made; 1 jumps nowhere.
         options: the method's attributes, instead of `method`.
 
     Returns:
@@ -78,10 +88,16 @@ def export_onnx(
     """
     require_onnx()
     source = model if isinstance(model, Source) else Source.of(model)
-    form = Form(what, precision, opset, batch, noise, guidance, output, tensorrt).checked(source.spec)
+    form = Form(what, precision, opset, batch, noise, guidance, output, tensorrt, inpaint).checked(source.spec)
+    if not inpaint and (resamplings != 1 or jump_length is not None):
+        raise ValueError("export: resamplings and jump_length must be left out, got one; they are for inpaint=True")
     _check_path(path)
     chosen, _ = split_options({"method": method, **options})
     table = None if what == "network" else chosen.table(source.schedule, source.spec)
+    if table is not None and inpaint:
+        table = resampled(
+            table, source.schedule, jump_length=jump_length, resamplings=resamplings, function="export"
+        )  # fmt: skip
     network = source.network
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     try:

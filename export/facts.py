@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import cast
 
+from fastddpm.engines.loop import Course
 from fastddpm.engines.weights import weights_hash
 from fastddpm.export.form import Form
 from fastddpm.export.model_file import FORMAT, Facts, licence_of
@@ -23,6 +24,8 @@ _MEANING = {
     "history": "x̂_0 of the step before; anything at first",
     "history2": "x̂_0 of the step before that one; anything at first",
     "noise": "standard normals z of this step",
+    "known": "pictures of which a part is known, in the network's own range",
+    "mask": "1 where an element is to be drawn, 0 where it is known",
     "out": "the network's output, {prediction}",
     "x_next": "state x_{{t-1}}",
     "step_next": "next row",
@@ -45,6 +48,7 @@ def facts_of(source: Source, table: StepTable | None, form: Form, licence: str |
         "guidance": form.guided,
         "output": form.output,
         "tensorrt": form.tensorrt,
+        "inpaint": form.inpaint,
         "weights_sha256": weights_hash(source.network),
         "source": checkpoint.dialect if checkpoint else type(source.network).__name__,
         "licence": licence or licence_of(checkpoint.path if checkpoint else None) or "not stated",
@@ -53,12 +57,14 @@ def facts_of(source: Source, table: StepTable | None, form: Form, licence: str |
         "value_range": "pictures in [0, 1]" if form.what == "chain" and form.output == "unit" else "states in [-1, 1]",
     }
     if table is not None:
+        course = Course.of(table, masked=form.inpaint)
         facts |= {
             "solver": table.solver,
             "steps": table.S,
             "timesteps": table.timesteps[:-1].tolist(),
-            "noisy_rows": [i for i, sigma in enumerate(table.rows[:-1, 6].tolist()) if sigma != 0],
-            "uses_noise": table.uses_noise,
+            "counters": course.counters,
+            "noisy_rows": [i for i, draws in enumerate(course.draws) if draws],
+            "uses_noise": course.takes_noise,
             "keeps_history": table.history > 0 or spec.self_condition,
         }
     words = {

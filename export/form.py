@@ -43,6 +43,7 @@ class Form:
         guidance: whether the scale of classifier-free guidance is an input; None: where the network can do it.
         output: what a chain gives.
         tensorrt: whether TensorRT's parser must take it.
+        inpaint: whether pictures of which a part is known, and the mask of the rest, are inputs.
     """
 
     what: What
@@ -53,6 +54,7 @@ class Form:
     guidance: bool | None
     output: Range
     tensorrt: bool
+    inpaint: bool = False
 
     @property
     def guided(self) -> bool:
@@ -96,6 +98,8 @@ class Form:
             raise ValueError(
                 "export: what must be network or step for TensorRT, got chain; its loops go one step too far"
             )
+        if self.inpaint and what == "network":
+            raise ValueError("export: what must be step or chain for inpainting, got network; it knows nothing of a mask")
         if self.tensorrt:
             noise, batch = "input" if what == "step" else "philox", batch or 1
         if noise == "input" and what != "step":

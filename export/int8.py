@@ -45,7 +45,7 @@ def calibration(
         Arrays by input, about `CALIBRATION_STEPS` entries, from the first step to the last.
     """
     spec, stepper = source.spec, source.stepper()
-    rows = _some_rows(table.S) if table is not None else None
+    rows = None if table is None else _some_first_visits(table)
     if table is None or rows is None:
         method = Method("ddim", min(CALIBRATION_STEPS, source.schedule.T))
     else:  # a short run through some of the table's timesteps
@@ -71,6 +71,12 @@ def calibration(
             seen.append({name: kept[name][:many] for name in names})
             runner.run(1)
     return seen
+
+
+def _some_first_visits(table: StepTable) -> Tensor:
+    """Some of the rows at which a run is at a timestep for the first time, which descend."""
+    first = (table.counters == table.timesteps)[: table.S].nonzero().flatten()
+    return first[_some_rows(len(first))]
 
 
 def _some_rows(S: int) -> Tensor:

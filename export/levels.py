@@ -19,7 +19,7 @@ from fastddpm.export.source import Source
 from fastddpm.export.tracing import trace
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
-from fastddpm.step.step import HISTORIES, Step
+from fastddpm.step.step import HISTORIES, KNOWN, Step
 
 if TYPE_CHECKING:
     import onnx
@@ -70,7 +70,7 @@ def build(source: Source, table: StepTable | None, form: Form) -> tuple[onnx.Mod
     wanted = {"x": True, "t": table is None, "step": table is not None, "y": spec.num_classes is not None}
     wanted[past] = spec.self_condition
     plan = _Plan(spec, form, tuple(name for name, is_wanted in wanted.items() if is_wanted))
-    step = None if table is None else step_of(network, spec, table)
+    step = None if table is None else step_of(network, spec, table, masked=form.inpaint)
     module = Whole(network) if step is None or table is None else Ask(step, spec, table)
     traced = plan.trace(module, plan.names, ("out",), "the network", many=2 if form.guided else 1)
     if form.precision != "fp32":
@@ -114,6 +114,7 @@ def _step_inputs(step: Step, plan: _Plan) -> tuple[str, ...]:
         "y": bool(plan.labels),
         "guidance": plan.form.guided,
         **{name: name in step.form.histories for name in HISTORIES},
+        **dict.fromkeys(KNOWN, form.inpaint),
         "noise": not made and step.form.noise,
     }
     return tuple(name for name, is_wanted in wanted.items() if is_wanted)
@@ -125,6 +126,7 @@ def _join_step(graph: graphs.Graph, traced: onnx.ModelProto, step: Step, table: 
         "out_uncond": form.guided,
         "guidance": form.guided,
         **{name: name in step.form.histories for name in HISTORIES},
+        **dict.fromkeys(KNOWN, form.inpaint),
         "noise": step.form.noise,
     }
     inputs = ("x", "out", "step", *(name for name, is_wanted in optional.items() if is_wanted))
@@ -132,7 +134,7 @@ def _join_step(graph: graphs.Graph, traced: onnx.ModelProto, step: Step, table: 
     update = plan.trace(Update(step, table), inputs, outputs, "the update")
     shorten_update(update)
     if step.form.noise and form.noise == "philox":
-        noise = step_noise(table.timesteps.numpy(), spec.shape, form.opset)
+        noise = step_noise(table.counters.numpy(), spec.shape, form.opset)
         graph.add(noise, "noise/", {name: name for name in ("step", "seed", "sample_id", "noise")})
     null_class = spec.null_class if form.guided else None
     graphs.ask(graph, traced, plan.names, null_class, form.batch)
@@ -152,7 +154,8 @@ def _step_model(traced: onnx.ModelProto, step: Step, table: StepTable, plan: _Pl
 
 def _chain_model(traced: onnx.ModelProto, step: Step, table: StepTable, plan: _Plan) -> onnx.ModelProto:
     graph, form, spec = graphs.Graph("chain"), plan.form, plan.spec
-    plan.declare(graph, ("seed", "sample_id", *plan.labels, *(("guidance",) if form.guided else ())))
+    optional = (*(("guidance",) if form.guided else ()), *(KNOWN if form.inpaint else ()))
+    plan.declare(graph, ("seed", "sample_id", *plan.labels, *optional))
     graph.add(first_noise(spec.shape, form.opset), "first/", {name: name for name in ("seed", "sample_id", "x_T")})
     body = graphs.Graph("step")
     _join_step(body, traced, step, table, plan)

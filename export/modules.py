@@ -14,7 +14,7 @@ from fastddpm.images import to_unit
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
 from fastddpm.step.network import as_network
-from fastddpm.step.step import HISTORIES, Step, StepForm
+from fastddpm.step.step import HISTORIES, KNOWN, Step, StepForm
 
 EXAMPLE_BATCH = 3
 """Samples of a traced example: more than one, or the tracer takes the batch for a constant."""
@@ -51,14 +51,14 @@ class Ask(nn.Module):
 
 
 class Update(nn.Module):
-    """(x, out, step[, out_uncond, guidance, histories, noise]) → x, step[, histories]: `Step.update`."""
+    """(x, out, step[, out_uncond, guidance, histories, noise, known, mask]) → x, step[, histories]: `Step.update`."""
 
     def __init__(self, step: Step, table: StepTable) -> None:
         """Take the table's tensors as buffers."""
         super().__init__()
         self.form = step.form
         self.register_buffer("rows", table.rows)
-        self.register_buffer("timesteps", table.timesteps)
+        self.register_buffer("timesteps", table.counters)
         self.register_buffer("end", torch.tensor([table.S]))
 
     def forward(
@@ -71,13 +71,16 @@ class Update(nn.Module):
         history: Tensor | None = None,
         history2: Tensor | None = None,
         noise: Tensor | None = None,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """The update; noise is float32 [B, C, H, W]."""
+        """The update; noise, known and mask are float32 [B, C, H, W]."""
         rows, timesteps, end = (torch.as_tensor(tensor) for tensor in (self.rows, self.timesteps, self.end))
         z = None if noise is None else noise[None]
         # Nothing is drawn here, so it does not matter what seed and id are.
         return Step(nn.Identity(), self.form).update(
-            x, out, step, end, step, step, rows, timesteps, out_uncond, guidance, history, history2, z
+            x, out, step, end, step, step, rows, timesteps, out_uncond, guidance, history, history2, z,
+            known, mask,
         )  # fmt: skip
 
 
@@ -114,9 +117,10 @@ def as_module(model: object) -> nn.Module:
     return Function().eval()
 
 
-def step_of(model: nn.Module, spec: ModelSpec, table: StepTable) -> Step:
-    """The step that a file holds."""
-    form = StepForm.of(spec, table, labelled=spec.num_classes is not None, noise=table.uses_noise)
+def step_of(model: nn.Module, spec: ModelSpec, table: StepTable, *, masked: bool = False) -> Step:
+    """The step that a file holds; `masked` where a part of each picture may be known."""
+    labelled, noise = spec.num_classes is not None, table.uses_noise or masked
+    form = StepForm.of(spec, table, labelled=labelled, noise=noise, masked=masked)
     return Step(as_network(model), form)
 
 
@@ -126,7 +130,7 @@ def example(spec: ModelSpec, names: tuple[str, ...], batch: int) -> dict[str, Te
     out = (batch, spec.shape[0] * (2 if spec.learned_variance else 1), *spec.shape[1:])
     fed = spec.times_fed(torch.zeros(1, dtype=torch.int64)).dtype
     makers = {
-        **{name: (picture, torch.float32) for name in ("x", "x_self_cond", *HISTORIES, "noise")},
+        **{name: (picture, torch.float32) for name in ("x", "x_self_cond", *HISTORIES, "noise", *KNOWN)},
         **{name: (out, torch.float32) for name in ("out", "out_uncond")},
         **{name: ((batch,), torch.int64) for name in ("step", "sample_id", "seed", "y")},
         "t": ((batch,), fed),

@@ -27,11 +27,11 @@ _WORD = 1 << 32
 _TURN = 2.0 * math.pi
 
 
-def step_noise(timesteps: np.ndarray, shape: tuple[int, int, int], opset: int) -> onnx.ModelProto:
+def step_noise(counters: np.ndarray, shape: tuple[int, int, int], opset: int) -> onnx.ModelProto:
     """The noise of each sample's row, as a part of a graph: (step, seed, sample_id) → noise.
 
     Args:
-        timesteps: int64 [S+1], each row's.
+        counters: int64 [S+1], each row's.
         shape: (C, H, W).
         opset: version of ONNX's operators.
 
@@ -39,11 +39,11 @@ def step_noise(timesteps: np.ndarray, shape: tuple[int, int, int], opset: int) -
         A model without declared inputs: step, seed and sample_id int64 [B], noise float32 [B, C, H, W].
     """
     graph = Graph("noise")
-    first, last = graph.constant("first", np.array(0)), graph.constant("last", np.array([len(timesteps) - 1]))
+    first, last = graph.constant("first", np.array(0)), graph.constant("last", np.array([len(counters) - 1]))
     graph.op("Max", ["step", first], "step_raised")
     graph.op("Min", ["step_raised", last], "row")
-    counters = graph.constant("counters", timesteps.astype(np.int64)[:, None, None] + _WORD)
-    graph.op("Gather", [counters, "row"], "counter", axis=0)
+    table = graph.constant("counters", counters.astype(np.int64)[:, None, None] + _WORD)
+    graph.op("Gather", [table, "row"], "counter", axis=0)
     return _normals(graph, shape, "noise", opset)
 
 

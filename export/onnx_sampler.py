@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.common.progress import StepProgress
+from fastddpm.editing.masks import Part, from_mask
 from fastddpm.engines.loop import Begin, Course, Loop
 from fastddpm.engines.options import SampleOptions, split_options
 from fastddpm.engines.runner import Runner
@@ -21,6 +22,7 @@ from fastddpm.engines.stepper import Stepper
 from fastddpm.export.session import OnnxSession, Provider, SessionOptions
 from fastddpm.export.step_loop import ChainRunner, OnnxRunner, StepLoop
 from fastddpm.images import Output, ToBytes, check_output, to_output
+from fastddpm.pictures.inputs import Picture, Pictures, from_pictures
 from fastddpm.process.method import Method
 from fastddpm.process.noise import NoiseSource, seed_bits
 from fastddpm.process.schedule import NoiseSchedule
@@ -115,6 +117,43 @@ class OnnxSampler:
             ValueError: an argument is out of range, or does not fit the network or the file.
             FloatingPointError: the samples ran into NaN or infinity; says at which step.
         """
+        return self._sampled(n, output, options)
+
+    def inpaint(
+        self, images: Pictures, mask: Picture | Part, *, output: Output = "unit", **options: Unpack[SampleOptions]
+    ) -> Tensor | list[Image]:
+        """Draw a part of pictures anew by a step or a chain that was exported for that; as `Sampler.inpaint`.
+
+        Args:
+            images: n pictures.
+            mask: white (1, True) where they are to be drawn anew; or "middle", "left", "right", "top" or "bottom".
+            output: as in `sample`.
+            options: likewise; jumps and resamplings are settled by the file.
+
+        Returns:
+            The pictures, on the CPU.
+
+        Raises:
+            TypeError: an argument has the wrong type, or an option is unknown.
+            ValueError: an argument does not fit, or the file was not exported with `inpaint=True`.
+            FloatingPointError: the samples ran into NaN or infinity.
+        """
+        if not self.facts.get("inpaint"):
+            raise ValueError("inpaint: the file must take a mask, got one that does not; export it with inpaint=True")
+        unit_range = self.spec.to_unit == "identity"
+        known = from_pictures(images, self.spec.shape, unit_range=unit_range, function="inpaint").cpu()
+        masks = from_mask(mask, len(known), self.spec.shape)
+        return self._sampled(len(known), output, options, known, masks)
+
+    def _sampled(
+        self,
+        n: int,
+        output: Output,
+        options: Mapping[str, Any],
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor | list[Image]:
+        """What `sample` and `inpaint` give."""
         method, run = split_options(options)
         check_output(output)
         what = self.facts["what"]
@@ -122,7 +161,7 @@ class OnnxSampler:
             self._check_settled(options)
         if what != "network" and run.batch_size is None:
             run = dataclasses.replace(run, batch_size=self.session.batch)
-        request = make_request(self.spec, self.device, n, run)
+        request = dataclasses.replace(make_request(self.spec, self.device, n, run), known=known, mask=mask)
         if what != "network":
             self._check(request, run.noise, run.callback, output, n)
         course, begin = self._course(method)
@@ -147,7 +186,8 @@ class OnnxSampler:
             return Course.of(table), functools.partial(self._stepper.begin, table)
         timesteps, noisy = self.facts["timesteps"], set(self.facts["noisy_rows"])
         takes = "noise" in self.session.inputs
-        course = Course(timesteps, [takes and i in noisy for i in range(len(timesteps))], takes)
+        draws = [takes and i in noisy for i in range(len(timesteps))]
+        course = Course(timesteps, draws, takes, self.facts.get("counters", timesteps))
         return course, functools.partial(self._begin, course)
 
     @contextlib.contextmanager
@@ -220,6 +260,10 @@ class OnnxSampler:
         if self.facts["guidance"]:
             scales = np.ones(n, dtype=np.float32) if batch.guidance is None else batch.guidance.numpy()
             feeds["guidance"] = scales
+        if self.facts.get("inpaint"):  # without a mask all is drawn
+            shape = (n, *self.spec.shape)
+            feeds["known"] = np.zeros(shape, np.float32) if batch.known is None else batch.known.numpy()
+            feeds["mask"] = np.ones(shape, np.float32) if batch.mask is None else batch.mask.numpy()
         return {name: value for name, value in feeds.items() if name in self.session.inputs}
 
 

@@ -125,7 +125,7 @@ class OnnxRunner:
         made = 1 if noise is not None or "noise" in self._loop.session.inputs else most
         for i in range(self._made, self._made + made):
             if noise is None and course.draws[i]:
-                t = torch.full_like(start.sample_id, course.timesteps[i])
+                t = torch.full_like(start.sample_id, course.counters[i])
                 _, C, H, W = start.x.shape
                 noise = normals(start.seed, start.sample_id, t, (C, H, W))[None]
             if noise is not None:

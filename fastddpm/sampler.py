@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from fastddpm.checkpoints import Checkpoint, load_checkpoint
 from fastddpm.common.progress import StepProgress
+from fastddpm.editing.editor import Editor
+from fastddpm.editing.plans import Plan
 from fastddpm.engines.choose import Engine, EngineName
 from fastddpm.engines.compare import CompileError
 from fastddpm.engines.devices import pick_device
@@ -31,7 +33,7 @@ from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
 from fastddpm.step.network import Foreign, Network
-from fastddpm.step.request import Preview, Request, RunOptions, check_noise, make_request
+from fastddpm.step.request import Preview, RunOptions, check_noise, make_request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,8 +73,8 @@ class Batch:
     run: Run
 
 
-class Sampler:
-    """Samples from a trained network; see `from_pretrained` and `sample`."""
+class Sampler(Editor):
+    """Samples from a trained network; see `from_pretrained` and `sample`, and `Editor` for pictures that are there."""
 
     def __init__(
         self,
@@ -307,10 +309,7 @@ class Sampler:
             FloatingPointError: the samples ran into NaN or infinity; says at which step.
         """
         check_output(output)
-        drawn = [batch.pictures for batch in self.stream(n, output="raw", **options)]
-        with self.stepper.undisturbed():
-            whole = torch.cat(cast(list[Tensor], drawn))
-            return to_output(whole, output, self.spec.to_bytes, self.spec.to_unit)
+        return self._drawn(self._plan(n, options), output)
 
     def stream(self, n: int, *, output: Output = "unit", **options: Unpack[SampleOptions]) -> Iterator[Batch]:
         """Draw n samples and hand them over batch by batch, as they are finished; arguments as in `sample`.
@@ -327,16 +326,16 @@ class Sampler:
             FloatingPointError: see there; raised by the iterator.
         """
         check_output(output)
+        return self._streamed(self._plan(n, options), output)
+
+    def _plan(self, n: int, options: Mapping[str, Any]) -> Plan:
+        """What `sample` runs, checked."""
         method, run = split_options(options)
         with self.stepper.undisturbed():
             request = make_request(self.spec, self.device, n, run)
             table = method.table(self.schedule, self.spec)
             check_noise(run.noise, table.S, n, self.spec.shape)
-        begin = functools.partial(self.stepper.begin, table)
-        loop = Loop(
-            begin, Course.of(table), self.spec.shape, self.device, run.noise, run.callback, self.stepper.undisturbed
-        )
-        return self._streamed(loop, request, output, run.progress)
+        return Plan(table, request, run)
 
     def likelihood(
         self,
@@ -422,15 +421,26 @@ class Sampler:
         with StepProgress(loop.S * request.parts, len(request.ids), progress, doing="measuring") as bar:
             yield from loop.batches(request, bar)
 
-    def _streamed(self, loop: Loop, request: Request, output: Output, progress: bool | None) -> Iterator[Batch]:
+    def _drawn(self, plan: Plan, output: Output) -> Tensor | list[Image]:
+        """The pictures of a plan, as `sample` has them."""
+        check_noise(plan.run.noise, plan.table.S, len(plan.request.ids), self.spec.shape)
+        drawn = [batch.pictures for batch in self._streamed(plan, "raw")]
+        with self.stepper.undisturbed():
+            return to_output(torch.cat(cast(list[Tensor], drawn)), output, self.spec.to_bytes, self.spec.to_unit)
+
+    def _streamed(self, plan: Plan, output: Output) -> Iterator[Batch]:
+        table, request, run = plan.table, plan.request, plan.run
+        begin, course = functools.partial(self.stepper.begin, table), Course.of(table, masked=request.mask is not None)
+        around = self.stepper.undisturbed
+        loop = Loop(begin, course, self.spec.shape, self.device, run.noise, run.callback, around)
         with self.stepper.undisturbed():
             self.stepper.refresh()
-        with StepProgress(loop.course.S * request.parts, len(request.ids), progress) as bar:
+        with StepProgress(course.S * request.parts, len(request.ids), run.progress) as bar:
             for batch, final, seconds in loop.batches(request, bar):
                 with self.stepper.undisturbed():
                     pictures = to_output(final, output, self.spec.to_bytes, self.spec.to_unit)
-                run = Run(self.engine.used, self.engine.why, seconds, loop.course.S)
-                yield Batch(batch.ids, pictures, run)
+                how = Run(self.engine.used, self.engine.why, seconds, course.S)
+                yield Batch(batch.ids, pictures, how)
 
 
 def _made_again(kind: type[Sampler], made_of: tuple[Any, ...], checkpoint: Checkpoint | None) -> Sampler:

@@ -42,6 +42,8 @@ _POINTERS = {
     "history": "*fp32",
     "history2": "*fp32",
     "bound": "*fp32",
+    "known": "*fp32",
+    "mask": "*fp32",
     "t": "*i64",
     "signals": "*fp32",
     "spreads": "*fp32",
@@ -59,7 +61,7 @@ class Variant:
         kernel: "p_sample" or "q_sample".
         dtype: of the network's output, or of x₀: "fp32", "bf16", "fp16" or "u8".
         noise: "made" in the kernel, "supplied" by the caller, or "none" (only p_sample).
-        options: what p_sample is given besides: "learned", "guidance", "history", "history2", "bound".
+        options: what p_sample is given besides: "learned", "guidance", "history", "history2", "bound", "known".
     """
 
     kernel: str
@@ -83,7 +85,7 @@ class Variant:
         size = _BYTES[self.dtype]
         if self.kernel == "q_sample":
             return size + 4 + 4
-        per_option = {"guidance": size, "history": 8, "history2": 8, "learned": size, "bound": 0}
+        per_option = {"guidance": size, "history": 8, "history2": 8, "learned": size, "bound": 0, "known": 8}
         noise = 4 if self.noise == "supplied" else 0
         return 4 + 4 + size + noise + sum(per_option[option] for option in self.options)
 
@@ -101,6 +103,8 @@ VARIANTS = (
     Variant("p_sample", "bf16", "none", ("history", "history2")),
     Variant("p_sample", "bf16", "made", ("learned", "guidance", "history", "bound")),
     Variant("p_sample", "bf16", "made", ("learned", "guidance", "history", "history2", "bound")),
+    Variant("p_sample", "bf16", "made", ("known",)),
+    Variant("p_sample", "bf16", "supplied", ("known",)),
     *(Variant("q_sample", dtype, noise) for dtype in ("fp32", "u8") for noise in ("made", "supplied")),
 )
 """What the report and the tests look at."""
@@ -211,9 +215,10 @@ def _arguments(variant: Variant) -> tuple["JITFunction", dict[str, str], dict[st
         }
         given = {"history", "history2", "bound"} & set(variant.options)
         given |= {"out_uncond", "guidance"} if "guidance" in variant.options else set()
+        given |= {"known", "mask"} if "known" in variant.options else set()
         given |= {"noise"} if variant.noise == "supplied" else set()
         types["out_uncond"] = types["out"]
-        optional = {"noise", "out_uncond", "guidance", "history", "history2", "bound"}
+        optional = {"noise", "out_uncond", "guidance", "history", "history2", "bound", "known", "mask"}
         return _p_sample_kernel, types, constants | dict.fromkeys(optional - given)
     types = _POINTERS | {"x_start": f"*{variant.dtype}", "numel": "i32", "steps": "i32"}
     unused = ("eps",) if variant.noise == "made" else ("seed", "sample_id")

@@ -5,7 +5,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-COLUMNS = ("a_x", "a_o", "c_0", "c_x", "c_o", "c_h", "sigma", "bound", "log_beta", "log_beta_tilde", "c_h2")
+COLUMNS = (
+    "a_x",
+    "a_o",
+    "c_0",
+    "c_x",
+    "c_o",
+    "c_h",
+    "sigma",
+    "bound",
+    "log_beta",
+    "log_beta_tilde",
+    "c_h2",
+    "k_0",
+    "k_z",
+)
 """The columns of a solver's table, in their order in memory."""
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,14 +92,17 @@ def check_p_sample(
     history: Tensor | None,
     history2: Tensor | None,
     bound: Tensor | None,
+    known: Tensor | None,
+    mask: Tensor | None,
+    stochastic: bool,
     columns: int,
 ) -> None:
     """Check the arguments of `p_sample`; `per_sample` holds step, end, sample_id and seed, `columns` the table's width.
 
     Raises:
         TypeError: an argument is not a tensor or of another dtype.
-        ValueError: shapes, devices or memory layouts do not fit, one of `out_uncond` and `guidance` is missing, or
-            `history2` comes without `history`.
+        ValueError: shapes, devices or memory layouts do not fit, one of `out_uncond` and `guidance` or one of `known`
+            and `mask` is missing, these two come without noise, or `history2` comes without `history`.
     """
     f32 = (torch.float32,)
     check_tensor("p_sample", "x", x, dtypes=f32, shape=("B", "C", "H", "W"), contiguous=True)
@@ -167,6 +184,24 @@ def check_p_sample(
     if bound is not None:
         fix = "pass one per sample"
         check_tensor("p_sample", "bound", bound, dtypes=f32, shape=(batch,), device=on, fix=fix)
+    _check_known(x, known, mask, stochastic)
+
+
+def _check_known(x: Tensor, known: Tensor | None, mask: Tensor | None, stochastic: bool) -> None:
+    """Check what `p_sample` is told of known pixels."""
+    if (known is None) != (mask is None):
+        missing, given = ("mask", "known") if mask is None else ("known", "mask")
+        raise ValueError(f"p_sample: {missing} must be given with {given}, got None; pass both or neither")
+    for name, value in (("known", known), ("mask", mask)):
+        if value is not None:
+            shape, fix = tuple(x.shape), "expand it to one number per element"
+            check_tensor(
+                "p_sample", name, value, dtypes=(x.dtype,), shape=shape, device=x.device, contiguous=True, fix=fix
+            )
+    if known is not None and not stochastic:
+        raise ValueError(
+            "p_sample: stochastic must be True with known, got False; known pixels are noised in every row"
+        )
 
 
 def check_q_sample(

@@ -8,7 +8,12 @@ stay. With a row's entries, the network's output `out`, the previous row's estim
     x  ← c_0·x̂₀ + c_x·x + c_o·out + c_h·h + c_h2·h₂ + σ·z
 
 which covers DDPM (Ho et al. 2020, eq. 6-7, 11), DDIM (Song et al. 2021, eq. 12), and DPM-Solver++(2M) and (3M) (Lu et
-al. 2022).
+al. 2022). Where a part of the pictures is known, x₀ᵏ, and a mask m says where the rest is (1), there follows (Lugmayr
+et al. 2022, eq. 8)
+
+    x  ← (1 − m)·(k_0·x₀ᵏ + k_z·z) + m·x
+
+with the same z: an element is either known or not, so none counts twice.
 """
 
 import torch
@@ -45,6 +50,8 @@ def p_sample_reference(
     history: Tensor | None = None,
     history2: Tensor | None = None,
     bound: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
     stochastic: bool = True,
 ) -> tuple[Tensor, ...]:
     """`p_sample` as a function, in plain PyTorch: nothing is changed in place, nothing depends on values.
@@ -55,7 +62,7 @@ def p_sample_reference(
         x: as in `p_sample`, and so are all other arguments; nothing is validated.
         out: the network's output.
         table: the rows.
-        timesteps: each row's training timestep.
+        timesteps: each row's noise counter.
         step: each sample's row.
         end: each sample's last row.
         sample_id: each sample's id.
@@ -66,6 +73,8 @@ def p_sample_reference(
         history: the previous rows' x̂₀.
         history2: the x̂₀ of the rows before those.
         bound: the dynamic thresholds.
+        known: known pictures.
+        mask: where they are not known.
         stochastic: whether σ·z is added.
 
     Returns:
@@ -75,9 +84,8 @@ def p_sample_reference(
     """
     batch, channels = x.shape[0], x.shape[1]
     row = torch.minimum(step.clamp(min=0), end)
-    *columns, last = table.index_select(0, row).unbind(1)
-    columns = [column.reshape(-1, 1, 1, 1) for column in columns]
-    a_x, a_o, c_0, c_x, c_o, c_h, sigma, limit, log_beta, log_beta_tilde = columns
+    columns = [column.reshape(-1, 1, 1, 1) for column in table.index_select(0, row).unbind(1)]
+    a_x, a_o, c_0, c_x, c_o, c_h, sigma, limit, log_beta, log_beta_tilde, c_h2, k_0, k_z = columns
     active = (row < end).reshape(-1, 1, 1, 1)
 
     eff = out[:, :channels].float()
@@ -97,7 +105,6 @@ def p_sample_reference(
         new = torch.addcmul(new, c_h, torch.where(c_h == 0.0, 0.0, history))
         x0 = torch.where(active, x0, history)
     if history is not None and history2 is not None:
-        c_h2 = last.reshape(-1, 1, 1, 1)
         new = torch.addcmul(new, c_h2, torch.where(c_h2 == 0.0, 0.0, history2))
         history2 = torch.where(active, history, history2)
     if stochastic:
@@ -114,6 +121,9 @@ def p_sample_reference(
             middle, slope = 0.25 * (log_beta + log_beta_tilde), 0.25 * (log_beta - log_beta_tilde)
             sigma = sigma * torch.exp(torch.addcmul(middle, slope, v))
         new = torch.addcmul(new, sigma, z)
+        if known is not None and mask is not None:
+            # So spelt, what is known stays as it is to the last bit where k_0 is 1 and k_z is 0.
+            new = torch.addcmul((1.0 - mask) * torch.addcmul(k_0 * known, k_z, z), mask, new)
     # c_x = 1 alone would still turn -0 into +0.
     new = torch.where(active, new, x)
     return (new, x0) if history2 is None else (new, x0, history2)
@@ -135,6 +145,8 @@ def p_sample(
     history: Tensor | None = None,
     history2: Tensor | None = None,
     bound: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
     stochastic: bool = True,
 ) -> None:
     """Move every sample of a batch one row on, in place, with the equations above.
@@ -148,7 +160,8 @@ def p_sample(
             variance, where the second half is v in [-1, 1] and σ becomes σ·exp(½(f log β + (1−f) log β̃)) with
             f = (v+1)/2 (Nichol and Dhariwal 2021, eq. 15). Other memory layouts are copied first.
         table: float32 [R, len(COLUMNS)]: the rows of one chapter or of several, all finite but for `bound`, σ ≥ 0.
-        timesteps: int64 [R]: the training timestep of each row, which is the noise's counter t.
+        timesteps: int64 [R]: the noise's counter t of each row: its training timestep, and more than that where a run
+            comes back to one (`philox.VISIT`).
         step: int64 [B], below 2³¹: each sample's row, clamped to [0, end].
         end: int64 [B], 0 ... R-1, which is not checked: the identity row of each sample's chapter. A sample that has
             reached it is finished: it is not written, whatever rows follow.
@@ -167,18 +180,23 @@ def p_sample(
             c_h2 is 0.
         bound: float32 [B], ≥ 1: dynamic thresholds s, x̂₀ = clip(x̂₀, −s, s)/s (Saharia et al. 2022), instead of the
             table's bound.
+        known: float32 [B, C, H, W], contiguous, finite: the pictures of which a part is known.
+        mask: float32 [B, C, H, W], contiguous, in [0, 1], with `known`: 1 where an element is to be drawn, 0 where it
+            is known; in between the two are mixed. It is as large as x, and not one plane for all channels, so that a
+            thread finds an element's mask where it finds the element.
         stochastic: False leaves out σ·z altogether, for solvers whose σ is 0 in every row; the noise, which is
-            most of the arithmetic, is then not made.
+            most of the arithmetic, is then not made. With `known` it must be made.
 
     Raises:
         TypeError: an argument is not a tensor or of another dtype.
-        ValueError: shapes, devices or memory layouts do not fit, one of `out_uncond` and `guidance` is missing, or
-            `history2` comes without `history`.
+        ValueError: shapes, devices or memory layouts do not fit, one of `out_uncond` and `guidance` or one of `known`
+            and `mask` is missing, these two come without noise, or `history2` comes without `history`.
     """
     per_sample = {"step": step, "end": end, "sample_id": sample_id, "seed": seed}
     check_p_sample(
-        x, out, table, timesteps, per_sample, noise, out_uncond, guidance, history, history2, bound, len(COLUMNS)
-    )
+        x, out, table, timesteps, per_sample, noise, out_uncond, guidance, history, history2, bound, known, mask,
+        stochastic, len(COLUMNS),
+    )  # fmt: skip
     with torch.no_grad():
         if runs_triton(x.device.type):
             from .p_sample_triton import p_sample_op
@@ -204,6 +222,8 @@ def p_sample(
                 history,
                 history2,
                 bound,
+                known,
+                mask,
                 stochastic,
             )
             return
@@ -222,6 +242,8 @@ def p_sample(
             history=history,
             history2=history2,
             bound=bound,
+            known=known,
+            mask=mask,
             stochastic=stochastic,
         )
         for mine, new in zip((x, history, history2), changed, strict=False):

@@ -69,6 +69,8 @@ def _p_sample_kernel(
     history: tl.tensor,
     history2: tl.tensor,
     bound: tl.tensor,
+    known: tl.tensor,
+    mask: tl.tensor,
     numel: tl.tensor,
     noise_rows: tl.tensor,
     LEARNED: tl.constexpr,
@@ -133,13 +135,23 @@ def _p_sample_kernel(
             picture = tl.maximum(noise_rows + tl.minimum(r - last, -1), 0) * tl.num_programs(0) + b
             picture = tl.cast(picture, tl.uint32).to(tl.int64) * tl.cast(numel, tl.uint32).to(tl.int64)
             z_low, z_high = load_two_quads(noise + picture, group, numel)
-            z_low, z_high = z_low * sigma, z_high * sigma
+            if known is None:
+                z_low, z_high = z_low * sigma, z_high * sigma
         else:
             t, number, key = tl.load(timesteps + line), tl.load(sample_id + b), tl.load(seed + b)
-            scale = sigma * sigma * MINUS_2_LN_2
+            if known is None:
+                scale = sigma * sigma * MINUS_2_LN_2
+            else:
+                scale = MINUS_2_LN_2
             q = (group * 2).to(tl.uint32)
             z_low = normal_quad(q, t, number, key, scale, APPROX)
             z_high = normal_quad(q + 1, t, number, key, scale, APPROX)
+        if known is not None:
+            # The known elements take the same normals at another scale, so these come unscaled.
+            k_0, k_z = tl.load(row + 11), tl.load(row + 12)
+            held_low, held_high = load_two_quads(known + first, group, numel)
+            held_low, held_high = tl.fma(k_z, z_low, k_0 * held_low), tl.fma(k_z, z_high, k_0 * held_high)
+            z_low, z_high = z_low * sigma, z_high * sigma
 
     a_x, a_o, c_0, c_x, c_o = (
         tl.load(row),
@@ -159,6 +171,10 @@ def _p_sample_kernel(
     new_high, x0_high = _update(
         x_high, o_high, u_high, v_high, h_high, h2_high, z_high, c, G, LEARNED, H, H2, B, STOCHASTIC
     )
+    if known is not None:
+        m_low, m_high = load_two_quads(mask + first, group, numel)
+        new_low = tl.fma(m_low, new_low, (1.0 - m_low) * held_low)
+        new_high = tl.fma(m_high, new_high, (1.0 - m_high) * held_high)
     # The identity row would turn -0 into +0 and spread a NaN of the network: a finished sample is not written.
     active = r < last
     low, high = (e < numel) & active, (e + 4 < numel) & active
@@ -188,6 +204,8 @@ def p_sample_op(
     history: Tensor | None,
     history2: Tensor | None,
     bound: Tensor | None,
+    known: Tensor | None,
+    mask: Tensor | None,
     stochastic: bool,
 ) -> None:
     """`p_sample` on a GPU: `x` and histories are written; every tensor is contiguous, and nothing is validated."""
@@ -207,6 +225,8 @@ def p_sample_op(
         history,
         history2,
         bound,
+        known,
+        mask,
         numel,
         1 if noise is None else noise.shape[0],
         LEARNED=out.shape[1] != x.shape[1],

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import tomllib
 
 import pytest
@@ -40,13 +41,20 @@ def test_python(block, place, single_thread):
     run_python(block.text, str(block))
 
 
+@pytest.fixture
+def data(place):
+    """Random pictures in MNIST's format in `mnist/`, which the pages train on, and the digits that they edit."""
+    save_mnist(place / "mnist")
+    for name in ("two.png", "seven.png", "mask.png"):
+        shutil.copy(ROOT / "docs" / "images" / "editing" / name, place)
+
+
 @pytest.mark.parametrize(
     "block",
     [pytest.param(b, marks=pytest.mark.slow) if any(c.startswith(SLOW) for c in b.commands) else b for b in SHELL],
     ids=str,
 )
-def test_commands(block, place, fastddpm):
-    save_mnist(place / "mnist")
+def test_commands(block, place, data, fastddpm):
     for command in block.commands:
         program, *words = shlex.split(command)
         if not block.why_not:
@@ -179,8 +187,11 @@ def test_the_command_line_s_page_has_every_command_and_option():
     spec.loader.exec_module(hook)
     page = hook.on_page_markdown(text_of("reference/command-line.md"))
     sections = {part.split("\n")[0]: part for part in page.split("\n## fastddpm ")[1:]}
-    commands = typer.main.get_command(app).commands
-    assert list(sections) == list(commands)
+    commands = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        inner = getattr(command, "commands", None)
+        commands |= {name: command} if inner is None else {f"{name} {part}": inner[part] for part in inner}
+    assert sorted(sections) == sorted(commands)
     for name, command in commands.items():
         for parameter in command.params:
             for option in (*parameter.opts, *parameter.secondary_opts):

@@ -1,4 +1,4 @@
-"""The command line: `fastddpm sample | likelihood | train | convert | export | compile | bench | info | doctor`."""
+"""The command line: `fastddpm sample | edit | likelihood | train | convert | export | compile | bench | info | doctor`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fastddpm.cli.bench import bench
 from fastddpm.cli.compile import compile_model
 from fastddpm.cli.convert import convert
 from fastddpm.cli.doctor import doctor
+from fastddpm.cli.edit import edit
 from fastddpm.cli.errors import INTERRUPTED, report
 from fastddpm.cli.export import export
 from fastddpm.cli.info import info
@@ -52,6 +53,7 @@ def help_without_command(
 
 
 app.command()(sample)
+app.add_typer(edit)
 app.command()(likelihood)
 app.command()(train)
 app.command()(convert)

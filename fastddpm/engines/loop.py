@@ -26,18 +26,25 @@ class Course:
         timesteps: the training timestep of each step.
         draws: for each step, whether noise that somebody supplies is asked for.
         takes_noise: whether the step can be handed any.
+        counters: the counter of each step's seeded noise.
     """
 
     timesteps: Sequence[int]
     draws: Sequence[bool]
     takes_noise: bool
+    counters: Sequence[int]
 
     @classmethod
-    def of(cls, table: StepTable, draws: Sequence[bool] | None = None) -> Course:
-        """The steps of a table; noise is asked for where a row adds it, unless `draws` says otherwise."""
+    def of(cls, table: StepTable, draws: Sequence[bool] | None = None, *, masked: bool = False) -> Course:
+        """The steps of a table; noise is asked for where a row adds it, unless `draws` says otherwise.
+
+        Where a part of the pictures is known (`masked`), it is noised in every row that does not lead to x_0.
+        """
         # Peers draw nothing where nothing is used, and so their generators stay in step with ours.
-        adds = (table.rows[:-1, COLUMNS.index("sigma")] != 0).tolist()
-        return cls(table.timesteps[:-1].tolist(), adds if draws is None else draws, table.uses_noise)
+        adding = [COLUMNS.index(name) for name in (("sigma", "k_z") if masked else ("sigma",))]
+        adds = (table.rows[:-1, adding] != 0).any(1).tolist()
+        takes = table.uses_noise or masked
+        return cls(table.timesteps[:-1].tolist(), adds if draws is None else draws, takes, table.counters[:-1].tolist())
 
     @property
     def S(self) -> int:

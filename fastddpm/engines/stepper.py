@@ -155,6 +155,8 @@ class Stepper:
                 x_T=batch.x_T if x_T is None else x_T,
                 labels=batch.labels if labelled else None,
                 guidance=batch.guidance,
+                known=batch.known,
+                mask=batch.mask,
             )
             example = torch.zeros_like(state.x)[None] if noise else None
             if isinstance(table, LikelihoodTable):
@@ -162,7 +164,10 @@ class Stepper:
                 bound = LikelihoodForm.of(self.spec, table, labelled=labelled, noise=noise)
                 yield Call(LikelihoodStep(self.network, bound), state, self.book, example)
                 return
-            form = StepForm.of(self.spec, table, guided=guided, labelled=labelled, noise=noise, previews=previews)
+            form = StepForm.of(
+                self.spec, table, guided=guided, labelled=labelled, noise=noise, previews=previews,
+                masked=batch.mask is not None,
+            )  # fmt: skip
             yield Call(Step(self.network, form), state, self.book, example).formed()
 
     def _places(self, table: Table, batch: Request, guided: bool) -> contextlib.AbstractContextManager[Places]:

@@ -21,7 +21,12 @@ _LUMA = (0.299, 0.587, 0.114)
 
 
 def from_pictures(
-    pictures: Pictures, shape: tuple[int, int, int], *, unit_range: bool = False, function: str = "from_pictures"
+    pictures: Pictures,
+    shape: tuple[int, int, int],
+    *,
+    unit_range: bool = False,
+    function: str = "from_pictures",
+    argument: str = "images",
 ) -> Tensor:
     """Pictures in the range that a network works in.
 
@@ -34,6 +39,7 @@ def from_pictures(
         shape: (C, H, W) of the network.
         unit_range: whether the network works in [0, 1] rather than in [−1, 1].
         function: name that starts the error messages.
+        argument: what they call the pictures.
 
     Returns:
         float32 [N, C, H, W] on the CPU, or on the tensors' device.
@@ -43,18 +49,19 @@ def from_pictures(
         ValueError: there is none, a file cannot be read, or size, channels or values do not fit.
         OSError: a file cannot be opened.
     """
+    name = f"{function}: {argument}"
     each = pictures if isinstance(pictures, (list, tuple)) else [pictures]
     if not each:
-        raise ValueError(f"{function}: images must be at least one, got none")
-    units = torch.cat([_fitted(function, _unit(function, picture), shape) for picture in each])
+        raise ValueError(f"{name} must be at least one, got none")
+    units = torch.cat([_fitted(name, _unit(name, picture), shape) for picture in each])
     return units if unit_range else 2 * units - 1
 
 
-def _unit(function: str, picture: object) -> Tensor:
+def _unit(name: str, picture: object) -> Tensor:
     """One picture or a stack of them as float32 [N, C, H, W] in [0, 1]."""
     if isinstance(picture, (str, os.PathLike)):
         if not Path(picture).exists():
-            raise ValueError(f"{function}: images must exist, got {os.fspath(picture)}; mend the path")
+            raise ValueError(f"{name} must exist, got {os.fspath(picture)}; mend the path")
         picture = read_picture(Path(picture)).pixels
     elif isinstance(picture, Image.Image):
         picture = _pixels(picture)
@@ -68,17 +75,17 @@ def _unit(function: str, picture: object) -> Tensor:
         tensor = picture[None] if picture.ndim == 3 else picture if picture.ndim == 4 else None
     else:
         kind = type(picture).__name__
-        raise TypeError(f"{function}: images must be paths, PIL images, arrays or tensors, got {kind}; convert them")
+        raise TypeError(f"{name} must be paths, PIL images, arrays or tensors, got {kind}; convert them")
     if tensor is None:
-        raise ValueError(f"{function}: images must be {layout}, got {tuple(picture.shape)}; reshape them")
+        raise ValueError(f"{name} must be {layout}, got {tuple(picture.shape)}; reshape them")
     if tensor.dtype == torch.uint8:
         return tensor.float() / 255
     if not tensor.is_floating_point():
-        raise TypeError(f"{function}: images must be uint8 or float, got {tensor.dtype}; convert them")
+        raise TypeError(f"{name} must be uint8 or float, got {tensor.dtype}; convert them")
     # What was sampled without clipping may leave [0, 1] by a rounding, and NaN is in no range.
     if not bool(((tensor >= -1e-3) & (tensor <= 1 + 1e-3)).all()):
         low, high = tensor.min().item(), tensor.max().item()
-        raise ValueError(f"{function}: float images must be in [0, 1], got {low:.4g} … {high:.4g}; map them there")
+        raise ValueError(f"{name} of floats must be in [0, 1], got {low:.4g} … {high:.4g}; map them there")
     return tensor.float()
 
 
@@ -89,12 +96,12 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
 
 
-def _fitted(function: str, units: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def _fitted(name: str, units: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """The pictures with the network's channels; their size must be right."""
     C, H, W = shape
     if units.shape[2:] != (H, W):
         height, width = units.shape[2:]
-        raise ValueError(f"{function}: images must be {W}×{H} pixels, got {width}×{height}; resize them")
+        raise ValueError(f"{name} must be {W}×{H} pixels, got {width}×{height}; resize them")
     found = units.shape[1]
     if found in (2, 4) and C in (1, 3) and bool((units[:, -1] == 1).all()):
         units, found = units[:, :-1], found - 1  # opaque throughout
@@ -104,4 +111,4 @@ def _fitted(function: str, units: Tensor, shape: tuple[int, int, int]) -> Tensor
         return (units * units.new_tensor(_LUMA)[:, None, None]).sum(1, keepdim=True)
     if found == 1 and C == 3:
         return units.expand(-1, 3, -1, -1)
-    raise ValueError(f"{function}: images must have {C} channels, got {found}; the network knows no others")
+    raise ValueError(f"{name} must have {C} channels, got {found}; the network knows no others")

@@ -61,7 +61,7 @@ def ddim_table(
     sigma = eta * ((1.0 - a_prev) / (1.0 - a_t) * (1.0 - a_t / a_prev)).sqrt()
     direction = (1.0 - a_prev - sigma**2).clamp(min=0.0).sqrt()  # the factor of ε
     signal, noise = a_t.sqrt(), (1.0 - a_t).sqrt()
-    columns = pairs.x_start_columns("ddim_table", prediction)
+    columns = pairs.x_start_columns("ddim_table", prediction) | pairs.known_columns()
     columns["c_0"] = a_prev.sqrt()
     columns["sigma"] = sigma
     if clipped_eps == "rederive":

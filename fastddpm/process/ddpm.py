@@ -67,7 +67,7 @@ def ddpm_table(
     beta = 1.0 - alpha
     beta_tilde = (1.0 - a_prev) / (1.0 - a_t) * beta
     noisy = ((pairs.prev >= 0) if noise_gate == "final" else (pairs.t > 0)).double()
-    columns = pairs.x_start_columns("ddpm_table", prediction)
+    columns = pairs.x_start_columns("ddpm_table", prediction) | pairs.known_columns()
     columns["c_0"] = a_prev.sqrt() * beta / (1.0 - a_t)
     columns["c_x"] = alpha.sqrt() * (1.0 - a_prev) / (1.0 - a_t)
     if variance == "learned_range":

@@ -58,7 +58,7 @@ def dpmpp_2m_table(
     """
     name = "dpmpp_2m_table"
     pairs, h = _path(name, schedule, timesteps, prev_timesteps, final_alpha_to_one)
-    columns = pairs.x_start_columns(name, prediction) | _second_order(pairs, h, lower_order_final)
+    columns = _common(pairs, name, prediction) | _second_order(pairs, h, lower_order_final)
     return assemble(name, "dpmpp_2m", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip)
 
 
@@ -112,7 +112,7 @@ def dpmpp_3m_table(
     name = "dpmpp_3m_table"
     check_choice(name, "second_difference", second_difference, get_args(SecondDifference))
     pairs, h = _path(name, schedule, timesteps, prev_timesteps, final_alpha_to_one)
-    columns = pairs.x_start_columns(name, prediction) | _second_order(pairs, h, lower_order_final)
+    columns = _common(pairs, name, prediction) | _second_order(pairs, h, lower_order_final)
     third = torch.arange(len(h)) >= 2
     third[h.isposinf()] = False
     if lower_order_final:
@@ -144,6 +144,11 @@ def _path(
         )
     lam_t, lam_prev = (0.5 * (a.log() - (1.0 - a).log()) for a in (pairs.a_t, pairs.a_prev))
     return pairs, lam_prev - lam_t
+
+
+def _common(pairs: StepPairs, name: str, prediction: Prediction) -> dict[str, Tensor]:
+    """The columns that do not depend on the order."""
+    return pairs.x_start_columns(name, prediction) | pairs.known_columns()
 
 
 def _second_order(pairs: StepPairs, h: Tensor, lower_order_final: bool) -> dict[str, Tensor]:

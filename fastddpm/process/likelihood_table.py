@@ -22,6 +22,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from fastddpm.kernels.philox import LIKELIHOOD
 from fastddpm.process.ddpm import clipped_log
 from fastddpm.process.pairs import StepPairs
 from fastddpm.process.schedule import NoiseSchedule
@@ -31,7 +32,7 @@ from fastddpm.process.table import DynamicThreshold, check_choice, rounded
 LIKELIHOOD_COLUMNS = (
     "a_x", "a_o", "scale", "signal", "spread", "snr", "decodes", "bound", "log_excess", "log_slope", "log_true",
 )  # fmt: skip
-"""The columns of a row, in their order in memory. A book keeps them beside solvers' rows: they are as many as
+"""The columns of a row, in their order in memory. A book keeps them beside solvers' rows: they are no more than
 `fastddpm.kernels.p_sample.COLUMNS`, and what is called alike stands in the same place."""
 
 
@@ -51,6 +52,11 @@ class LikelihoodTable:
     timesteps: Tensor
     variance: Variance
     threshold: DynamicThreshold | None
+
+    @property
+    def counters(self) -> Tensor:
+        """int64 [S+1], each row's noise counter: its timestep, in the domain of likelihoods."""
+        return self.timesteps + LIKELIHOOD
 
     @property
     def S(self) -> int:

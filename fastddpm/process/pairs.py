@@ -74,6 +74,17 @@ class StepPairs:
         a_prev = torch.where(prev >= 0, alpha_bar[prev.clamp(min=0)], final)
         return cls(t, prev, alpha_bar[t], a_prev, torch.where(t > 0, alpha_bar[(t - 1).clamp(min=0)], 1.0))
 
+    def known_columns(self) -> dict[str, Tensor]:
+        """k_0 and k_z of what is known of x_0, noised to where a row lands: √ᾱ_prev and √(1−ᾱ_prev), 1 and 0 at x_0.
+
+        Lugmayr et al. 2022, eq. 8a.
+
+        Returns:
+            Column → float64 [S].
+        """
+        level = torch.where(self.prev >= 0, self.a_prev, 1.0)
+        return {"k_0": level.sqrt(), "k_z": (1.0 - level).sqrt()}
+
     def x_start_columns(self, function: str, prediction: Prediction) -> dict[str, Tensor]:
         """a_x and a_o of x̂_0 = a_x x_t + a_o out: Ho et al. 2020, eq. 15; Salimans & Ho 2022, appendix D.
 

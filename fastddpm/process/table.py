@@ -6,6 +6,9 @@ before it, `history2`:
     x̂_0     = clip(a_x · x_t + a_o · out, −bound, +bound)
     x_{t−1} = c_0 · x̂_0 + c_x · x_t + c_o · out + c_h · history + c_h2 · history2 + sd · z
 
+and where a part of the picture is known (inpainting), that part is k_0 · known + k_z · z instead, of the level where
+the row lands.
+
 `sd` is sigma, times exp(½ (f · log_beta + (1 − f) · log_beta_tilde)) with f = (v + 1)/2 if the network
 also returns a variance v (Nichol & Dhariwal 2021, eq. 15). Rows whose variance is not learned hold 0 in
 both logs, so that the factor is 1: such tables drive networks with C and with 2C output channels alike.
@@ -107,8 +110,9 @@ class StepTable:
     Attributes:
         rows: float32 [S+1, len(COLUMNS)], columns in the order of `fastddpm.kernels.p_sample.COLUMNS`;
             row S is the identity (c_x = 1, bound = ∞, all else 0).
-        timesteps: int64 [S+1]; the training timestep of each row, which is also its noise counter; row S
-            holds 0.
+        timesteps: int64 [S+1]; the training timestep of each row; row S holds 0.
+        counters: int64 [S+1]; the counter t of each row's noise: its timestep, and more where the run comes back to one
+            (`fastddpm.kernels.philox.VISIT`).
         prediction: what the network returns: "eps", "x_start" or "v".
         variance: "learned_range" needs a network with 2C output channels; the others work with C or 2C.
         solver: the method that made the rows.
@@ -117,12 +121,13 @@ class StepTable:
         threshold: dynamic thresholding, whose bound per sample replaces the column `bound`; or None.
 
     Raises:
-        TypeError: rows or timesteps have the wrong dtype.
+        TypeError: rows, timesteps or counters have the wrong dtype.
         ValueError: a shape is wrong, a coefficient is not finite, or a name is unknown.
     """
 
     rows: Tensor
     timesteps: Tensor
+    counters: Tensor
     prediction: Prediction
     variance: Variance
     solver: Solver
@@ -132,16 +137,22 @@ class StepTable:
 
     def __post_init__(self) -> None:
         """Validate: a table that exists can be run."""
-        if self.rows.dtype != torch.float32 or self.timesteps.dtype != torch.int64:
+        whole = {self.timesteps.dtype, self.counters.dtype}
+        if self.rows.dtype != torch.float32 or whole != {torch.int64}:
             raise TypeError(
-                "StepTable: rows must be float32 and timesteps int64, got "
-                f"{self.rows.dtype} and {self.timesteps.dtype}; use make_table"
+                "StepTable: rows must be float32, timesteps and counters int64, got "
+                f"{self.rows.dtype}, {self.timesteps.dtype} and {self.counters.dtype}; use make_table"
             )
         S1 = self.timesteps.numel()
         if S1 < 2 or self.timesteps.ndim != 1 or self.rows.shape != (S1, len(COLUMNS)):
             raise ValueError(
                 f"StepTable: rows must be [S+1, {len(COLUMNS)}] and timesteps [S+1] with S ≥ 1, got "
                 f"{tuple(self.rows.shape)} and {tuple(self.timesteps.shape)}; use make_table"
+            )
+        if self.counters.shape != self.timesteps.shape:
+            raise ValueError(
+                f"StepTable: counters must be one for each of the {S1} timesteps, got {tuple(self.counters.shape)}; "
+                "use make_table"
             )
         for name, value, kind in (
             ("prediction", self.prediction, Prediction),
@@ -157,7 +168,8 @@ class StepTable:
 
     def to(self, device: torch.device | str) -> StepTable:
         """The same table with its tensors on `device`."""
-        return replace(self, rows=self.rows.to(device), timesteps=self.timesteps.to(device))
+        moved = {name: getattr(self, name).to(device) for name in ("rows", "timesteps", "counters")}
+        return replace(self, **moved)
 
     def row(self, i: int) -> dict[str, float]:
         """Row i, 0 … S, as column → number, for reading and for tests.
@@ -206,9 +218,11 @@ def assemble(
     def uses(name: str) -> bool:
         return bool((rows[:, _COLUMN[name]] != 0).any())
 
+    visited = torch.cat([timesteps, timesteps.new_zeros(1)])
     return StepTable(
         rows=rows,
-        timesteps=torch.cat([timesteps, timesteps.new_zeros(1)]),
+        timesteps=visited,
+        counters=visited,
         prediction=prediction,
         variance=variance,
         solver=solver,

@@ -46,7 +46,8 @@ class Book:
 
     Attributes:
         rows: float32 [capacity, len(COLUMNS)], the coefficients of solvers' rows and of bounds'.
-        timesteps: int64 [capacity], each row's training timestep.
+        timesteps: int64 [capacity], each row's noise counter: its training timestep, and more where a run comes back to
+            one.
         conditions: [capacity, …], what the network is told in each row (`Network.tabulate`).
         holds_classes: whether each class has chapters of its own; otherwise the network is told of it in each step.
     """
@@ -155,8 +156,8 @@ class Book:
     def _write(self, chapter: Chapter, table: Table, label: int | None) -> None:
         place = slice(chapter.begin, chapter.end + 1)
         timesteps = table.timesteps.to(self.device)
-        self.rows[place] = table.rows.to(self.device)
-        self.timesteps[place] = timesteps
+        self.rows[place, : table.rows.shape[1]] = table.rows.to(self.device)
+        self.timesteps[place] = table.counters.to(self.device)
         # One class at a time: what a row holds must not depend on which others are asked for.
         self.conditions[place] = self._network.tabulate(self._spec.times_fed(timesteps), label)
 
@@ -170,6 +171,6 @@ class Book:
 def table_digest(table: Table) -> bytes:
     """Tells tables apart by their numbers."""
     digest = hashlib.blake2b(digest_size=16)
-    for tensor in (table.rows, table.timesteps):
+    for tensor in (table.rows, table.timesteps, table.counters):
         digest.update(tensor.cpu().numpy().tobytes())
     return digest.digest()

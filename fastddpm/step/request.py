@@ -64,6 +64,8 @@ class Request:
         batch_size: samples that run together.
         fills: whether short batches are filled up, so that the arithmetic is always that of `batch_size` samples.
         seed: of the run, in [0, 2**64).
+        known: float32 [n, C, H, W], pictures of which a part is known, or None.
+        mask: float32 [n, C, H, W], with `known`: 1 where they are to be drawn.
     """
 
     ids: Tensor
@@ -74,6 +76,8 @@ class Request:
     batch_size: int
     fills: bool = False
     seed: int = 0
+    known: Tensor | None = None
+    mask: Tensor | None = None
 
     def filled(self) -> Request:
         """A batch with its last sample repeated up to `batch_size`, if that was asked for; otherwise as it is."""

@@ -29,6 +29,8 @@ class State:
         history2: float32 [B, C, H, W], that of the step before it, likewise.
         terms: float32 [B, 3], what the last step found out of each picture, in the order of
             `fastddpm.step.likelihood.TERMS`, where x is pictures whose likelihood is asked for; or None.
+        known: float32 [B, C, H, W], pictures of which a part is known, in the network's range, or None.
+        mask: float32 [B, C, H, W], with `known`: 1 where they are to be drawn, 0 where they are known.
     """
 
     x: Tensor
@@ -42,6 +44,8 @@ class State:
     history: Tensor | None = None
     history2: Tensor | None = None
     terms: Tensor | None = None
+    known: Tensor | None = None
+    mask: Tensor | None = None
 
     @classmethod
     def create(
@@ -55,6 +59,8 @@ class State:
         labels: Tensor | None = None,
         guidance: Tensor | None = None,
         history: bool = False,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> State:
         """Samples at the start of their run: x_T, each clock at its chapter's first row.
 
@@ -67,6 +73,8 @@ class State:
             labels: int64 [B].
             guidance: float [B].
             history: whether to keep x̂_0.
+            known: float [B, C, H, W].
+            mask: float [B, C, H, W].
 
         Returns:
             The new state.
@@ -86,6 +94,8 @@ class State:
             None if places.uncond is None else places.uncond.clone(),
             None if guidance is None else guidance.to(device, torch.float32),
             torch.zeros_like(x) if history else None,
+            known=None if known is None else known.to(device, torch.float32).contiguous(),
+            mask=None if mask is None else mask.to(device, torch.float32).contiguous(),
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

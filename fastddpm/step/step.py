@@ -24,6 +24,8 @@ ALWAYS = ("x", "step", "end", "sample_id", "seed", "rows", "timesteps", "conditi
 """The arguments that every step has."""
 HISTORIES = ("history", "history2")
 """Where the estimates of x_0 of the last steps are kept, the newest first."""
+KNOWN = ("known", "mask")
+"""What a step is told of pictures of which a part is known."""
 CHANGED = ("x", "step", *HISTORIES)
 """The arguments that a step changes, in the order of its results; the histories only where they are kept."""
 
@@ -43,6 +45,7 @@ class StepForm:
         self_condition: whether the network is given the previous x̂_0.
         null_class: the label of "no class", where the network is told the class in each step.
         threshold: dynamic thresholding, or None.
+        masked: whether a part of each picture may be known and is held at its level. It takes noise: `stochastic`.
         in_place: whether the results are written into the arguments `CHANGED`, as a captured graph needs. Otherwise
             the arguments stay as they are: ahead-of-time packages were seen to lose changes that are made to them.
     """
@@ -56,10 +59,13 @@ class StepForm:
     self_condition: bool = False
     null_class: int | None = None
     threshold: DynamicThreshold | None = None
+    masked: bool = False
     in_place: bool = False
 
     def __post_init__(self) -> None:
-        """A self-conditioned network always has a history."""
+        """A self-conditioned network always has a history, and known pixels always are noised."""
+        if self.masked and not self.stochastic:
+            raise ValueError("StepForm: stochastic must be True for a masked step, got False; known pixels are noised")
         if not 0 <= self.history <= len(HISTORIES):
             raise ValueError(f"StepForm: history must be 0, 1 or 2, got {self.history}; keep as many as rows read")
         if self.self_condition and not self.history:
@@ -78,6 +84,7 @@ class StepForm:
             "uncond": self.guided and not self.labelled,
             "guidance": self.guided,
             **{name: name in self.histories for name in HISTORIES},
+            **dict.fromkeys(KNOWN, self.masked),
             "noise": self.noise,
         }
         return (*ALWAYS, *(name for name, is_wanted in wanted.items() if is_wanted))
@@ -109,6 +116,7 @@ class StepForm:
         labelled: bool = False,
         noise: bool = False,
         previews: bool = False,
+        masked: bool = False,
     ) -> StepForm:
         """The leanest form for a run.
 
@@ -119,17 +127,19 @@ class StepForm:
             labelled: whether the network is told the class in each step.
             noise: whether each step is handed its z.
             previews: whether somebody wants to see x̂_0.
+            masked: whether a part of some picture is known.
         """
         return cls(
             guided=guided,
             labelled=labelled,
             history=max(table.history, int(spec.self_condition or previews)),
             noise=noise,
-            stochastic=table.uses_noise,
+            stochastic=table.uses_noise or masked,
             learned=table.variance == "learned_range",
             self_condition=spec.self_condition,
             null_class=spec.null_class if labelled else None,
             threshold=table.threshold,
+            masked=masked,
         )
 
 
@@ -156,8 +166,9 @@ class Step(nn.Module):
 
         Args:
             tensors: in the order of `StepForm.names`: x, step, end, sample_id and seed as in `State`; rows, timesteps
-                and conditions as in `Book`; then, as the form has them, labels, uncond, guidance, history and history2
-                as in `State`, and noise, float32 [N, B, C, H, W], z, as in `p_sample` (with N = 1 that of this step).
+                and conditions as in `Book`; then, as the form has them, labels, uncond, guidance, history, history2,
+                known and mask as in `State`, and noise, float32 [N, B, C, H, W], z, as in `p_sample` (with N = 1 that
+                of this step).
 
         Returns:
             x, step and, where they are kept, the histories, one step later.
@@ -171,7 +182,8 @@ class Step(nn.Module):
         out, out_uncond = self.ask(x, step, given["conditions"], labels, uncond, history)
         return self.update(
             x, out, step, given["end"], given["sample_id"], given["seed"], given["rows"], given["timesteps"],
-            out_uncond, given.get("guidance"), history, given.get("history2"), noise,
+            out_uncond, given.get("guidance"), history, given.get("history2"), noise, given.get("known"),
+            given.get("mask"),
         )  # fmt: skip
 
     def ask(
@@ -223,6 +235,8 @@ class Step(nn.Module):
         history: Tensor | None = None,
         history2: Tensor | None = None,
         noise: Tensor | None = None,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """What follows the network: x̂_0, its bound, the solver's row and the clock; see `forward`.
 
@@ -234,12 +248,14 @@ class Step(nn.Module):
             sample_id: ids.
             seed: seeds.
             rows: coefficients.
-            timesteps: each row's timestep.
+            timesteps: each row's noise counter.
             out_uncond: the output without class.
             guidance: scales.
             history: the previous x̂_0.
             history2: the one before.
             noise: z.
+            known: pictures of which a part is known.
+            mask: where they are to be drawn.
 
         Returns:
             As `forward`.
@@ -261,7 +277,7 @@ class Step(nn.Module):
         changed = run(
             x, out, rows, timesteps, step, end, sample_id, seed,
             noise=noise, out_uncond=out_uncond, guidance=guidance, history=history, history2=history2, bound=bound,
-            stochastic=form.stochastic,
+            known=known, mask=mask, stochastic=form.stochastic,
         )  # fmt: skip
         new, *past = changed or [value for value in (x, history, history2) if value is not None]
         later = step.copy_(later) if form.in_place else later

@@ -237,3 +237,21 @@ def test_an_engine_needs_no_weights_until_it_compiles():
         raise AssertionError("a digest takes time")
 
     assert Engine("eager", CPU, weights=weights).used == ""
+
+
+@pytest.mark.slow
+def test_steps_that_know_of_a_mask_have_a_package_of_their_own(compiled):
+    """It serves every mask, order of rows and solver; edits without a mask take the plain one."""
+    images, before = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), set(cache.packages())
+    eager = like(compiled, "eager")
+    asked = {"seed": 5, "class_labels": [0, 2, 1], "output": "raw"}
+    for mask, run in (
+        ("left", {"steps": 5, "resamplings": 2}),
+        ("top", {"solver": "ddpm", "steps": 7, "fill": "replace"}),
+    ):
+        got, expected = compiled.inpaint(images, mask, **run, **asked), eager.inpaint(images, mask, **run, **asked)
+        assert compiled.engine.used == "compiled"
+        assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert len(set(cache.packages()) - before) == 1
+    got, expected = (s.img2img(images, 0.5, steps=8, **asked) for s in (compiled, eager))
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max() and len(set(cache.packages()) - before) == 1

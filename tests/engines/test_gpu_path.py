@@ -371,3 +371,27 @@ def test_the_loop_never_waits_for_the_gpu(engine):
         if engine == "cuda_graph":
             assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     assert torch.equal(runner.state.step, runner.state.end)
+
+
+# --- edits ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_capture_serves_every_edit_that_knows_of_a_mask(captures):
+    """Other pictures, masks, jumps and solvers replay what was captured; without a mask another step is captured."""
+    sampler, generator = gpu_sampler(), torch.Generator().manual_seed(0)
+    eager = like(sampler, "eager")
+    runs = (
+        ("left", {"steps": 6, "jump_length": 2, "resamplings": 3}),
+        ("middle", {"solver": "ddpm", "steps": 9, "jump_length": 4, "resamplings": 2}),
+        (torch.rand(8, 8, generator=generator), {"fill": "replace", "steps": 5, "eta": 1.0}),
+    )
+    for number, (mask, run) in enumerate(runs):
+        images = torch.rand(3, 1, 8, 8, generator=generator)
+        asked = {"seed": number, "class_labels": [0, 2, 1], "output": "raw", **run}
+        expected, got = eager.inpaint(images, mask, **asked), sampler.inpaint(images, mask, **asked)
+        assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert sampler.engine.used == "cuda_graph" and len(captures) == 2  # of one step, and of several
+    pictures = torch.rand(3, 1, 8, 8, generator=generator)
+    asked = {"class_labels": 1, "steps": 7, "output": "raw"}
+    got, expected = sampler.img2img(pictures, 0.6, **asked), eager.img2img(pictures, 0.6, **asked)
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max() and len(captures) == 4

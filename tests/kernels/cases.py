@@ -28,12 +28,16 @@ OPTIONS = {
     "everything": ("learned", "guidance", "history", "bound"),
     "everything, noise": ("learned", "guidance", "history", "bound", "noise"),
     "everything, two histories": ("learned", "guidance", "history", "history2", "bound"),
+    "known": ("known",),
+    "known, noise": ("known", "noise"),
+    "everything, known": ("learned", "guidance", "history", "bound", "known"),
 }
 CHAPTERS = {
     "noise made": ("learned", "guidance"),
     "noise supplied": ("noise", "bound"),
     "history": ("history", "deterministic"),
     "two histories": ("history", "history2", "deterministic"),
+    "known": ("known",),
 }
 PAST = {"history": 1, "history2": 2}
 """The first so many rows of a run read none of it: it may hold NaN there."""
@@ -110,6 +114,11 @@ def make_case(shape=(7, 3, 8, 8), dtype=torch.float32, options=(), seed=0) -> Ca
         case.options["guidance"] = torch.rand(batch, generator=g) * 3
     if "bound" in options:
         case.options["bound"] = 1 + torch.rand(batch, generator=g)
+    if "known" in options:
+        case.options["known"] = normals(*shape)
+        case.options["mask"] = torch.rand(*shape, generator=g)  # soft, and hard in two thirds of the elements
+        case.options["mask"].view(-1)[::3] = 1.0
+        case.options["mask"].view(-1)[1::3] = 0.0
     for name, rows in PAST.items():
         if name in options:
             case.options[name] = normals(*shape)
@@ -222,6 +231,10 @@ def p_sample_float64(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                 f = (v + 1) / 2
                 sd = sd * np.exp(0.5 * (f * c["log_beta"] + (1 - f) * c["log_beta_tilde"]))
             terms.append(sd * z)
+            if "known" in options:
+                m = options["mask"][b]
+                held = [c["k_0"] * options["known"][b], c["k_z"] * z]
+                terms = [*(m * term for term in terms), *((1 - m) * term for term in held)]
         new[b], x0s[b] = sum(terms), x0
         size[b] = sum(np.abs(term) for term in terms) + np.abs(c["a_x"] * x[b]) + np.abs(c["a_o"] * o)
     return new, x0s, size

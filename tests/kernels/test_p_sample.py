@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastddpm.kernels import p_sample, p_sample_reference
+from fastddpm.kernels import COLUMNS, p_sample, p_sample_reference
 from tests.kernels.cases import CHAPTERS, OPTIONS, S, make_case, pretend_on_gpu
 from tests.kernels.checks import check_chapters, check_chapters_noise, check_identity, check_nan, check_p_sample
 
@@ -24,10 +24,13 @@ def test_odd_sizes(shape):
 
 
 @given(
-    options=st.sets(st.sampled_from(["learned", "guidance", "history", "history2", "bound", "noise", "deterministic"]))
+    options=st.sets(
+        st.sampled_from(["learned", "guidance", "history", "history2", "bound", "noise", "deterministic", "known"])
+    )
 )
 def test_any_combination_of_options(options):
     options |= {"history"} if "history2" in options else set()
+    options -= {"deterministic"} if "known" in options else set()
     check_p_sample(make_case((6, 2, 3, 3), torch.float32, tuple(options), seed=len(options)))
 
 
@@ -124,7 +127,7 @@ def test_reference_exports_with_any_batch_size(options):
 
 
 OP_ORDER = ("x", "out", "table", "timesteps", "step", "end", "sample_id", "seed", "noise", "out_uncond", "guidance")
-OP_ORDER += ("history", "history2", "bound")
+OP_ORDER += ("history", "history2", "bound", "known", "mask")
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -165,7 +168,7 @@ def _wrong(name, value, error, match):
         _wrong("out", torch.zeros(2, 4, 4, 4), ValueError, r"out must be of 3 channels .* or 6 .* got 4"),
         _wrong("out", torch.zeros(2, 3, 4, 5), ValueError, r"out must be of shape"),
         _wrong("out", torch.zeros(2, 3, 4, 4, device="meta"), ValueError, r"out must be on cpu, got meta; move it"),
-        _wrong("table", torch.zeros(6, 9), ValueError, r"table must be of shape \[R, 11\], got \[6, 9\]"),
+        _wrong("table", torch.zeros(6, 9), ValueError, r"table must be of shape \[R, 13\], got \[6, 9\]"),
         _wrong("timesteps", torch.zeros(5).long(), ValueError, r"timesteps must be of shape \[6\], got \[5\]"),
         _wrong("timesteps", torch.zeros(6), TypeError, r"timesteps must be int64, got float32"),
         _wrong("step", torch.zeros(2).int(), TypeError, r"step must be int64, got int32"),
@@ -185,6 +188,8 @@ def _wrong(name, value, error, match):
         _wrong("history2", torch.zeros(2, 3, 4, 4), ValueError, r"history must be given with history2, got None"),
         _wrong("bound", torch.ones(3), ValueError, r"bound must be of shape \[2\], got \[3\]"),
         _wrong("bound", 1.0, TypeError, r"bound must be a tensor, got float"),
+        _wrong("known", torch.zeros(2, 3, 4, 4), ValueError, r"mask must be given with known, got None"),
+        _wrong("mask", torch.zeros(2, 3, 4, 4), ValueError, r"known must be given with mask, got None"),
     ],
 )
 def test_refuses(name, value, error, match):
@@ -202,6 +207,32 @@ def test_refuses_unlike_halves_of_guidance():
     case.options["out_uncond"] = case.options["out_uncond"].half()
     with pytest.raises(TypeError, match=r"^p_sample: out_uncond must be float32, got float16; "):
         case.call(p_sample)
+
+
+def test_refuses_known_pixels_that_do_not_fit():
+    case = make_case((2, 3, 4, 4), options=("known",))
+    wrong = case.clone()
+    wrong.options["mask"] = wrong.options["mask"][:, :1]
+    with pytest.raises(
+        ValueError, match=r"^p_sample: mask must be of shape \[2, 3, 4, 4\], got \[2, 1, 4, 4\]; expand"
+    ):
+        wrong.call(p_sample)
+    case.options["stochastic"] = False
+    with pytest.raises(ValueError, match=r"^p_sample: stochastic must be True with known, got False; "):
+        case.call(p_sample)
+
+
+def test_what_is_known_stays_to_the_last_bit_and_the_rest_is_as_without():
+    """Where a row lands at x_0 (k_0 = 1, k_z = 0)."""
+    case = make_case((5, 1, 4, 4), options=("known",))
+    case.positional["step"][:] = torch.arange(5)
+    table = case.positional["table"]
+    table[:S, COLUMNS.index("k_0")], table[:S, COLUMNS.index("k_z")] = 1.0, 0.0
+    mask = case.options["mask"] = case.options["mask"].round()
+    plain = case.clone()
+    del plain.options["known"], plain.options["mask"]
+    got, free = case.call(p_sample_reference)[0], plain.call(p_sample_reference)[0]
+    assert torch.equal(got, torch.where(mask == 1, free, case.options["known"])) and 0 < mask.mean() < 1
 
 
 def test_refuses_histories_of_unlike_shapes():

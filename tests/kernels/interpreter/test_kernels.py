@@ -111,7 +111,7 @@ def test_p_sample_schema(options):
     case = make_case((2, 1, 2, 3), torch.float16, options)
     for name in case.options.keys() & PAST.keys():
         case.options[name].nan_to_num_()
-    names = ("noise", "out_uncond", "guidance", *PAST, "bound")
+    names = ("noise", "out_uncond", "guidance", *PAST, "bound", "known", "mask")
     arguments = (*case.positional.values(), *(case.options.get(name) for name in names))
     arguments += (case.options.get("stochastic", True),)
     torch.library.opcheck(torch.ops.fastddpm.p_sample.default, arguments, test_utils="test_schema")

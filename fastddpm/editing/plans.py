@@ -1,0 +1,242 @@
+"""Plans: what an edit runs, the table of its steps and the samples at their start."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastddpm.common.arguments import whole
+from fastddpm.editing.masks import Part, from_mask
+from fastddpm.kernels.philox import START
+from fastddpm.kernels.q_sample import q_sample
+from fastddpm.pictures.inputs import Picture, Pictures, from_pictures
+from fastddpm.process.inversion import inversion_table
+from fastddpm.process.method import Method
+from fastddpm.process.noise import seed_bits
+from fastddpm.process.repaint import resampled
+from fastddpm.process.schedule import NoiseSchedule
+from fastddpm.process.spec import ModelSpec
+from fastddpm.process.table import StepTable, check_choice
+from fastddpm.process.tail import tail_table
+from fastddpm.step.request import Request, RunOptions, make_request
+
+Values = TypeVar("Values")
+Fill = Literal["repaint", "replace"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        table: the steps.
+        request: the samples at their start.
+        run: the rest of what was asked for: noise of the caller's, callback, progress.
+    """
+
+    table: StepTable
+    request: Request
+    run: RunOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """Makes the plans of edits with one network; `fastddpm.editing.editor.Editor` explains the arguments.
+
+    Attributes:
+        spec: the network's conventions.
+        schedule: the noise schedule that it was trained with.
+        device: where it runs.
+    """
+
+    spec: ModelSpec
+    schedule: NoiseSchedule
+    device: torch.device
+
+    def img2img(self, images: Pictures, strength: float, method: Method, run: RunOptions) -> Plan:
+        """Pictures noised to x_t, t the first timestep visited that is at most strength · T, and the run from there.
+
+        Raises:
+            TypeError, ValueError, OSError: see `Editor.img2img`.
+        """
+        pictures = self._pictures("img2img", images)
+        table = tail_table(method, self.schedule, self.spec, strength, function="img2img")
+        return self._from_pictures(table, pictures, run)
+
+    def inpaint(
+        self,
+        images: Pictures,
+        mask: Picture | Part,
+        fill: Fill,
+        jump_length: int | None,
+        resamplings: int,
+        method: Method,
+        run: RunOptions,
+    ) -> Plan:
+        """A run in which what is known is held at each row's level, with the jumps back up of RePaint.
+
+        Raises:
+            TypeError, ValueError, OSError: see `Editor.inpaint`.
+        """
+        check_choice("inpaint", "fill", fill, ("repaint", "replace"))
+        pictures = self._pictures("inpaint", images)
+        table = method.table(self.schedule, self.spec)
+        if fill == "repaint":
+            table = resampled(
+                table, self.schedule, jump_length=jump_length, resamplings=resamplings, function="inpaint"
+            )
+        mask = from_mask(mask, len(pictures), self.spec.shape)
+        request = make_request(self.spec, self.device, len(pictures), run)
+        return Plan(table, dataclasses.replace(request, known=pictures, mask=mask), run)
+
+    def invert(self, images: Pictures, method: Method, run: RunOptions) -> Plan:
+        """DDIM upwards to the method's first timestep.
+
+        Raises:
+            TypeError, ValueError, OSError: see `Editor.invert`.
+        """
+        return self._upwards("invert", self._pictures("invert", images), 1.0, method, run)
+
+    def _upwards(self, function: str, pictures: Tensor, level: float, method: Method, run: RunOptions) -> Plan:
+        """DDIM upwards to the method's first timestep t ≤ level · T."""
+        if method.solver != "ddim":
+            raise ValueError(
+                f"{function}: solver must be ddim, got {method.solver}; only its way can be walked upwards"
+            )
+        if run.x_T is not None:
+            raise ValueError(f"{function}: x_T must be left out, got one; it follows from the pictures")
+        table = tail_table(method, self.schedule, self.spec, level, function=function, name="level")
+        if table.uses_noise:
+            raise ValueError(f"{function}: eta must be 0, got more; a way with noise cannot be walked upwards")
+        upwards = inversion_table(
+            self.schedule,
+            table.timesteps[:-1],
+            prediction=self.spec.prediction,
+            final_alpha_to_one=self.spec.final_alpha_to_one,
+        )
+        request = make_request(self.spec, self.device, len(pictures), run)
+        return Plan(upwards, dataclasses.replace(request, x_T=pictures), run)
+
+    def between(self, a: Pictures, b: Pictures, n: int, level: float, method: Method, run: RunOptions) -> Plan:
+        """Pictures between two, all with the same noise at the first timestep t ≤ level · T, and the run from there.
+
+        With one ε, (1−λ) x_t(a) + λ x_t(b) is x_t of (1−λ) a + λ b.
+
+        Raises:
+            TypeError, ValueError, OSError: see `Editor.interpolate`.
+        """
+        first, second = self.ends(a, b)
+        weights = self.weights(n)
+        run = shared_noise(run, n)
+        table = tail_table(method, self.schedule, self.spec, level, function="interpolate", name="level")
+        return self._from_pictures(table, torch.lerp(first, second, weights), run)
+
+    def inverted_ends(self, a: Pictures, b: Pictures, level: float, method: Method, run: RunOptions) -> Plan:
+        """Two pictures inverted, with the labels and scales of the first and the last of those between them.
+
+        Raises:
+            TypeError, ValueError, OSError: see `Editor.interpolate`.
+        """
+        both = dataclasses.replace(
+            run, sample_ids=None, noise=None, callback=None, class_labels=_ends(run.class_labels),
+            guidance_scale=_ends(run.guidance_scale),
+        )  # fmt: skip
+        return self._upwards("interpolate", torch.cat(self.ends(a, b)), level, method, both)
+
+    def along(self, latents: Tensor, n: int, level: float, method: Method, run: RunOptions) -> Plan:
+        """Runs down from n states on the great circle between two inverted pictures, [2, C, H, W].
+
+        Raises:
+            TypeError, ValueError: see `Editor.interpolate`.
+        """
+        table = tail_table(method, self.schedule, self.spec, level, function="interpolate", name="level")
+        run = shared_noise(run, n)
+        request = make_request(self.spec, self.device, n, run)
+        return Plan(table, dataclasses.replace(request, x_T=slerp(latents[:1], latents[1:], self.weights(n))), run)
+
+    def ends(self, a: Pictures, b: Pictures) -> tuple[Tensor, Tensor]:
+        """The two pictures of an interpolation, [1, C, H, W] each."""
+        first, second = (self._pictures("interpolate", picture) for picture in (a, b))
+        if len(first) != 1 or len(second) != 1:
+            raise ValueError(
+                f"interpolate: a and b must be one picture each, got {len(first)} and {len(second)}; "
+                "call it for each pair"
+            )
+        return first, second
+
+    def weights(self, n: int) -> Tensor:
+        """λ of n pictures, from 0 to 1, float32 [n, 1, 1, 1]."""
+        n = whole("interpolate", "n", n)
+        if n < 2:
+            raise ValueError(f"interpolate: n must be at least 2, got {n}; the first and the last are the ends")
+        return torch.linspace(0, 1, n).reshape(-1, 1, 1, 1)
+
+    def _pictures(self, function: str, images: Pictures) -> Tensor:
+        unit_range = self.spec.to_unit == "identity"
+        return from_pictures(images, self.spec.shape, unit_range=unit_range, function=function).cpu()
+
+    def _from_pictures(self, table: StepTable, pictures: Tensor, run: RunOptions) -> Plan:
+        """A run that starts from pictures at the level of its first timestep."""
+        n = len(pictures)
+        request = make_request(self.spec, self.device, n, run)
+        eps = request.x_T
+        if eps is None and isinstance(run.noise, torch.Generator):
+            eps = torch.randn(pictures.shape, generator=run.noise, device=run.noise.device)
+        own = {"seed": torch.full_like(request.ids, seed_bits(run.seed)), "sample_id": request.ids}
+        given = own if eps is None else {"eps": eps.to("cpu", torch.float32)}
+        schedule = self.schedule
+        x_t, _ = q_sample(
+            pictures,
+            table.timesteps[:1].expand(n),
+            schedule.sqrt_alphas_cumprod.float(),
+            schedule.sqrt_one_minus_alphas_cumprod.float(),
+            **given,
+            domain=START,
+        )
+        return Plan(table, dataclasses.replace(request, x_T=x_t), run)
+
+
+def shared_noise(run: RunOptions, n: int) -> RunOptions:
+    """The options of a run of n samples that all have the noise of one.
+
+    Raises:
+        TypeError: the id is no integer.
+        ValueError: more than one id is given, or x_T.
+    """
+    if run.x_T is not None:
+        raise ValueError("interpolate: x_T must be left out, got one; it follows from the pictures")
+    ids = [0] if run.sample_ids is None else list(run.sample_ids)
+    if len(ids) != 1:
+        raise ValueError(f"interpolate: sample_ids must be one id, whose noise all pictures share, got {len(ids)}")
+    return dataclasses.replace(run, sample_ids=[int(ids[0])] * n)
+
+
+def _ends(values: Values) -> Values:
+    """The first and the last of what may be one for all."""
+    if values is None or isinstance(values, (int, float)) or (isinstance(values, Tensor) and not values.ndim):
+        return values
+    return [values[0], values[-1]]  # type: ignore[return-value, index]
+
+
+def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Spherical interpolation (Shoemake 1985): (sin((1−λ)θ) a + sin(λθ) b)/sin θ, θ the angle between a and b.
+
+    Args:
+        a: float [1, C, H, W].
+        b: float [1, C, H, W].
+        weights: λ, float [n, 1, 1, 1] in [0, 1].
+
+    Returns:
+        float32 [n, C, H, W]; on a straight line where the two have one direction or opposite ones.
+    """
+    first, second, weights = a.double(), b.double(), weights.to(a.device, torch.float64)
+    cosine = (first * second).sum() / (first.norm() * second.norm())
+    angle = cosine.clamp(-1, 1).acos()
+    if not bool(angle.sin() > 1e-6):
+        return torch.lerp(first, second, weights).float()
+    left, right = ((1 - weights) * angle).sin() / angle.sin(), (weights * angle).sin() / angle.sin()
+    turned: Tensor = left * first + right * second
+    return turned.float()
