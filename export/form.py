@@ -99,7 +99,9 @@ class Form:
                 "export: what must be network or step for TensorRT, got chain; its loops go one step too far"
             )
         if self.inpaint and what == "network":
-            raise ValueError("export: what must be step or chain for inpainting, got network; it knows nothing of a mask")
+            raise ValueError(
+                "export: what must be step or chain for inpainting, got network; it knows nothing of a mask"
+            )
         if self.tensorrt:
             noise, batch = "input" if what == "step" else "philox", batch or 1
         if noise == "input" and what != "step":

@@ -33,7 +33,7 @@ from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
 from fastddpm.step.network import Foreign, Network
-from fastddpm.step.request import Preview, RunOptions, check_noise, make_request
+from fastddpm.step.request import Preview, Request, RunOptions, check_noise, make_request
 
 if TYPE_CHECKING:
     from PIL.Image import Image

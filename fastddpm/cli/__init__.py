@@ -1,4 +1,4 @@
-"""The command line: `fastddpm sample | edit | likelihood | train | convert | export | compile | bench | info | doctor`."""
+"""The command line, a module a command: `fastddpm --help` lists them."""
 
 from __future__ import annotations
 
