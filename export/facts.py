@@ -22,6 +22,7 @@ _MEANING = {
     "guidance": "scale w of classifier-free guidance, out_u + w (out_c - out_u); 1 is none",
     "history": "x̂_0 of the step before; anything at first",
     "history2": "x̂_0 of the step before that one; anything at first",
+    "condition": "what the network sees behind x, {condition}",
     "noise": "standard normals z of this step",
     "out": "the network's output, {prediction}",
     "x_next": "state x_{{t-1}}",
@@ -66,12 +67,15 @@ def facts_of(source: Source, table: StepTable | None, form: Form, licence: str |
         "fed": "0 … T-1" if spec.time_scale == 1 else f"0 … T-1 times {spec.time_scale:g}",
         "classes": f"0 … {(spec.num_classes or 1) - 1}"
         + (f"; {spec.null_class} is no class" if spec.null_class is not None else ""),
+        "condition": "in its own range"
+        + (f", or a picture enlarged {spec.condition_scale} times" if spec.condition_scale > 1 else ""),
         "prediction": {"eps": "the noise", "x_start": "x_0", "v": "v", "x_prev": "the mean of x_{t-1}"}[
             spec.prediction
         ],
         "range": "pictures in [0, 1]" if form.output == "unit" else "final states, in the network's own range",
     }
-    facts["meaning"] = {name: text.format(**words) for name, text in _MEANING.items()}
+    unused = () if spec.condition_channels else ("condition",)
+    facts["meaning"] = {name: text.format(**words) for name, text in _MEANING.items() if name not in unused}
     return {name: value for name, value in _finite(facts).items() if value is not None}
 
 

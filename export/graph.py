@@ -203,11 +203,11 @@ def join_step(
     network_inputs: Sequence[str],
     update_inputs: Sequence[str],
 ) -> None:
-    """Append one step: names x, step, sample_id, seed[, y, guidance, histories, noise] → x_next, step_next[, …].
+    """Append one step: names x, step, sample_id, seed[, y, guidance, histories, condition, noise] → x_next, ….
 
     Args:
         graph: where to append.
-        network: (x, step[, y][, history]) → out.
+        network: (x, step[, y][, history][, condition]) → out.
         update: (x, out, step, …) → x_next, step_next[, history_next[, history2_next]].
         null_class: the label of "no class" of a guided step, whose update takes `out_uncond` and `guidance`; or None.
         batch: None: only the samples whose scale is not 1 are asked for twice, because for the others the output
@@ -263,7 +263,7 @@ def scan_steps(graph: Graph, step: Graph, shape: Sequence[int | str], S: int, hi
     """Append a Scan over rows 0 … S−1: names x_T, sample_id, … → x_0.
 
     Args:
-        graph: where to append; has inputs sample_id, seed[, y, guidance] and a value x_T.
+        graph: where to append; has inputs sample_id, seed[, y, guidance, condition] and a value x_T.
         step: the body's operators, as `join_step` makes them; it is consumed.
         shape: of x, with the batch's name.
         S: steps.

@@ -31,6 +31,7 @@ def build(source: Source, table: StepTable | None, form: Form) -> tuple[onnx.Mod
     labels = ("y",) if spec.num_classes is not None else ()
     past = "x_self_cond" if table is None else "history"
     names = ("x", "t" if table is None else "step", *labels, *((past,) if spec.self_condition else ()))
+    names += () if table is None else _conditions(spec)
     step = None if table is None else step_of(network, spec, table)
     module = Whole(network) if step is None or table is None else Ask(step, spec, table)
     traced = _trace(module, names, ("out",), spec, form, many=2 if form.guided else 1)
@@ -41,6 +42,11 @@ def build(source: Source, table: StepTable | None, form: Form) -> tuple[onnx.Mod
         return _network_model(traced, names, spec, form), detached
     make = _step_model if form.what == "step" else _chain_model
     return make(traced, names, step, table, spec, form), detached
+
+
+def _conditions(spec: ModelSpec) -> tuple[str, ...]:
+    """The input of steps and chains whose network sees a condition behind x; a network alone has it in x."""
+    return ("condition",) if spec.condition_channels else ()
 
 
 def _reduce(
@@ -91,6 +97,7 @@ def step_inputs(step: Step, spec: ModelSpec, form: Form) -> tuple[str, ...]:
         "y": spec.num_classes is not None,
         "guidance": form.guided,
         **{name: name in step.form.histories for name in HISTORIES},
+        "condition": step.form.condition,
         "noise": not made and step.form.noise,
     }
     return tuple(name for name, is_wanted in wanted.items() if is_wanted)
@@ -148,7 +155,8 @@ def _chain_model(
 ) -> onnx.ModelProto:
     graph = graphs.Graph("chain")
     labels = ("y",) if spec.num_classes is not None else ()
-    _declare(graph, ("seed", "sample_id", *labels, *(("guidance",) if form.guided else ())), spec, form)
+    scales = ("guidance",) if form.guided else ()
+    _declare(graph, ("seed", "sample_id", *labels, *scales, *_conditions(spec)), spec, form)
     graph.add(first_noise(spec.shape, form.opset), "first/", {name: name for name in ("seed", "sample_id", "x_T")})
     body = graphs.Graph("step")
     _join_step(body, traced, names, step, table, spec, form)

@@ -191,6 +191,11 @@ class OnnxSampler:
             ValueError: something was asked for that the file cannot do.
         """
         facts, fixed = self.facts, self.session.batch
+        if request.cond_fn is not None:
+            raise ValueError(
+                f"sample: cond_fn must be left out for a {facts['what']}, got one, which no file holds; export a "
+                "network, whose steps a classifier can guide"
+            )
         if fixed is not None and request.batch_size != fixed:
             raise ValueError(f"sample: batch_size must be the file's, {fixed}, got {request.batch_size}; leave it out")
         if request.guidance is not None and not facts["guidance"]:
@@ -218,6 +223,8 @@ class OnnxSampler:
         if self.facts["guidance"]:
             scales = np.ones(n, dtype=np.float32) if batch.guidance is None else batch.guidance.numpy()
             feeds["guidance"] = scales
+        if batch.condition is not None:
+            feeds["condition"] = batch.condition.cpu().contiguous().numpy()
         return {name: value for name, value in feeds.items() if name in self.session.inputs}
 
 

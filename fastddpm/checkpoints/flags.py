@@ -12,8 +12,8 @@ from fastddpm.checkpoints.base import CheckpointError
 
 # Options of the projects for what is not supported; a suggestion of another name would lead astray.
 _UNSUPPORTED = {
-    "cond_fn": "classifier guidance",
-    "classifier_": "classifier guidance",
+    "cond_fn": "classifier guidance, an option of Sampler.sample,",
+    "classifier_": "a classifier, which fastddpm.load_classifier reads,",
     "small_size": "super-resolution",
     "large_size": "super-resolution",
     "remove_parallel_component": "projected guidance",
@@ -55,7 +55,7 @@ class Flags:
         if unknown:
             for start, what in _UNSUPPORTED.items():
                 if unknown[0].startswith(start):
-                    raise CheckpointError(f"{source}: {what} ({unknown[0]}) is not supported; leave it out")
+                    raise CheckpointError(f"{source}: {what} ({unknown[0]}) is not supported here; leave it out")
             near = difflib.get_close_matches(unknown[0], sorted(names), 1)
             hint = (
                 f"did you mean {near[0]}?" if near else f"leave it out; there are {', '.join(sorted(names)) or 'none'}"

@@ -18,6 +18,7 @@ from fastddpm.engines.weights import Weights
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
 from fastddpm.step.book import Book
+from fastddpm.step.guided import Guide, GuidedStep
 from fastddpm.step.network import Network, as_network
 from fastddpm.step.request import Request
 from fastddpm.step.state import Places, State
@@ -153,10 +154,19 @@ class Stepper:
                 x_T=batch.x_T if x_T is None else x_T,
                 labels=batch.labels if labelled else None,
                 guidance=batch.guidance,
+                condition=batch.condition,
             )
             form = StepForm.of(self.spec, table, guided=guided, labelled=labelled, noise=noise, previews=previews)
-            call = Call(Step(self.network, form), state, self.book, torch.zeros_like(state.x)[None] if noise else None)
+            step = self._step(form, table, batch)
+            call = Call(step, state, self.book, torch.zeros_like(state.x)[None] if noise else None)
             yield call.formed()
+
+    def _step(self, form: StepForm, table: StepTable, batch: Request) -> Step:
+        """The step of a batch: of the one form, or with a classifier's gradient behind it."""
+        if batch.cond_fn is None:
+            return Step(self.network, form)
+        guide = Guide.of(batch.cond_fn, batch.classifier_labels, table, self.spec, self.device)
+        return GuidedStep(self.network, form, guide)
 
     def _places(self, table: StepTable, batch: Request, guided: bool) -> contextlib.AbstractContextManager[Places]:
         labels: Sequence[int | None] = [None] * len(batch.ids)

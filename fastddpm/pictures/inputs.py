@@ -46,11 +46,11 @@ def from_pictures(
     each = pictures if isinstance(pictures, (list, tuple)) else [pictures]
     if not each:
         raise ValueError(f"{function}: images must be at least one, got none")
-    units = torch.cat([_fitted(function, _unit(function, picture), shape) for picture in each])
+    units = torch.cat([fitted(function, unit(function, picture), shape) for picture in each])
     return units if unit_range else 2 * units - 1
 
 
-def _unit(function: str, picture: object) -> Tensor:
+def unit(function: str, picture: object) -> Tensor:
     """One picture or a stack of them as float32 [N, C, H, W] in [0, 1]."""
     if isinstance(picture, (str, os.PathLike)):
         if not Path(picture).exists():
@@ -89,7 +89,7 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
 
 
-def _fitted(function: str, units: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def fitted(function: str, units: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """The pictures with the network's channels; their size must be right."""
     C, H, W = shape
     if units.shape[2:] != (H, W):

@@ -59,7 +59,10 @@ def dpmpp_2m_table(
     name = "dpmpp_2m_table"
     pairs, h = _path(name, schedule, timesteps, prev_timesteps, final_alpha_to_one)
     columns = pairs.x_start_columns(name, prediction) | _second_order(pairs, h, lower_order_final)
-    return assemble(name, "dpmpp_2m", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip)
+    return assemble(
+        name, "dpmpp_2m", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip,
+        guides=_guides(pairs, columns),
+    )  # fmt: skip
 
 
 def dpmpp_3m_table(
@@ -123,7 +126,10 @@ def dpmpp_3m_table(
     at, factor = third.nonzero().flatten(), 2.0 if second_difference == "whole" else 1.0
     for column, values in _third_order(pairs.a_prev[at].sqrt(), h[at], h[at - 1], h[at - 2], factor).items():
         columns[column][at] = values
-    return assemble(name, "dpmpp_3m", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip)
+    return assemble(
+        name, "dpmpp_3m", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip,
+        guides=_guides(pairs, columns),
+    )  # fmt: skip
 
 
 def _path(
@@ -144,6 +150,12 @@ def _path(
         )
     lam_t, lam_prev = (0.5 * (a.log() - (1.0 - a).log()) for a in (pairs.a_t, pairs.a_prev))
     return pairs, lam_prev - lam_t
+
+
+def _guides(pairs: StepPairs, columns: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What a classifier's gradient adds to x_{t−1} and x̂_0: the solver sees the data's prediction alone."""
+    shift = pairs.x_start_shift()
+    return columns["c_0"] * shift, shift
 
 
 def _second_order(pairs: StepPairs, h: Tensor, lower_order_final: bool) -> dict[str, Tensor]:

@@ -74,6 +74,13 @@ class StepPairs:
         a_prev = torch.where(prev >= 0, alpha_bar[prev.clamp(min=0)], final)
         return cls(t, prev, alpha_bar[t], a_prev, torch.where(t > 0, alpha_bar[(t - 1).clamp(min=0)], 1.0))
 
+    def x_start_shift(self) -> Tensor:
+        """What a unit of a classifier's gradient adds to x̂_0, float64 [S]: (1−ᾱ_t)/√ᾱ_t, infinite where ᾱ_t = 0.
+
+        With ε − √(1−ᾱ_t) ∇ log p(y|x_t) for ε (Dhariwal & Nichol 2021, Algorithm 2).
+        """
+        return (1.0 - self.a_t) / self.a_t.sqrt()
+
     def x_start_columns(self, function: str, prediction: Prediction) -> dict[str, Tensor]:
         """a_x and a_o of x̂_0 = a_x x_t + a_o out: Ho et al. 2020, eq. 15; Salimans & Ho 2022, appendix D.
 

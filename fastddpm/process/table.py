@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.common.arguments import number
@@ -114,6 +115,8 @@ class StepTable:
         history: how many of the previous estimates of x_0 some row reads, 0, 1 or 2.
         uses_noise: some row adds noise.
         threshold: dynamic thresholding, whose bound per sample replaces the column `bound`; or None.
+        guides: float32 [S+1, 2]: what a unit of a classifier's gradient ∇ log p(y|x_t) adds to x_{t−1} and to x̂_0 in
+            each row, where the variance is learned times that variance; or None for rows that no classifier can guide.
 
     Raises:
         TypeError: rows or timesteps have the wrong dtype.
@@ -128,6 +131,7 @@ class StepTable:
     history: int
     uses_noise: bool
     threshold: DynamicThreshold | None = None
+    guides: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Validate: a table that exists can be run."""
@@ -156,7 +160,8 @@ class StepTable:
 
     def to(self, device: torch.device | str) -> StepTable:
         """The same table with its tensors on `device`."""
-        return replace(self, rows=self.rows.to(device), timesteps=self.timesteps.to(device))
+        guides = None if self.guides is None else self.guides.to(device)
+        return replace(self, rows=self.rows.to(device), timesteps=self.timesteps.to(device), guides=guides)
 
     def row(self, i: int) -> dict[str, float]:
         """Row i, 0 … S, as column → number, for reading and for tests.
@@ -184,6 +189,7 @@ def assemble(
     prediction: Prediction,
     variance: Variance,
     clip: float | DynamicThreshold | None,
+    guides: tuple[Tensor, Tensor] | None = None,
 ) -> StepTable:
     """Round float64 columns once to float32, add the identity row, and make the table.
 
@@ -195,6 +201,7 @@ def assemble(
         prediction: what the network returns.
         variance: kind of variance.
         clip: bound of |x̂_0|, None, or a DynamicThreshold.
+        guides: what a classifier's gradient adds to x_{t−1} and to x̂_0, float64 [S] each; infinite where it could not.
 
     Raises:
         ValueError: clip is out of range, or a coefficient is not finite in float32.
@@ -235,4 +242,5 @@ def assemble(
         history=2 if uses("c_h2") else int(uses("c_h")),
         uses_noise=uses("sigma"),
         threshold=threshold,
+        guides=None if guides is None else F.pad(torch.stack(guides, dim=1).float(), (0, 0, 0, 1)),
     )

@@ -27,6 +27,8 @@ class State:
         guidance: float32 [B], scales of classifier-free guidance, or None for none.
         history: float32 [B, C, H, W], the previous step's x̂_0, zeros before the first, or None where nobody reads it.
         history2: float32 [B, C, H, W], that of the step before it, likewise.
+        condition: float32 [B, C', H, W], contiguous: what a network with more input than output channels sees behind x,
+            the same in all steps; or None.
     """
 
     x: Tensor
@@ -39,6 +41,7 @@ class State:
     guidance: Tensor | None = None
     history: Tensor | None = None
     history2: Tensor | None = None
+    condition: Tensor | None = None
 
     @classmethod
     def create(
@@ -52,6 +55,7 @@ class State:
         labels: Tensor | None = None,
         guidance: Tensor | None = None,
         history: bool = False,
+        condition: Tensor | None = None,
     ) -> State:
         """Samples at the start of their run: x_T, each clock at its chapter's first row.
 
@@ -64,6 +68,7 @@ class State:
             labels: int64 [B].
             guidance: float [B].
             history: whether to keep x̂_0.
+            condition: float [B, C', H, W]; it is copied.
 
         Returns:
             The new state.
@@ -83,6 +88,7 @@ class State:
             None if places.uncond is None else places.uncond.clone(),
             None if guidance is None else guidance.to(device, torch.float32),
             torch.zeros_like(x) if history else None,
+            condition=None if condition is None else condition.to(device, torch.float32, copy=True).contiguous(),
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -101,7 +107,7 @@ class State:
         This is how a new sample joins a running batch: finished slots are handed to it.
 
         Raises:
-            ValueError: one state has labels, guidance or history and the other has not.
+            ValueError: one state has labels, guidance, history or a condition and the other has not.
         """
         for name, mine in vars(self).items():
             theirs = getattr(other, name)
