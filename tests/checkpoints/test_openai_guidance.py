@@ -58,7 +58,7 @@ def test_a_loaded_classifier_guides(tmp_path):
 
 
 def published(width=32):
-    """A classifier's weights of the published ones' kind, small: blocks that change the resolution, attention pooling."""
+    """What the weights of `attention` show."""
     return {"classifier_width": width, "classifier_pool": "attention", "classifier_resblock_updown": True}
 
 
