@@ -86,7 +86,7 @@ def test_what_is_missing_or_wrong_is_one_clear_line(tmp_path):
         ({**given, "classifier_depth": 3}, "1 levels of 16×16 pictures must leave 256 positions, got weights for 64"),
         ({**given, "image_size": 32}, "2 levels of 32×32 pictures must leave 256 positions, got weights for 64"),
         ({**given, "num_head_channels": 24}, "head_channels must divide"),
-        ({**given, "classifier_scale": 1.0}, r"there is no flag classifier_scale|classifier_scale\) is not supported"),
+        ({**given, "classifier_scale": 1.0}, "classifier_scale is no flag"),
         ({"preset": "64x64_diffusion"}, "preset must be one of 64x64_classifier"),
     ]:
         with pytest.raises(CheckpointError, match=message) as error:

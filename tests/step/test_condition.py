@@ -162,7 +162,11 @@ def test_small_pictures_are_enlarged_as_super_resolution_networks_do():
     ("condition", "kind", "message"),
     [
         (None, ValueError, r"condition must be given, a tensor \(3, 2, 8, 8\) or pictures, got None"),
-        (torch.zeros(3, 1, 8, 8), ValueError, r"condition must have shape \(3, 2, 8, 8\) or \(1, 2, 8, 8\), got \(3, 1"),
+        (
+            torch.zeros(3, 1, 8, 8),
+            ValueError,
+            r"condition must have shape \(3, 2, 8, 8\) or \(1, 2, 8, 8\), got \(3, 1",
+        ),
         (torch.zeros(2, 2, 8, 8), ValueError, r"got \(2, 2, 8, 8\); one or n of them"),
         (torch.zeros(3, 2, 4, 4), ValueError, r"got \(3, 2, 4, 4\)"),
         (torch.zeros(8, 8), ValueError, r"got \(8, 8\)"),
