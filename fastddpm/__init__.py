@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastddpm.nets.classifier import Classifier as Classifier
     from fastddpm.nets.unet import UNet as UNet
     from fastddpm.nets.unet import UNetConfig as UNetConfig
-    from fastddpm.pictures.low_res import low_res as low_res
+    from fastddpm.pictures.inputs import low_res as low_res
     from fastddpm.process.method import Method as Method
     from fastddpm.process.schedule import NoiseSchedule as NoiseSchedule
     from fastddpm.process.solvers import make_table as make_table
@@ -67,7 +67,7 @@ _HOME = {
     "export_onnx": "export.exporter",
     "load_checkpoint": "checkpoints",
     "load_classifier": "checkpoints.openai_classifier",
-    "low_res": "pictures.low_res",
+    "low_res": "pictures.inputs",
     "make_table": "process.solvers",
 }
 

@@ -38,8 +38,8 @@ def sample(
     condition: Annotated[
         Path | None,
         typer.Option(
-            help="For networks that enlarge, restore or translate: the picture that they are given, or a folder of them, "
-            "which take turns.",
+            help="For networks that enlarge, restore or translate: the picture that they are given, or a folder of "
+            "them, which take turns.",
             rich_help_panel=WHAT,
         ),
     ] = None,

@@ -146,6 +146,10 @@ class StepTable:
                 f"StepTable: rows must be [S+1, {len(COLUMNS)}] and timesteps [S+1] with S ≥ 1, got "
                 f"{tuple(self.rows.shape)} and {tuple(self.timesteps.shape)}; use make_table"
             )
+        if self.guides is not None and self.guides.shape != (S1, 2):
+            raise ValueError(
+                f"StepTable: guides must be [S+1, 2] or None, got {tuple(self.guides.shape)}; use make_table"
+            )
         for name, value, kind in (
             ("prediction", self.prediction, Prediction),
             ("variance", self.variance, Variance),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastddpm.pictures.inputs import Pictures, from_pictures
-from fastddpm.pictures.low_res import low_res, picture_size
+from fastddpm.pictures.inputs import Pictures, from_pictures, low_res, picture_size
 from fastddpm.process.spec import ModelSpec
 
 Condition = Tensor | Pictures

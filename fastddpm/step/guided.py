@@ -32,13 +32,13 @@ class Guide:
         cond_fn: the gradient.
         labels: int64 [B], what it is told as y, or None.
         rows: float32 [S+1, 2], the run's `StepTable.guides`, on the samples' device.
-        spec: the network's conventions, which say how time is fed.
+        times: [S+1], what the network is fed as t in each row, likewise.
     """
 
     cond_fn: ConditionFunction
     labels: Tensor | None
     rows: Tensor
-    spec: ModelSpec
+    times: Tensor
 
     @classmethod
     def of(
@@ -54,17 +54,21 @@ class Guide:
         Raises:
             ValueError: a classifier cannot guide such rows.
         """
-        rows = guides_of(table).to(device)
-        return cls(cond_fn, None if labels is None else labels.to(device), rows, spec)
+        rows, times = guides_of(table).to(device), spec.times_fed(table.timesteps.to(device))
+        return cls(cond_fn, None if labels is None else labels.to(device), rows, times)
+
+    def places(self, row: Tensor, end: Tensor) -> Tensor:
+        """Where samples at rows of the book, int64 [B], are in the run: the book's chapter ends where the run does."""
+        return (len(self.rows) - 1 - end + row).clamp(min=0)
 
     def gradient(self, x: Tensor, t: Tensor) -> Tensor:
-        """The gradient at x [B, C, H, W] and the training timesteps t int64 [B], float32.
+        """The gradient at x [B, C, H, W] and what the network is fed as t [B], float32.
 
         Raises:
             TypeError: what the function returns is no tensor of floats.
             ValueError: it has another shape.
         """
-        found: object = self.cond_fn(x, self.spec.times_fed(t), self.labels)
+        found: object = self.cond_fn(x, t, self.labels)
         if not isinstance(found, Tensor) or not found.is_floating_point():
             got = str(found.dtype) if isinstance(found, Tensor) else type(found).__name__
             raise TypeError(f"sample: cond_fn must return a tensor of floats, got {got}; return the gradient")
@@ -112,12 +116,12 @@ class GuidedStep(Step):
         **named: Any,  # noqa: ANN401
     ) -> tuple[Tensor, ...]:
         """See `Step.update`; afterwards x_{t−1} and x̂_0 are moved."""
-        row, guides = torch.minimum(step, end), self.guide.rows
         # All that is read of x and of the clock is read before the update, which may be in place.
-        gradient = self.guide.gradient(x, timesteps[row])
+        row = torch.minimum(step, end)
+        place = self.guide.places(row, end)
+        gradient = self.guide.gradient(x, self.guide.times[place])
         gradient = torch.where((row < end)[:, None, None, None], gradient, 0.0)
-        moves = guides[(len(guides) - 1 - end + row).clamp(min=0)]
-        of_x, of_x_start = (move[:, None, None, None] for move in moves.unbind(1))
+        of_x, of_x_start = (move[:, None, None, None] for move in self.guide.rows[place].unbind(1))
         if self.form.learned:
             of_x = of_x * _variance(out[:, x.shape[1] :].float(), rows[row])
         changed = super().update(x, out, step, end, sample_id, seed, rows, timesteps, *more, **named)
