@@ -244,8 +244,8 @@ class Sampler:
             )
         labels = None if self.spec.num_classes is None else torch.zeros(batch_size, dtype=torch.int64)
         scale = 2.0 if guided else 1.0
-        channels, *size = self.spec.condition_channels, *self.spec.shape[1:]
-        condition = torch.zeros(1, channels, *size) if channels else None
+        channels = self.spec.condition_channels
+        condition = torch.zeros(channels, *self.spec.shape[1:]) if channels else None
         run = RunOptions(class_labels=labels, guidance_scale=scale, batch_size=batch_size, condition=condition)
         request = make_request(self.spec, self.device, batch_size, run)
         with self.stepper.undisturbed():

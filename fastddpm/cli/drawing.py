@@ -180,7 +180,7 @@ class Drawing:
             raise ValueError(f"--npz must hold at most {MOST_BYTES >> 30} GiB, got {size / 2**30:.0f}; use --folder")
         steps = self.sampler.table(self.method).S
         ids = list(range(self.first_id, self.first_id + min(self.n, len(self._cycle() or [0]))))
-        pictures = None if self.condition is None else [self.condition.files[0]]  # all fit, or it would not be here
+        pictures = None if self.condition is None else self.condition.files[0]  # all fit, or they would not be here
         run = RunOptions(
             self.seed, ids, self.labels(ids), self.guidance, self.batch_size, condition=pictures
         )  # fmt: skip
