@@ -57,14 +57,10 @@ def test_a_loaded_classifier_guides(tmp_path):
     assert not torch.equal(plain, guided)
 
 
-def published(width=32):
-    """What the weights of `attention` show."""
-    return {"classifier_width": width, "classifier_pool": "attention", "classifier_resblock_updown": True}
-
-
 def test_flags_that_the_weights_show_are_compared(tmp_path):
     fixture("attention", tmp_path / "c.pt")
-    known = {"classifier_attention_resolutions": "8", "classifier_use_scale_shift_norm": True, **published()}
+    known = {"classifier_attention_resolutions": "8", "classifier_use_scale_shift_norm": True}
+    known |= {"classifier_width": 32, "classifier_pool": "attention", "classifier_resblock_updown": True}
     load_classifier(tmp_path / "c.pt", **CLASSIFIERS["attention"], **known, classifier_use_fp16=True)
     for flag, value in {
         "classifier_width": 64,
@@ -111,6 +107,23 @@ def test_what_is_missing_or_wrong_is_one_clear_line(tmp_path):
     torch.save(foreign_state("openai", foreign_network("openai")), tmp_path / "unet.pt")
     with pytest.raises(CheckpointError, match="got a U-Net; give it to fastddpm.load_checkpoint"):
         load_classifier(tmp_path / "unet.pt", **given)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_any_tensor_may_be_missing_or_odd(tmp_path, name):
+    """Each in turn: a classifier of another kind is a classifier, all else is one clear line."""
+    state, _ = fixture(name, tmp_path / "c.pt")
+    odd = {"none": None, "a number": torch.tensor(1.0), "empty": torch.zeros(0, 3), "whole": torch.ones(2).int()}
+    for i, key in enumerate(state):
+        value = list(odd.values())[i % len(odd)]
+        broken = {name: tensor for name, tensor in {**state, key: value}.items() if tensor is not None}
+        torch.save(broken, tmp_path / "b.pt")
+        try:
+            load_classifier(tmp_path / "b.pt", **CLASSIFIERS[name])
+        except CheckpointError as error:
+            assert "b.pt" in str(error) and "\n" not in str(error)
+        else:
+            pytest.fail(f"{key} does not count")
 
 
 def test_a_classifier_says_what_it_knows(tmp_path):
