@@ -44,11 +44,12 @@ def export_onnx(
 ) -> Exported:
     """Write a checkpoint as ONNX.
 
-    - "network": (x, t[, y]) → out. x float32 [B, C, H, W]; t [B] as the network is fed (int64, or float32 where
-      `spec.time_scale` is not 1); y int64 [B].
-    - "step": (x, step, sample_id, seed[, y, guidance, history]) → x_next, step_next[, history_next], or with
-      `noise="input"` (x, step, noise[, …]); step, sample_id, seed int64 [B] (64-bit patterns), guidance float32 [B].
-    - "chain": (seed, sample_id[, y, guidance]) → pictures float32 [B, C, H, W], all steps in one Scan.
+    - "network": (x, t[, y]) → out. x float32 [B, C, H, W], a condition's channels behind its own; t [B] as the network
+      is fed (int64, or float32 where `spec.time_scale` is not 1); y int64 [B].
+    - "step": (x, step, sample_id, seed[, y, guidance, history, condition]) → x_next, step_next[, history_next], or with
+      `noise="input"` (x, step, noise[, …]); step, sample_id, seed int64 [B] (64-bit patterns), guidance float32 [B],
+      condition float32 [B, C', H, W].
+    - "chain": (seed, sample_id[, y, guidance, condition]) → pictures float32 [B, C, H, W], all steps in one Scan.
 
     With `inpaint` a step and a chain take two inputs more, float32 [B, C, H, W]: `known`, pictures in the network's own
     range, and `mask`, 1 where they are to be drawn; a mask of ones is plain sampling.

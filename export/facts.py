@@ -23,6 +23,7 @@ _MEANING = {
     "guidance": "scale w of classifier-free guidance, out_u + w (out_c - out_u); 1 is none",
     "history": "x̂_0 of the step before; anything at first",
     "history2": "x̂_0 of the step before that one; anything at first",
+    "condition": "what the network sees behind x, {condition}",
     "noise": "standard normals z of this step",
     "known": "pictures of which a part is known, in the network's own range",
     "mask": "1 where an element is to be drawn, 0 where it is known",
@@ -62,7 +63,7 @@ def facts_of(source: Source, table: StepTable | None, form: Form, licence: str |
             "solver": table.solver,
             "steps": table.S,
             "timesteps": table.timesteps[:-1].tolist(),
-            "counters": course.counters,
+            "counters": list(course.counters),
             "noisy_rows": [i for i, draws in enumerate(course.draws) if draws],
             "uses_noise": course.takes_noise,
             "keeps_history": table.history > 0 or spec.self_condition,
@@ -72,12 +73,15 @@ def facts_of(source: Source, table: StepTable | None, form: Form, licence: str |
         "fed": "0 … T-1" if spec.time_scale == 1 else f"0 … T-1 times {spec.time_scale:g}",
         "classes": f"0 … {(spec.num_classes or 1) - 1}"
         + (f"; {spec.null_class} is no class" if spec.null_class is not None else ""),
+        "condition": "in its own range"
+        + (f", or a picture enlarged {spec.condition_scale} times" if spec.condition_scale > 1 else ""),
         "prediction": {"eps": "the noise", "x_start": "x_0", "v": "v", "x_prev": "the mean of x_{t-1}"}[
             spec.prediction
         ],
         "range": "pictures in [0, 1]" if form.output == "unit" else "final states, in the network's own range",
     }
-    facts["meaning"] = {name: text.format(**words) for name, text in _MEANING.items()}
+    unused = () if spec.condition_channels else ("condition",)
+    facts["meaning"] = {name: text.format(**words) for name, text in _MEANING.items() if name not in unused}
     return cast(Facts, {name: _finite(value) for name, value in facts.items() if value is not None})
 
 

@@ -94,6 +94,11 @@ class Form:
                 raise ValueError(f"export: {name} must be one of {', '.join(get_args(kind))}, got {value!r}; pick one")
         if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
             raise ValueError(f"export: batch must be a positive int or None, got {batch!r}; None leaves it open")
+        if self.precision == "int8" and spec.condition_channels:
+            raise ValueError(
+                "export: precision must be fp32 or fp16 for a network with a condition, got 'int8', which is "
+                "calibrated on runs that have none; export fp16"
+            )
         if self.tensorrt and what == "chain":
             raise ValueError(
                 "export: what must be network or step for TensorRT, got chain; its loops go one step too far"

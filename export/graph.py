@@ -196,11 +196,11 @@ def _rename(graph: onnx.GraphProto, prefix: str, names: Mapping[str, str]) -> No
 def ask(
     graph: Graph, network: onnx.ModelProto, inputs: Sequence[str], null_class: int | None, batch: int | None
 ) -> None:
-    """Append a step's network: names x, step[, y, guidance, history] → out[, out_uncond].
+    """Append a step's network: names x, step[, y, guidance, history, condition] → out[, out_uncond].
 
     Args:
         graph: where to append.
-        network: (x, step[, y][, history]) → out.
+        network: (x, step[, y][, history][, condition]) → out.
         inputs: what the network takes.
         null_class: the label of "no class" of a guided step, which gets `out_uncond`; or None.
         batch: None: only the samples whose scale is not 1 are asked for twice, because for the others the output
@@ -252,7 +252,7 @@ def scan_steps(graph: Graph, step: Graph, shape: Sequence[int | str], S: int, hi
     """Append a Scan over rows 0 … S−1: names x_T, sample_id, … → x_0.
 
     Args:
-        graph: where to append; has inputs sample_id, seed[, y, guidance] and a value x_T.
+        graph: where to append; has inputs sample_id, seed[, y, guidance, condition] and a value x_T.
         step: the body's operators, those of a whole step; it is consumed.
         shape: of x, with the batch's name.
         S: steps.

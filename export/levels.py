@@ -68,7 +68,7 @@ def build(source: Source, table: StepTable | None, form: Form) -> tuple[onnx.Mod
     network, spec = source.network, source.spec
     past = "x_self_cond" if table is None else "history"
     wanted = {"x": True, "t": table is None, "step": table is not None, "y": spec.num_classes is not None}
-    wanted[past] = spec.self_condition
+    wanted |= {past: spec.self_condition, "condition": table is not None and spec.condition_channels > 0}
     plan = _Plan(spec, form, tuple(name for name, is_wanted in wanted.items() if is_wanted))
     step = None if table is None else step_of(network, spec, table, masked=form.inpaint)
     module = Whole(network) if step is None or table is None else Ask(step, spec, table)
@@ -114,7 +114,8 @@ def _step_inputs(step: Step, plan: _Plan) -> tuple[str, ...]:
         "y": bool(plan.labels),
         "guidance": plan.form.guided,
         **{name: name in step.form.histories for name in HISTORIES},
-        **dict.fromkeys(KNOWN, form.inpaint),
+        **dict.fromkeys(KNOWN, plan.form.inpaint),
+        "condition": step.form.condition,
         "noise": not made and step.form.noise,
     }
     return tuple(name for name, is_wanted in wanted.items() if is_wanted)
@@ -154,7 +155,8 @@ def _step_model(traced: onnx.ModelProto, step: Step, table: StepTable, plan: _Pl
 
 def _chain_model(traced: onnx.ModelProto, step: Step, table: StepTable, plan: _Plan) -> onnx.ModelProto:
     graph, form, spec = graphs.Graph("chain"), plan.form, plan.spec
-    optional = (*(("guidance",) if form.guided else ()), *(KNOWN if form.inpaint else ()))
+    wanted = {"guidance": form.guided, "condition": step.form.condition, **dict.fromkeys(KNOWN, form.inpaint)}
+    optional = (name for name, is_wanted in wanted.items() if is_wanted)
     plan.declare(graph, ("seed", "sample_id", *plan.labels, *optional))
     graph.add(first_noise(spec.shape, form.opset), "first/", {name: name for name in ("seed", "sample_id", "x_T")})
     body = graphs.Graph("step")

@@ -40,6 +40,7 @@ class Facts(TypedDict, total=False):
     guidance: bool
     output: Literal["unit", "raw"]
     tensorrt: bool
+    inpaint: bool
     weights_sha256: str
     source: str
     licence: str
@@ -49,6 +50,7 @@ class Facts(TypedDict, total=False):
     solver: Solver
     steps: int
     timesteps: list[int]
+    counters: list[int]
     noisy_rows: list[int]
     uses_noise: bool
     keeps_history: bool

@@ -35,7 +35,7 @@ class Whole(nn.Module):
 
 
 class Ask(nn.Module):
-    """(x, step[, y][, history]) → output: `Step.ask`, with what depends on time alone tabulated in the file."""
+    """(x, step[, y][, history][, condition]) → output: `Step.ask`, with what depends on time alone tabulated."""
 
     def __init__(self, step: Step, spec: ModelSpec, table: StepTable) -> None:
         """Tabulate a run; classes are told in each step, or a file of many would hold a table for each."""
@@ -45,9 +45,16 @@ class Ask(nn.Module):
             conditions = as_network(step.network).tabulate(spec.times_fed(table.timesteps))  # type: ignore[operator]
         self.register_buffer("conditions", conditions)
 
-    def forward(self, x: Tensor, step: Tensor, y: Tensor | None = None, history: Tensor | None = None) -> Tensor:
-        """The raw output for x [B, C, H, W], step [B], y [B] and the last estimate of x_0."""
-        return self.step.ask(x, step, torch.as_tensor(self.conditions), y, None, history)[0]
+    def forward(
+        self,
+        x: Tensor,
+        step: Tensor,
+        y: Tensor | None = None,
+        history: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """The raw output for x [B, C, H, W], step [B], y [B], the last estimate of x_0 and what stands behind x."""
+        return self.step.ask(x, step, torch.as_tensor(self.conditions), y, None, history, condition)[0]
 
 
 class Update(nn.Module):
@@ -125,12 +132,18 @@ def step_of(model: nn.Module, spec: ModelSpec, table: StepTable, *, masked: bool
 
 
 def example(spec: ModelSpec, names: tuple[str, ...], batch: int) -> dict[str, Tensor]:
-    """Arguments of the right shapes and dtypes for tracing, each a tensor of its own (a tracer merges shared ones)."""
-    picture = (batch, *spec.shape)
+    """Arguments of the right shapes and dtypes for tracing, each a tensor of its own (a tracer merges shared ones).
+
+    Beside `t` stands a network as it is, whose x has the condition's channels behind its own.
+    """
+    picture, behind = (batch, *spec.shape), (batch, spec.condition_channels, *spec.shape[1:])
+    whole = (batch, spec.shape[0] + spec.condition_channels, *spec.shape[1:])
     out = (batch, spec.shape[0] * (2 if spec.learned_variance else 1), *spec.shape[1:])
     fed = spec.times_fed(torch.zeros(1, dtype=torch.int64)).dtype
     makers = {
-        **{name: (picture, torch.float32) for name in ("x", "x_self_cond", *HISTORIES, "noise", *KNOWN)},
+        **{name: (picture, torch.float32) for name in ("x_self_cond", *HISTORIES, "noise", *KNOWN)},
+        "x": (whole if "t" in names else picture, torch.float32),
+        "condition": (behind, torch.float32),
         **{name: (out, torch.float32) for name in ("out", "out_uncond")},
         **{name: ((batch,), torch.int64) for name in ("step", "sample_id", "seed", "y")},
         "t": ((batch,), fed),

@@ -149,7 +149,7 @@ class OnnxSampler:
         self,
         n: int,
         output: Output,
-        options: Mapping[str, Any],
+        options: Mapping[str, object],
         known: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor | list[Image]:
@@ -233,6 +233,11 @@ class OnnxSampler:
             ValueError: something was asked for that the file cannot do.
         """
         facts, fixed = self.facts, self.session.batch
+        if request.cond_fn is not None:
+            raise ValueError(
+                f"sample: cond_fn must be left out for a {facts['what']}, got one, which no file holds; export a "
+                "network, whose steps a classifier can guide"
+            )
         if fixed is not None and request.batch_size != fixed:
             raise ValueError(f"sample: batch_size must be the file's, {fixed}, got {request.batch_size}; leave it out")
         if request.guidance is not None and not facts["guidance"]:
@@ -264,6 +269,8 @@ class OnnxSampler:
             shape = (n, *self.spec.shape)
             feeds["known"] = np.zeros(shape, np.float32) if batch.known is None else batch.known.numpy()
             feeds["mask"] = np.ones(shape, np.float32) if batch.mask is None else batch.mask.numpy()
+        if batch.condition is not None:
+            feeds["condition"] = batch.condition.cpu().contiguous().numpy()
         return {name: value for name, value in feeds.items() if name in self.session.inputs}
 
 

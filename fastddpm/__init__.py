@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fastddpm.checkpoints import CheckpointError as CheckpointError
     from fastddpm.checkpoints import load_checkpoint as load_checkpoint
     from fastddpm.checkpoints.convert import convert_checkpoint as convert_checkpoint
+    from fastddpm.checkpoints.openai_classifier import load_classifier as load_classifier
     from fastddpm.engines.compare import CompileError as CompileError
     from fastddpm.export import OnnxSampler as OnnxSampler
     from fastddpm.export import export_onnx as export_onnx
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
     from fastddpm.integrations.diffusers_schedulers import (
         FastDPMSolverMultistepScheduler as FastDPMSolverMultistepScheduler,
     )
+    from fastddpm.nets.classifier import Classifier as Classifier
     from fastddpm.nets.unet import UNet as UNet
     from fastddpm.nets.unet import UNetConfig as UNetConfig
+    from fastddpm.pictures.inputs import low_res as low_res
     from fastddpm.process.likelihood import Likelihood as Likelihood
     from fastddpm.process.method import Method as Method
     from fastddpm.process.schedule import NoiseSchedule as NoiseSchedule
@@ -41,6 +44,7 @@ _HOME = {
     "Batch": "sampler",
     "Checkpoint": "checkpoints",
     "CheckpointError": "checkpoints",
+    "Classifier": "nets.classifier",
     "CompileError": "engines.compare",
     "DynamicThreshold": "process.table",
     "FastDDIMScheduler": "integrations.diffusers_schedulers",
@@ -64,6 +68,8 @@ _HOME = {
     "convert_checkpoint": "checkpoints.convert",
     "export_onnx": "export.exporter",
     "load_checkpoint": "checkpoints",
+    "load_classifier": "checkpoints.openai_classifier",
+    "low_res": "pictures.inputs",
     "make_table": "process.solvers",
 }
 

@@ -32,6 +32,7 @@ from fastddpm.process.noise import NoiseSource
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
+from fastddpm.step.guided import GuidedStep, guides_of
 from fastddpm.step.network import Foreign, Network
 from fastddpm.step.request import Preview, Request, RunOptions, check_noise, make_request
 
@@ -190,7 +191,7 @@ class Sampler(Editor):
         """The network's raw output.
 
         Args:
-            x: float [B, C, H, W].
+            x: float [B, C, H, W], with the condition's channels behind its own where the network takes one.
             t: [B], as the network is fed (a training step times `spec.time_scale`).
             y: int64 [B], classes, for networks that have them.
             x_self_cond: float [B, C, H, W], an estimate of x_0, for networks with self-conditioning; None is zeros.
@@ -251,7 +252,9 @@ class Sampler(Editor):
             )
         labels = None if self.spec.num_classes is None else torch.zeros(batch_size, dtype=torch.int64)
         scale = 2.0 if guided else 1.0
-        run = RunOptions(class_labels=labels, guidance_scale=scale, batch_size=batch_size)
+        channels = self.spec.condition_channels
+        condition = torch.zeros(channels, *self.spec.shape[1:]) if channels else None
+        run = RunOptions(class_labels=labels, guidance_scale=scale, batch_size=batch_size, condition=condition)
         request = make_request(self.spec, self.device, batch_size, run)
         with self.stepper.undisturbed():
             self.stepper.refresh()
@@ -292,6 +295,14 @@ class Sampler(Editor):
           x_T too, if none is given).
         - callback: called with a `Preview` after each step of each batch.
         - progress: whether to show a progress bar; None shows it on terminals.
+        - cond_fn: (x, t, y) → ∇ log p(y|x), a classifier's gradient (Dhariwal & Nichol 2021): x float32 [B, C, H, W]
+          and the result alike, t [B] as the network is fed it, y int64 [B], the class_labels, or None where none are
+          given. Here they may be given for networks without classes too. ddpm moves the mean by Σ g (Algorithm 1), ddim
+          takes ε − √(1−ᾱ) g (Algorithm 2), DPM-Solver++ x̂_0 + (1−ᾱ)/√ᾱ g; x̂_0 is not clipped again. Such steps run
+          eagerly. `fastddpm.load_classifier(path).cond_fn(scale)` is one.
+        - condition: what networks with more input than output channels see behind x, one or n of them: a float tensor
+          [n, C', H, W] as the network takes it, or pictures (paths, PIL images, arrays, uint8 tensors), which are
+          brought into its range; for networks that enlarge, of the small size too.
 
         Args:
             n: how many, at least 1.
@@ -335,6 +346,9 @@ class Sampler(Editor):
             request = make_request(self.spec, self.device, n, run)
             table = method.table(self.schedule, self.spec)
             check_noise(run.noise, table.S, n, self.spec.shape)
+        if run.cond_fn is not None:
+            self.engine.check_eager("cond_fn", GuidedStep.eager_because)
+            guides_of(table)
         return Plan(table, request, run)
 
     def likelihood(

@@ -157,8 +157,8 @@ def check_channels(source: str, into: int, out: int, *allowed: int) -> None:
     if into > out:
         raise CheckpointError(
             f"{source}: the network takes {into} channels and returns {out}: it is conditioned on pictures "
-            "(super-resolution, inpainting, translation), which is not supported; give an unconditional or "
-            "class-conditional one"
+            "(super-resolution, inpainting, translation), which is not supported for files of this kind; give an "
+            "unconditional or class-conditional one"
         )
     raise CheckpointError(
         f"{source}: the output must have {wanted} channels for an input of {into}, got {out}; give another network"

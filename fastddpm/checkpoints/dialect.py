@@ -49,7 +49,7 @@ class UNetDialect:
         process: The schedule and the conventions, from the structure, the weights and the flags.
         names: What it calls the parts of a network.
         presets: Flags of its published networks, by their names.
-        relatives: What is published with these and is not supported, by name.
+        relatives: What is published with these and draws no pictures, by name: what it is, and what to do with it.
         constants: Keys of tensors that are no weights.
     """
 
@@ -78,9 +78,7 @@ class UNetDialect:
         """
         source, preset = f"{path}, taken for {self.name} ({self.reason})", given.get("preset")
         if isinstance(preset, str) and preset in self.relatives:
-            raise CheckpointError(
-                f"{source}: {preset} is {self.relatives[preset]}, which is not supported; give a U-Net"
-            )
+            raise CheckpointError(f"{source}: {preset} is {self.relatives[preset]}; give a network that draws pictures")
         flags = Flags(source, given, self.flags, self.presets)
         name, state = choose_network(find_networks(values, *self.entries), flags)
         with blamed_on(flags.source):

@@ -25,7 +25,8 @@ NAME = "diffusers"
 INDEX_NAME = "model_index.json"
 CONFIG_NAME = "config.json"
 SUBFOLDERS = ("unet", "unet_ema")
-FLAGS = ("scheduler", "sample_size", "image_size", "variant", "subfolder", "null_class", *SCHEDULER_FLAGS)
+FLAGS = ("scheduler", "sample_size", "image_size", "variant", "subfolder", "null_class", "condition_channels",
+         *SCHEDULER_FLAGS)  # fmt: skip
 _OTHERS = {
     "ConsistencyModelPipeline": "consistency models",
     "KarrasVePipeline": "Karras et al.'s variance-exploding models",
@@ -57,8 +58,9 @@ def load(path: Path, given: Mapping[str, object]) -> Checkpoint:
 
     Flags: `variant`, as in the library ("fp16"); `subfolder`, "unet" or "unet_ema"; `scheduler`, another
     scheduler_config.json than the folder's (or its folder); `sample_size`, where the configuration has none;
-    `image_size`, to draw pictures of another size than that; `null_class`, the label that stands for "no class"; and
-    for a network that stands alone the options of DDPMScheduler.
+    `image_size`, to draw pictures of another size than that; `null_class`, the label that stands for "no class";
+    `condition_channels`, those that the network takes behind x's, where their numbers do not say it; and for a network
+    that stands alone the options of DDPMScheduler.
 
     Raises:
         CheckpointError: If files are missing, damaged or of a kind that is not supported, or flags are wrong.
@@ -146,12 +148,29 @@ def _spec(config: UNetConfig, conventions: Conventions, flags: Flags) -> ModelSp
     with blamed_on(flags.source):
         classes = classes_of(config.num_classes, flags)
         spec = ModelSpec((config.in_channels, *config.sample_size), **conventions, **classes)
-    wanted = config.in_channels * (2 if spec.learned_variance else 1)
-    check_channels(flags.source, config.in_channels, config.out_channels, config.in_channels, 2 * config.in_channels)
-    if config.out_channels != wanted:
-        conditioned = ", or this is conditioned on pictures, which is not supported" if spec.learned_variance else ""
+        condition = _condition_channels(config, spec.learned_variance, flags)
+        shape = (config.in_channels - condition, *config.sample_size)
+    return dataclasses.replace(spec, shape=shape, condition_channels=condition)
+
+
+def _condition_channels(config: UNetConfig, learned: bool, flags: Flags) -> int:
+    """Channels that the network takes behind x's: those that it has no output for.
+
+    A network that returns as many as it takes may have no condition, and then its variance is not learned; only the
+    flag `condition_channels` says that it has one.
+
+    Raises:
+        CheckpointError: If the channels do not fit the variance, or the flag does not fit the channels.
+    """
+    into, out = config.in_channels, config.out_channels
+    channels = out // 2 if learned else out
+    if (learned and out % 2) or channels > into or (into == out and learned and "condition_channels" not in flags):
+        check_channels(flags.source, into, out, into, 2 * into)
+        even = into == out and out % 2 == 0
+        maybe = f", or it is conditioned on pictures: give condition_channels={into - out // 2}" if even else ""
         raise CheckpointError(
-            f"{flags.source}: out_channels must be {wanted} for variance {spec.variance}, got {config.out_channels}; "
-            f"the scheduler belongs to another network{conditioned}"
+            f"{flags.source}: out_channels must be {into * (2 if learned else 1)} for this scheduler's variance, got "
+            f"{out}; the scheduler belongs to another network{maybe}"
         )
-    return spec
+    flags.agree(condition_channels=into - channels)
+    return into - channels

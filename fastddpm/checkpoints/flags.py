@@ -12,14 +12,17 @@ from fastddpm.checkpoints.base import CheckpointError
 
 # Options of the projects for what is not supported; a suggestion of another name would lead astray.
 _UNSUPPORTED = {
-    "cond_fn": "classifier guidance",
-    "classifier_": "classifier guidance",
     "small_size": "super-resolution",
     "large_size": "super-resolution",
     "remove_parallel_component": "projected guidance",
     "keep_parallel_frac": "projected guidance",
     "rescaled_phi": "rescaled guidance",
     "use_cfg_plus_plus": "CFG++",
+}
+# And those of what is elsewhere.
+_ELSEWHERE = {
+    "cond_fn": "it is an option of Sampler.sample",
+    "classifier_": "fastddpm.load_classifier reads classifiers, whose cond_fn Sampler.sample takes",
 }
 _NO_PRESETS: Mapping[str, Mapping[str, object]] = {}
 
@@ -56,6 +59,9 @@ class Flags:
             for start, what in _UNSUPPORTED.items():
                 if unknown[0].startswith(start):
                     raise CheckpointError(f"{source}: {what} ({unknown[0]}) is not supported; leave it out")
+            for start, where in _ELSEWHERE.items():
+                if unknown[0].startswith(start):
+                    raise CheckpointError(f"{source}: {unknown[0]} is no flag of a network: {where}; leave it out")
             near = difflib.get_close_matches(unknown[0], sorted(names), 1)
             hint = (
                 f"did you mean {near[0]}?" if near else f"leave it out; there are {', '.join(sorted(names)) or 'none'}"

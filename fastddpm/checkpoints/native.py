@@ -147,10 +147,12 @@ def check_agreement(unet: UNetConfig, spec: ModelSpec) -> None:
     """
     channels, height, width = spec.shape
     expected = channels * (2 if spec.learned_variance else 1)
-    if (unet.in_channels, *unet.sample_size) != (channels, height, width) or unet.out_channels != expected:
+    into = channels + spec.condition_channels
+    if (unet.in_channels, *unet.sample_size) != (into, height, width) or unet.out_channels != expected:
         raise ValueError(
             f"unet and spec must agree, got unet {unet.in_channels}→{unet.out_channels} channels at "
-            f"{unet.sample_size} but spec.shape {spec.shape} with variance {spec.variance}"
+            f"{unet.sample_size} but spec.shape {spec.shape} with variance {spec.variance}, condition_channels "
+            f"{spec.condition_channels}"
         )
     rows = 0 if unet.num_classes is None else unet.num_classes
     needed = max(spec.num_classes or 0, 0 if spec.null_class is None else spec.null_class + 1)

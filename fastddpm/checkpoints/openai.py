@@ -18,14 +18,27 @@ from fastddpm.process.spec import ModelSpec, Variance
 from fastddpm.process.timesteps import respace
 
 _GUIDED_ONLY = ("num_head_channels", "resblock_updown", "use_fp16")
-_REQUIRED = ("image_size", "diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart")
+_REQUIRED = ("diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart")
 # What the weights tell: accepted, and compared with them.
 _DERIVED = ("num_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "learn_sigma", "class_cond",
             "use_scale_shift_norm", "resblock_updown")  # fmt: skip
 # What matters for training alone.
 _TRAINING = ("dropout", "use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas")
 _HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
-FLAGS = (*_REQUIRED, *_HEADS, "sigma_small", "timestep_respacing", "null_class", "model", *_DERIVED, *_TRAINING)
+# What SuperResModel has in image_size's place.
+_SIZES = ("large_size", "small_size")
+FLAGS = (
+    "image_size",
+    *_SIZES,
+    *_REQUIRED,
+    *_HEADS,
+    "sigma_small",
+    "timestep_respacing",
+    "null_class",
+    "model",
+    *_DERIVED,
+    *_TRAINING,
+)
 
 
 def _fixed_variance(flags: Flags) -> Variance:
@@ -36,18 +49,23 @@ def _fixed_variance(flags: Flags) -> Variance:
 def _refuse_relatives(state: Mapping[str, Tensor], source: str) -> None:
     if not any(name.startswith("output_blocks.") for name in state):
         raise CheckpointError(
-            f"{source}: must hold output_blocks, got none: a classifier, and classifier guidance is not supported; "
-            "give the U-Net's file"
+            f"{source}: must hold output_blocks, got none: it is a classifier; give the U-Net's file, and this one to "
+            "fastddpm.load_classifier"
         )
     if "output_blocks.0.0.in_layers.0.weight" not in state or "out.2.weight" not in state:
         raise CheckpointError(f"{source}: must hold output_blocks.0 and out.2, got one: it is cut short; give it whole")
 
 
-def _learns_sigma(state: Mapping[str, Tensor], flags: Flags) -> bool:
-    """Whether the output has 2C channels.
+def _learns_sigma(config: UNetConfig, condition: int) -> bool:
+    """Whether the output has 2C channels."""
+    return config.out_channels != config.in_channels - condition
+
+
+def _condition_channels(state: Mapping[str, Tensor], flags: Flags) -> int:
+    """Channels of the picture beside x: as many as x has in super-resolution networks, by their flags; 0 in others.
 
     Raises:
-        CheckpointError: If it has neither C nor 2C, or may be a super-resolution network's, with a picture beside x.
+        CheckpointError: If the output has neither C nor 2C channels, or it is open whether there is such a picture.
     """
     stem, out = state["input_blocks.0.0.weight"], state["out.2.weight"]
     if stem.ndim != 4 or out.ndim != 4:
@@ -55,19 +73,31 @@ def _learns_sigma(state: Mapping[str, Tensor], flags: Flags) -> bool:
             f"{flags.source}: the first and last layers must be 2-D convolutions, got others; give a U-Net"
         )
     c_in, c_out = stem.shape[1], out.shape[0]
+    if any(name in flags for name in _SIZES):
+        if c_in % 2:
+            raise CheckpointError(
+                f"{flags.source}: a super-resolution network must take an even number of channels, x's and as many "
+                f"again, got {c_in}; leave large_size and small_size out"
+            )
+        check_channels(flags.source, c_in // 2, c_out, c_in // 2, c_in)
+        return int(c_in // 2)
+    if c_in == 2 * c_out:
+        flags.require("large_size", "small_size")
     check_channels(flags.source, c_in, c_out, c_in, 2 * c_in)
     if c_in == c_out == 6:  # what OpenAI's super-resolution networks have, which see three channels twice
         if flags.boolean("learn_sigma", True):
             raise CheckpointError(
-                f"{flags.source}: 6 to 6 channels is super-resolution of 3 channels with learned variance, which is "
-                "not supported, or a network of 6 channels without; give learn_sigma=False if it is the latter"
+                f"{flags.source}: 6 to 6 channels is super-resolution of 3 channels with learned variance, or a "
+                "network of 6 channels without; give large_size and small_size if it is the former, learn_sigma=False "
+                "if it is the latter"
             )
-    return bool(c_out == 2 * c_in)
+    return 0
 
 
-def _require(flags: Flags, state: Mapping[str, Tensor], learned: bool) -> None:
+def _require(flags: Flags, state: Mapping[str, Tensor], condition: int) -> None:
     """Ask for all that is missing at once."""
-    needed = list(_REQUIRED)
+    needed = [*(_SIZES if condition else ("image_size",)), *_REQUIRED]
+    learned = state["out.2.weight"].shape[0] != state["input_blocks.0.0.weight"].shape[1] - condition
     head_channels = flags.integer("num_head_channels", -1, least=-1)
     if head_channels == 0:
         raise flags.wrong("num_head_channels", "−1 or at least 1")
@@ -105,12 +135,13 @@ def _layers(state: Mapping[str, Tensor], entries: int) -> int:
 def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
     """The structure, from the weights' names and shapes and the flags for the heads."""
     _refuse_relatives(state, flags.source)
-    _require(flags, state, _learns_sigma(state, flags))
+    condition = _condition_channels(state, flags)
+    _require(flags, state, condition)
     entries = highest_index(state, "input_blocks.") + 1
     layers = _layers(state, entries)
     levels = max(1, entries // (layers + 1))
     firsts = [1 + level * (layers + 1) for level in range(levels)]
-    size = flags.size(("image_size",), levels)
+    size = flags.size(("image_size", "large_size") if condition else ("image_size",), levels)
     stem, base = state["input_blocks.0.0.weight"].shape, state["time_embed.0.weight"].shape[1]
     channels = tuple(state[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in firsts)
     attention = tuple(f"input_blocks.{n}.1.qkv.weight" in state for n in firsts)
@@ -149,7 +180,7 @@ def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
         num_channels=base,
         num_res_blocks=layers,
         channel_mult=tuple(width / base for width in channels),
-        learn_sigma=config.out_channels != config.in_channels,
+        learn_sigma=_learns_sigma(config, condition),
         class_cond=config.num_classes is not None,
         use_scale_shift_norm=config.scale_shift,
         resblock_updown=config.resblock_updown,
@@ -159,21 +190,32 @@ def _config(state: Mapping[str, Tensor], flags: Flags) -> UNetConfig:
 
 
 def _process(config: UNetConfig, state: Mapping[str, Tensor], flags: Flags) -> tuple[NoiseSchedule, ModelSpec]:
-    T, learned = flags.integer("diffusion_steps"), config.out_channels != config.in_channels
+    condition = _condition_channels(state, flags)
+    T, learned = flags.integer("diffusion_steps"), _learns_sigma(config, condition)
     spec = ModelSpec(
-        (config.in_channels, *config.sample_size),
+        (config.in_channels - condition, *config.sample_size),
         prediction="x_start" if flags.boolean("predict_xstart") else "eps",
         variance="learned_range" if learned else _fixed_variance(flags),
         **classes_of(config.num_classes, flags),
         time_scale=1000.0 / T if flags.boolean("rescale_timesteps") else 1.0,
         respacing=flags.text("timestep_respacing", ""),
         to_bytes="truncate",
+        condition_channels=condition,
+        condition_scale=_condition_scale(flags) if condition else 1,
     )
     if spec.respacing:
         respace(T, spec.respacing)
     if flags.choice("noise_schedule", ("linear", "cosine")) == "cosine":
         return NoiseSchedule.cosine(T), spec
     return NoiseSchedule.linear(T, 1000.0 / T * 1e-4, 1000.0 / T * 0.02), spec
+
+
+def _condition_scale(flags: Flags) -> int:
+    """How many times larger the pictures are than those that they are made of."""
+    small, large = flags.integer("small_size"), flags.integer("large_size")
+    if large % small:
+        raise flags.wrong("small_size", f"a part of large_size, {large}")
+    return large // small
 
 
 def names_of(config: UNetConfig) -> Names:

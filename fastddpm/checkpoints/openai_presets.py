@@ -31,11 +31,11 @@ _GUIDED: dict[str, object] = {
     "rescale_timesteps": False,
     "use_new_attention_order": False,
 }
+_UPSAMPLER = {name: value for name, value in _GUIDED.items() if name != "image_size"}
 
-# Published with them, but not networks that sample by themselves.
+# Published with them, but not networks that sample.
 RELATIVES = {
-    **dict.fromkeys(("upsample_cond_500K", "64_256_upsampler", "128_512_upsampler"), "a super-resolution network"),
-    **{f"{size}x{size}_classifier": "a classifier" for size in (64, 128, 256, 512)},
+    f"{size}x{size}_classifier": "a classifier, which fastddpm.load_classifier reads" for size in (64, 128, 256, 512)
 }
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -55,4 +55,13 @@ PRESETS: dict[str, dict[str, object]] = {
     "lsun_cat": _GUIDED,
     "lsun_horse": _GUIDED,
     "lsun_horse_nodropout": _GUIDED,
+    "64_256_upsampler": {**_UPSAMPLER, "large_size": 256, "small_size": 64, "num_head_channels": -1, "num_heads": 4},
+    "128_512_upsampler": {**_UPSAMPLER, "large_size": 512, "small_size": 128},
+    "upsample_cond_500K": {
+        **{name: value for name, value in _IMPROVED.items() if name != "image_size"},
+        "large_size": 256,
+        "small_size": 64,
+        "noise_schedule": "linear",
+        "rescale_timesteps": False,
+    },
 }

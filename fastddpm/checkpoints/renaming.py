@@ -1,4 +1,4 @@
-"""Another project's names for the parts of a U-Net, and the way of its weights into ours.
+"""Another project's names for the parts of a U-Net or a classifier, and the way of its weights into ours.
 
 All of them stack the same parts; what differs is how the parts are called, and that we keep each attention's q, k and
 v in one layer and all blocks' time projections in one.
@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastddpm.checkpoints.base import check_weights
 from fastddpm.nets.blocks import Attention, ResBlock, Stage
+from fastddpm.nets.classifier import Classifier
 from fastddpm.nets.unet import UNet, UNetConfig
 
 Part = Literal["down", "mid", "up"]
 Kind = Literal["block", "attention", "resample"]
+Net = TypeVar("Net", UNet, Classifier)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Names:
         up_conv: The same for an upsampler.
         place: (part, level, i, kind) → the prefix of that part. Levels count from the finest on both ways; i counts
             the blocks of the level. A change of resolution has the i after the last block's.
+        tensors: Its names of our tensors that are neither a layer's weight nor its bias.
     """
 
     fixed: Mapping[str, str]
@@ -45,6 +48,7 @@ class Names:
     down_conv: str
     up_conv: str
     place: Callable[[Part, int, int, Kind], str]
+    tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +83,17 @@ def load_renamed(
     """
     with torch.device("meta"):
         network = UNet(config)
+    return fill_renamed(network, names, state, source, option)
+
+
+def fill_renamed(
+    network: Net,
+    names: Names,
+    state: Mapping[str, Tensor],
+    source: str,
+    option: Callable[[str], str | None] = lambda name: None,
+) -> Net:
+    """Fill a network, on the meta device, with a project's weights; arguments and errors as in `load_renamed`."""
     pieces = pieces_of(network, names)
     parts = {ours: _shapes(piece, tuple(network.get_parameter(ours).shape)) for ours, piece in pieces.items()}
 
@@ -94,8 +109,9 @@ def load_renamed(
     return network.eval()
 
 
-def pieces_of(network: UNet, names: Names) -> dict[str, _Piece]:
+def pieces_of(network: UNet | Classifier, names: Names) -> dict[str, _Piece]:
     """All of our tensors and what they are made of, block by block in the order of the time projections."""
+    config = network.config if isinstance(network, UNet) else network.config.encoder
     pieces: dict[str, _Piece] = {}
     projections: list[str] = []
 
@@ -125,21 +141,22 @@ def pieces_of(network: UNet, names: Names) -> dict[str, _Piece]:
         place = names.place(part, level, len(pairs), "resample")
         if isinstance(module.resample, ResBlock):
             block(f"{ours}.resample", place, module.resample)
-        elif module.resample is not None and network.config.conv_resample:
+        elif module.resample is not None and config.conv_resample:
             conv = names.down_conv if part == "down" else names.up_conv
             layer(f"{ours}.resample.conv", f"{place}.{conv}")
 
     for ours, theirs in names.fixed.items():
         if ours == "label_embedding":
-            if network.label_embedding is not None:
+            if isinstance(network, UNet) and network.label_embedding is not None:
                 pieces["label_embedding.weight"] = _Piece((f"{theirs}.weight",))
         else:
             layer(ours, theirs)
-    levels = len(network.config.channels)
+    pieces |= {ours: _Piece((theirs,)) for ours, theirs in names.tensors.items()}
+    levels = len(config.channels)
     for level, module in enumerate(network.down):
         stage("down", f"down.{level}", level, cast(Stage, module))
     stage("mid", "mid", levels - 1, network.mid)
-    for i, module in enumerate(network.up):
+    for i, module in enumerate(network.up if isinstance(network, UNet) else ()):
         stage("up", f"up.{i}", levels - 1 - i, cast(Stage, module))
     for kind in ("weight", "bias"):
         theirs_all = tuple(f"{name}.{kind}" for name in projections)

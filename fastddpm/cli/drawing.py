@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.cli.classes import class_cycle
+from fastddpm.cli.condition import ConditionFiles
 from fastddpm.cli.errors import Stopped
 from fastddpm.cli.picture_folder import PictureFolder, checksums
 from fastddpm.common.progress import StepProgress
@@ -39,6 +40,8 @@ MOST_BYTES = 64 << 30
 GRID_LIMIT = 400
 GIF_LIMIT = 64
 GIF_FRAMES = 40
+CONDITIONS = 256
+"""Conditions that are in memory at once, in whole batches."""
 _LARGEST = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535}  # pixels a side
 
 
@@ -118,6 +121,7 @@ class Drawing:
     engine: str
     precision: str
     quiet: bool
+    condition: ConditionFiles | None = None
 
     def run(self, outputs: Outputs) -> list[str]:
         """Draw the pictures and write them.
@@ -176,7 +180,10 @@ class Drawing:
             raise ValueError(f"--npz must hold at most {MOST_BYTES >> 30} GiB, got {size / 2**30:.0f}; use --folder")
         steps = self.sampler.table(self.method).S
         ids = list(range(self.first_id, self.first_id + min(self.n, len(self._cycle() or [0]))))
-        run = RunOptions(self.seed, ids, self.labels(ids), self.guidance, self.batch_size)
+        pictures = None if self.condition is None else self.condition.files[0]  # all fit, or they would not be here
+        run = RunOptions(
+            self.seed, ids, self.labels(ids), self.guidance, self.batch_size, condition=pictures
+        )  # fmt: skip
         make_request(self.sampler.spec, self.sampler.device, len(ids), run)
         outputs.check(self.sampler.spec.shape, self.n)
         return steps
@@ -211,8 +218,14 @@ class Drawing:
 
     def _stream(self, ids: Sequence[int], animation: Animation | None) -> Iterator[Batch]:
         """The pictures of these ids, batch by batch, uint8 [B, C, H, W]."""
-        if not ids:
-            return iter(())
+        size = self._batch_size() or max(1, len(ids))
+        # Conditions are read for so many samples at a time, all batches of which but the last are full.
+        most = max(1, len(ids)) if self.condition is None else size * max(1, CONDITIONS // size)
+        for first in range(0, len(ids), most):
+            yield from self._streamed(ids[first : first + most], animation)
+
+    def _streamed(self, ids: Sequence[int], animation: Animation | None) -> Iterator[Batch]:
+        """The same for ids whose conditions are read at once."""
         return self.sampler.stream(
             len(ids),
             method=self.method,
@@ -223,6 +236,7 @@ class Drawing:
             batch_size=self._batch_size(),
             output="uint8",
             callback=animation,
+            condition=None if self.condition is None else self.condition.of_ids(ids),
         )
 
     def _room(self, n: int) -> Tensor:
@@ -260,6 +274,7 @@ class Drawing:
         settings = {name: getattr(self, name) for name in mine}
         settings |= {name: getattr(self.method, name) for name in ("solver", "steps", "timesteps", "eta")}
         clip = self.method.clip
+        settings["condition"] = None if self.condition is None else self.condition.checksum
         settings["threshold"] = clip.ratio if isinstance(clip, DynamicThreshold) else None
         return PictureFolder(outputs.folder, settings | checksums(self.sampler))
 

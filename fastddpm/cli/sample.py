@@ -35,6 +35,14 @@ def sample(
             rich_help_panel=WHAT,
         ),
     ] = 1.0,
+    condition: Annotated[
+        Path | None,
+        typer.Option(
+            help="For networks that enlarge, restore or translate: the picture that they are given, or a folder of "
+            "them, which take turns.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="A picture depends on seed and id alone, on any machine.", rich_help_panel=WHAT)
     ] = 0,
@@ -117,7 +125,8 @@ def sample(
 
     - `fastddpm sample mnist -n 10000 --folder digits --solver ddpm --steps 250`
     """
-    from fastddpm.cli.drawing import Drawing, Outputs  # late: PyTorch takes seconds to import, --help should not
+    from fastddpm.cli.condition import ConditionFiles  # late: PyTorch takes seconds to import, --help should not
+    from fastddpm.cli.drawing import Drawing, Outputs
     from fastddpm.process.method import Method
     from fastddpm.process.table import DynamicThreshold
     from fastddpm.sampler import Sampler
@@ -129,8 +138,9 @@ def sample(
     clip: Literal["spec"] | DynamicThreshold = "spec" if threshold is None else DynamicThreshold(threshold)
     method = Method(solver, steps, timesteps, eta=eta, clip=clip)
     drawing = Drawing(
-        sampler, model, flags, n, method, classes, guidance, seed, first_id, batch_size, engine, precision, quiet
-    )
+        sampler, model, flags, n, method, classes, guidance, seed, first_id, batch_size, engine, precision, quiet,
+        ConditionFiles.of(condition, sampler.spec),
+    )  # fmt: skip
     lines = drawing.run(Outputs(grid, folder, npz, gif))
     if not quiet:
         say("\n".join(lines))

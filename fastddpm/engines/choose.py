@@ -111,6 +111,19 @@ class Engine:
         """Whether eager steps change the samples' own tensors: GPUs do, for it saves a copy."""
         return self.device.type == "cuda"
 
+    def check_eager(self, what: str, why: str) -> None:
+        """See that this engine may run steps eagerly.
+
+        Args:
+            what: what is only run so.
+            why: for what reason.
+
+        Raises:
+            ValueError: the engine is one that compiles and was asked for by its name.
+        """
+        if self.name not in ("auto", "eager", "onnx"):
+            raise ValueError(f"engine must be auto or eager for {what}, got {self.name}: {why}; use engine='eager'")
+
     def compile(self, call: Call) -> float | None:
         """Make sure that such calls need no compiling.
 
@@ -139,10 +152,15 @@ class Engine:
         Raises:
             CompileError: the engine is not "auto" and the step does not compile.
             OSError: the engine is not "auto" and a package cannot be written.
+            ValueError: the engine compiles, was asked for by its name, and the step can only be run eagerly.
         """
         eager = call.formed(in_place=self.in_place)
         if self.name in ("eager", "onnx"):
             self.used, self.why = self.name, "asked for"
+            return StepRunner(eager.step, eager)
+        if call.step.eager_because:
+            self.check_eager("this step", call.step.eager_because)
+            self.used, self.why = "eager", call.step.eager_because
             return StepRunner(eager.step, eager)
         wanted = self.quick.formed(call)
         if self.name != "auto":

@@ -66,7 +66,8 @@ class LikelihoodLoop:
     def _terms(self, batch: Request, to_come: int, watch: Watch) -> Tensor:
         """Float32 [n, S, 3]."""
         stepper, timesteps = self.stepper, self.table.timesteps[:-1].tolist()
-        begin, course = functools.partial(stepper.begin, self.table), Course(timesteps, [True] * self.S, True)
+        counters = self.table.counters[:-1].tolist()
+        begin, course = functools.partial(stepper.begin, self.table), Course(timesteps, [True] * self.S, True, counters)
         loop = Loop(begin, course, stepper.spec.shape, stepper.device, self.noise)
         n, hands = len(batch.ids), loop.hands_noise
         found = torch.empty(n, self.S, len(TERMS), device=stepper.device)

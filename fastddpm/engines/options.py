@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastddpm.process.method import Method, MethodOptions
 from fastddpm.process.noise import NoiseSource
+from fastddpm.step.condition import Condition
+from fastddpm.step.guided import ConditionFunction
 from fastddpm.step.request import Preview, RunOptions
 
 
@@ -26,17 +28,19 @@ class SampleOptions(MethodOptions, total=False):
     noise: NoiseSource | None
     callback: Callable[[Preview], None] | None
     progress: bool | None
+    cond_fn: ConditionFunction | None
+    condition: Condition | None
 
 
 _METHOD = {field.name for field in dataclasses.fields(Method)}
 _RUN = {field.name for field in dataclasses.fields(RunOptions)}
 _ELSEWHERE = {
-    "cond_fn": "classifier guidance is not supported; guidance_scale guides networks that were trained for it",
     "num_inference_steps": "it is called steps here",
     "generator": "it is called noise here, and seed=N needs none",
     "output_type": "it is called output here",
     "guidance": "it is called guidance_scale here",
     "classes": "they are called class_labels here",
+    "low_res": "it is called condition here",
 }
 """Options of other projects, and what to say of them."""
 

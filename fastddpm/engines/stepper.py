@@ -17,7 +17,9 @@ from fastddpm.engines.surroundings import undisturbed
 from fastddpm.engines.weights import Weights
 from fastddpm.process.likelihood_table import LikelihoodTable
 from fastddpm.process.spec import ModelSpec
+from fastddpm.process.table import StepTable
 from fastddpm.step.book import Book, Table
+from fastddpm.step.guided import Guide, GuidedStep
 from fastddpm.step.likelihood import TERMS, LikelihoodForm, LikelihoodStep
 from fastddpm.step.network import Network, as_network
 from fastddpm.step.request import Request
@@ -157,6 +159,7 @@ class Stepper:
                 guidance=batch.guidance,
                 known=batch.known,
                 mask=batch.mask,
+                condition=batch.condition,
             )
             example = torch.zeros_like(state.x)[None] if noise else None
             if isinstance(table, LikelihoodTable):
@@ -168,7 +171,14 @@ class Stepper:
                 self.spec, table, guided=guided, labelled=labelled, noise=noise, previews=previews,
                 masked=batch.mask is not None,
             )  # fmt: skip
-            yield Call(Step(self.network, form), state, self.book, example).formed()
+            yield Call(self._step(form, table, batch), state, self.book, example).formed()
+
+    def _step(self, form: StepForm, table: StepTable, batch: Request) -> Step:
+        """The step of a batch: of the one form, or with a classifier's gradient behind it."""
+        if batch.cond_fn is None:
+            return Step(self.network, form)
+        guide = Guide.of(batch.cond_fn, batch.classifier_labels, table, self.spec, self.device)
+        return GuidedStep(self.network, form, guide)
 
     def _places(self, table: Table, batch: Request, guided: bool) -> contextlib.AbstractContextManager[Places]:
         labels: Sequence[int | None] = [None] * len(batch.ids)

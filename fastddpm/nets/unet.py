@@ -49,14 +49,8 @@ class UNet(RowNetwork):
             # `normal_` on the meta device, where checkpoints are loaded, would import PyTorch's compiler.
             self.label_embedding = nn.Embedding(*size, _weight=torch.randn(size))
         self.stem = nn.Conv2d(config.in_channels, config.stem, 3, padding=1)
-        self.down, skips = _down_stages(config)
-        bottom = config.channels[-1]
-        attention = None
-        if config.mid_attention:
-            norm, groups = config.mid_attention_norm, config.mid_attention_groups
-            attention = Attention(config, bottom, config.num_heads, norm, groups, config.mid_scale)
-        blocks = [ResBlock(config, bottom, bottom, scale=config.mid_scale) for _ in range(2)]
-        self.mid = Stage(blocks, [attention, None], None)
+        self.down, skips = down_stages(config)
+        self.mid = mid_stage(config)
         self.up = _up_stages(config, skips)
         self.norm_out = nn.GroupNorm(config.norm_groups, config.channels[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
@@ -168,7 +162,17 @@ def _stages(modules: nn.ModuleList) -> list[Stage]:
     return [cast(Stage, module) for module in modules]
 
 
-def _down_stages(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
+def mid_stage(config: UNetConfig) -> Stage:
+    """The bottom."""
+    bottom, attention = config.channels[-1], None
+    if config.mid_attention:
+        norm, groups = config.mid_attention_norm, config.mid_attention_groups
+        attention = Attention(config, bottom, config.num_heads, norm, groups, config.mid_scale)
+    blocks = [ResBlock(config, bottom, bottom, scale=config.mid_scale) for _ in range(2)]
+    return Stage(blocks, [attention, None], None)
+
+
+def down_stages(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
     """The way down and the widths of the skip connections that it leaves."""
     stages, skips, width = nn.ModuleList(), [config.stem], config.stem
     for level, c_out in enumerate(config.channels):

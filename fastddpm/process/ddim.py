@@ -33,6 +33,9 @@ def ddim_table(
     η = 0 is deterministic, η = 1 is ancestral sampling with the small variance. A network with 2C output
     channels works too: its variance half does not enter.
 
+    A classifier's gradient g makes ε into ε − √(1−ᾱ_t) g (Dhariwal & Nichol 2021, Algorithm 2), after clipping, so that
+    x̂_0 moves by (1−ᾱ_t)/√ᾱ_t g, and x_{t−1} by √ᾱ_prev times that less √(1−ᾱ_prev−σ²) √(1−ᾱ_t) g.
+
     Args:
         schedule: the schedule that the network was trained with.
         timesteps: int [S], strictly descending, in 0 … T−1.
@@ -75,4 +78,8 @@ def ddim_table(
     else:  # ε = (x − √ᾱ x_0)/√(1−ᾱ), with x_0 = a_x x + a_o out
         columns["c_o"] = -direction * signal / noise * columns["a_o"]
         columns["c_x"] = direction / noise * (1.0 - signal * columns["a_x"])
-    return assemble("ddim_table", "ddim", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip)
+    shift = pairs.x_start_shift()
+    return assemble(
+        "ddim_table", "ddim", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip,
+        guides=(a_prev.sqrt() * shift - direction * noise, shift),
+    )  # fmt: skip

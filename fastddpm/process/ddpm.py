@@ -39,6 +39,9 @@ def ddpm_table(
     β_t = 1 − α_t; σ_t² = β̃_t = (1−ᾱ_prev)/(1−ᾱ_t) β_t ("fixed_small"), β_t ("fixed_large"), or in
     between, chosen by the network ("learned_range": Nichol & Dhariwal 2021, eq. 15).
 
+    A classifier's gradient moves the mean by σ_t² ∇ log p(y|x_t) (Dhariwal & Nichol 2021, Algorithm 1). In a row that
+    adds no noise σ_t² is what OpenAI's code has there: 0 of "fixed_small", and of the others made of the β̃ before.
+
     Args:
         schedule: the schedule that the network was trained with.
         timesteps: int [S], strictly descending, in 0 … T−1.
@@ -76,7 +79,15 @@ def ddpm_table(
         columns["log_beta_tilde"] = clipped_log(beta_tilde, beta, noisy)
     else:
         columns["sigma"] = noisy * (beta if variance == "fixed_large" else beta_tilde).sqrt()
-    return assemble("ddpm_table", "ddpm", pairs.t, columns, prediction=prediction, variance=variance, clip=clip)
+    moved = {
+        "fixed_small": beta_tilde,
+        "fixed_large": torch.where(noisy > 0, beta, _lent(beta_tilde, beta)),
+        "learned_range": torch.ones_like(beta),
+    }[variance]
+    return assemble(
+        "ddpm_table", "ddpm", pairs.t, columns, prediction=prediction, variance=variance, clip=clip,
+        guides=(moved, torch.zeros_like(beta)),
+    )  # fmt: skip
 
 
 def clipped_log(beta_tilde: Tensor, beta: Tensor, noisy: Tensor) -> Tensor:
@@ -93,6 +104,10 @@ def clipped_log(beta_tilde: Tensor, beta: Tensor, noisy: Tensor) -> Tensor:
     Returns:
         float64 [S].
     """
-    lent = torch.cat([beta[:1], beta_tilde[:-1]])
-    floor = torch.where(noisy > 0, torch.full_like(beta, _SMALLEST_VARIANCE), lent)
+    floor = torch.where(noisy > 0, torch.full_like(beta, _SMALLEST_VARIANCE), _lent(beta_tilde, beta))
     return torch.where(beta_tilde > 0, beta_tilde, floor).log()
+
+
+def _lent(beta_tilde: Tensor, beta: Tensor) -> Tensor:
+    """The β̃ of the row before each; the first row's own β, for want of one."""
+    return torch.cat([beta[:1], beta_tilde[:-1]])

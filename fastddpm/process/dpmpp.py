@@ -59,7 +59,10 @@ def dpmpp_2m_table(
     name = "dpmpp_2m_table"
     pairs, h = _path(name, schedule, timesteps, prev_timesteps, final_alpha_to_one)
     columns = _common(pairs, name, prediction) | _second_order(pairs, h, lower_order_final)
-    return assemble(name, "dpmpp_2m", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip)
+    return assemble(
+        name, "dpmpp_2m", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip,
+        guides=_guides(pairs, columns),
+    )  # fmt: skip
 
 
 def dpmpp_3m_table(
@@ -123,7 +126,10 @@ def dpmpp_3m_table(
     at, factor = third.nonzero().flatten(), 2.0 if second_difference == "whole" else 1.0
     for column, values in _third_order(pairs.a_prev[at].sqrt(), h[at], h[at - 1], h[at - 2], factor).items():
         columns[column][at] = values
-    return assemble(name, "dpmpp_3m", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip)
+    return assemble(
+        name, "dpmpp_3m", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip,
+        guides=_guides(pairs, columns),
+    )  # fmt: skip
 
 
 def _path(
@@ -149,6 +155,12 @@ def _path(
 def _common(pairs: StepPairs, name: str, prediction: Prediction) -> dict[str, Tensor]:
     """The columns that do not depend on the order."""
     return pairs.x_start_columns(name, prediction) | pairs.known_columns()
+
+
+def _guides(pairs: StepPairs, columns: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What a classifier's gradient adds to x_{t−1} and x̂_0: the solver sees the data's prediction alone."""
+    shift = pairs.x_start_shift()
+    return columns["c_0"] * shift, shift
 
 
 def _second_order(pairs: StepPairs, h: Tensor, lower_order_final: bool) -> dict[str, Tensor]:

@@ -85,6 +85,13 @@ class StepPairs:
         level = torch.where(self.prev >= 0, self.a_prev, 1.0)
         return {"k_0": level.sqrt(), "k_z": (1.0 - level).sqrt()}
 
+    def x_start_shift(self) -> Tensor:
+        """What a unit of a classifier's gradient adds to x̂_0, float64 [S]: (1−ᾱ_t)/√ᾱ_t, infinite where ᾱ_t = 0.
+
+        With ε − √(1−ᾱ_t) ∇ log p(y|x_t) for ε (Dhariwal & Nichol 2021, Algorithm 2).
+        """
+        return (1.0 - self.a_t) / self.a_t.sqrt()
+
     def x_start_columns(self, function: str, prediction: Prediction) -> dict[str, Tensor]:
         """a_x and a_o of x̂_0 = a_x x_t + a_o out: Ho et al. 2020, eq. 15; Salimans & Ho 2022, appendix D.
 

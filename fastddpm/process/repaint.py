@@ -89,41 +89,48 @@ def _visits(S: int, length: int, resamplings: int) -> list[int]:
 def _in_order(table: StepTable, alphas_cumprod: Tensor, order: list[int]) -> StepTable:
     """The table with its rows in another order, each landing where the next begins."""
     exact, times, seen = table.rows.double(), table.timesteps.tolist(), Counter[int]()
-    rows, timesteps, counters = [], [], []
+    guides = torch.zeros(table.S + 1, 2) if table.guides is None else table.guides
+    rows, timesteps, counters, moves = [], [], [], []
 
-    def add(row: Tensor, t: int, visit: int) -> None:
+    def add(row: Tensor, t: int, visit: int, guide: Tensor) -> None:
         rows.append(row)
         timesteps.append(t)
         counters.append(t + visit * VISIT)
+        moves.append(guide)
 
     for here, after in zip(order, [*order[1:], table.S], strict=True):
         visit = seen[here]
         seen[here] += 1
         if after > here:
-            add(exact[here], times[here], visit)
+            add(exact[here], times[here], visit, guides[here])
             continue
         target = float(alphas_cumprod[times[after]])
         if table.variance == "learned_range":
-            add(exact[here], times[here], visit)
-            add(_jumped(_resting(exact[here]), target), times[after], MOST_RESAMPLINGS + visit)
+            add(exact[here], times[here], visit, guides[here])
+            add(_jumped(_resting(exact[here]), target), times[after], MOST_RESAMPLINGS + visit, torch.zeros(2))
         else:
-            add(_jumped(exact[here], target), times[here], visit)
-    add(exact[table.S], 0, 0)
+            kept = torch.stack((_kept(exact[here], target).sqrt().float(), torch.ones(())))
+            add(_jumped(exact[here], target), times[here], visit, guides[here] * kept)
+    add(exact[table.S], 0, 0, torch.zeros(2))
     return replace(
         table,
         rows=torch.stack(rows).float(),
         timesteps=torch.tensor(timesteps),
         counters=torch.tensor(counters),
         uses_noise=True,
+        guides=None if table.guides is None else torch.stack(moves),
     )
+
+
+def _kept(row: Tensor, target: float) -> Tensor:
+    """The part of the signal's square that is left when a row goes on to the level ᾱ = target from where it lands."""
+    signal, noise = row[_COLUMN["k_0"]] ** 2, row[_COLUMN["k_z"]] ** 2
+    return target / (1.0 - noise if noise < 0.5 else signal)  # of the two, the one that float32 holds more closely
 
 
 def _jumped(row: Tensor, target: float) -> Tensor:
     """A row that goes on to the level ᾱ = target from where it lands."""
-    signal, noise = row[_COLUMN["k_0"]] ** 2, row[_COLUMN["k_z"]] ** 2
-    landing = 1.0 - noise if noise < 0.5 else signal  # of the two, the one that float32 holds more closely
-    kept = target / landing
-    new = row.clone()
+    kept, new = _kept(row, target), row.clone()
     for name in ("c_0", "c_x", "c_o"):
         new[_COLUMN[name]] *= kept.sqrt()
     new[_COLUMN["sigma"]] = (kept * row[_COLUMN["sigma"]] ** 2 + 1.0 - kept).sqrt()

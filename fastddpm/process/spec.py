@@ -52,6 +52,10 @@ class ModelSpec(Record):
             ("affine"), or x itself, of a network that was trained on [0, 1] ("identity").
         self_condition: The network takes the previous step's x̂_0 as well, zeros in the first step, as its keyword
             argument x_self_cond (Chen et al. 2023, "Analog bits", sec. 2.3).
+        condition_channels: Channels C' that the network takes behind x's, the same in all steps: a picture to enlarge,
+            to restore, to translate; 0 for none.
+        condition_scale: Pictures of 1/condition_scale of the size may be given as the condition; they are enlarged
+            bilinearly (OpenAI's super-resolution networks).
         ddim_steps: Steps of DDIM runs that say neither steps nor timesteps; None leaves it to the sampler.
         ddim_eta: η of DDIM runs that do not say it, in [0, 1].
     """
@@ -78,6 +82,8 @@ class ModelSpec(Record):
     to_bytes: Literal["round", "truncate"] = "round"
     to_unit: Literal["clamp", "affine", "identity"] = "clamp"
     self_condition: bool = False
+    condition_channels: Annotated[int, Within(0, 2**20)] = 0
+    condition_scale: _Count = 1
     ddim_steps: _Count | None = None
     ddim_eta: Annotated[float, Within(0, 1)] = 0.0
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.common.arguments import number
@@ -119,6 +120,8 @@ class StepTable:
         history: how many of the previous estimates of x_0 some row reads, 0, 1 or 2.
         uses_noise: some row adds noise.
         threshold: dynamic thresholding, whose bound per sample replaces the column `bound`; or None.
+        guides: float32 [S+1, 2]: what a unit of a classifier's gradient ∇ log p(y|x_t) adds to x_{t−1} and to x̂_0 in
+            each row, where the variance is learned times that variance; or None for rows that no classifier can guide.
 
     Raises:
         TypeError: rows, timesteps or counters have the wrong dtype.
@@ -134,6 +137,7 @@ class StepTable:
     history: int
     uses_noise: bool
     threshold: DynamicThreshold | None = None
+    guides: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Validate: a table that exists can be run."""
@@ -154,6 +158,10 @@ class StepTable:
                 f"StepTable: counters must be one for each of the {S1} timesteps, got {tuple(self.counters.shape)}; "
                 "use make_table"
             )
+        if self.guides is not None and self.guides.shape != (S1, 2):
+            raise ValueError(
+                f"StepTable: guides must be [S+1, 2] or None, got {tuple(self.guides.shape)}; use make_table"
+            )
         for name, value, kind in (
             ("prediction", self.prediction, Prediction),
             ("variance", self.variance, Variance),
@@ -168,8 +176,9 @@ class StepTable:
 
     def to(self, device: torch.device | str) -> StepTable:
         """The same table with its tensors on `device`."""
+        guides = None if self.guides is None else self.guides.to(device)
         moved = {name: getattr(self, name).to(device) for name in ("rows", "timesteps", "counters")}
-        return replace(self, **moved)
+        return replace(self, **moved, guides=guides)
 
     def row(self, i: int) -> dict[str, float]:
         """Row i, 0 … S, as column → number, for reading and for tests.
@@ -197,6 +206,7 @@ def assemble(
     prediction: Prediction,
     variance: Variance,
     clip: float | DynamicThreshold | None,
+    guides: tuple[Tensor, Tensor] | None = None,
 ) -> StepTable:
     """Round float64 columns once to float32, add the identity row, and make the table.
 
@@ -208,6 +218,7 @@ def assemble(
         prediction: what the network returns.
         variance: kind of variance.
         clip: bound of |x̂_0|, None, or a DynamicThreshold.
+        guides: what a classifier's gradient adds to x_{t−1} and to x̂_0, float64 [S] each; infinite where it could not.
 
     Raises:
         ValueError: clip is out of range, or a coefficient is not finite in float32.
@@ -229,6 +240,7 @@ def assemble(
         history=2 if uses("c_h2") else int(uses("c_h")),
         uses_noise=uses("sigma"),
         threshold=threshold,
+        guides=None if guides is None else F.pad(torch.stack(guides, dim=1).float(), (0, 0, 0, 1)),
     )
 
 

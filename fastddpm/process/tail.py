@@ -60,4 +60,5 @@ def tail_table(
             method, steps=None, timesteps=timesteps[first:], prev_timesteps=None if prev is None else prev[first:]
         ).table(schedule, spec)
         rows[: table.history] = later.rows[: table.history]
-    return replace(table, rows=rows, timesteps=table.timesteps[first:], counters=table.counters[first:])
+    guides = None if table.guides is None else table.guides[first:]
+    return replace(table, rows=rows, timesteps=table.timesteps[first:], counters=table.counters[first:], guides=guides)

@@ -156,7 +156,7 @@ class Book:
     def _write(self, chapter: Chapter, table: Table, label: int | None) -> None:
         place = slice(chapter.begin, chapter.end + 1)
         timesteps = table.timesteps.to(self.device)
-        self.rows[place, : table.rows.shape[1]] = table.rows.to(self.device)
+        self.rows[place] = table.rows.to(self.device)
         self.timesteps[place] = table.counters.to(self.device)
         # One class at a time: what a row holds must not depend on which others are asked for.
         self.conditions[place] = self._network.tabulate(self._spec.times_fed(timesteps), label)

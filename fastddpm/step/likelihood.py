@@ -95,6 +95,7 @@ class LikelihoodStep(nn.Module):
     Ho et al. 2020, eq. 5 and 13, as OpenAI's `calc_bpd_loop` has it. Nothing is kept between calls.
     """
 
+    eager_because = ""
     changed = ("step", "terms")
     """The arguments that a step changes, in the order of its results."""
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastddpm.common.arguments import integers, numbers, whole
 from fastddpm.process.noise import NoiseSource, id_bits, seed_bits
 from fastddpm.process.spec import ModelSpec
+from fastddpm.step.condition import Condition, condition_of
+from fastddpm.step.guided import ConditionFunction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,8 @@ class RunOptions:
     noise: NoiseSource | None = None
     callback: Callable[[Preview], None] | None = None
     progress: bool | None = None
+    cond_fn: ConditionFunction | None = None
+    condition: Condition | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,9 @@ class Request:
         seed: of the run, in [0, 2**64).
         known: float32 [n, C, H, W], pictures of which a part is known, or None.
         mask: float32 [n, C, H, W], with `known`: 1 where they are to be drawn.
+        cond_fn: a classifier's gradient that guides the samples, or None.
+        classifier_labels: int64 [n], what it is told as y, or None.
+        condition: float32 [n, C', H, W], what the network sees behind x, or None.
     """
 
     ids: Tensor
@@ -78,6 +85,9 @@ class Request:
     seed: int = 0
     known: Tensor | None = None
     mask: Tensor | None = None
+    cond_fn: ConditionFunction | None = None
+    classifier_labels: Tensor | None = None
+    condition: Tensor | None = None
 
     def filled(self) -> Request:
         """A batch with its last sample repeated up to `batch_size`, if that was asked for; otherwise as it is."""
@@ -151,7 +161,8 @@ def make_request(spec: ModelSpec, device: torch.device, n: int, run: RunOptions)
         raise ValueError(
             f"sample: batch_size must be a positive int, got {batch_size}; leave it out to choose by device"
         )
-    labels = _labels(spec, n, run.class_labels)
+    for_classifier = _classifier_labels(n, run)
+    labels = _labels(spec, n, None if for_classifier is not None and spec.num_classes is None else run.class_labels)
     guidance = _guidance(spec, n, run.guidance_scale, run.class_labels is not None)
     x_T, noise = run.x_T, run.noise
     if x_T is not None and (not isinstance(x_T, Tensor) or tuple(x_T.shape) != (n, *spec.shape)):
@@ -163,7 +174,32 @@ def make_request(spec: ModelSpec, device: torch.device, n: int, run: RunOptions)
     if supplied is not None and (supplied.ndim != 5 or supplied.shape[1] != n):
         supplied = None  # `check_noise` says what is wrong with it
     seed_bits(run.seed)
-    return Request(ids, labels, guidance, x_T, supplied, size, batch_size is not None, run.seed)
+    condition = condition_of(spec, n, run.condition)
+    return Request(
+        ids, labels, guidance, x_T, supplied, size, batch_size is not None, run.seed,
+        cond_fn=run.cond_fn, classifier_labels=for_classifier, condition=condition,
+    )  # fmt: skip
+
+
+def _classifier_labels(n: int, run: RunOptions) -> Tensor | None:
+    """The labels that a classifier is told, of which the network need not know; None where there are none."""
+    if run.cond_fn is None:
+        return None
+    if not callable(run.cond_fn):
+        raise TypeError(
+            f"sample: cond_fn must be a function (x, t, y) → gradient, got {type(run.cond_fn).__name__}; pass one"
+        )
+    return None if run.class_labels is None else _one_each(n, run.class_labels)
+
+
+def _one_each(n: int, class_labels: int | Sequence[int] | Tensor) -> Tensor:
+    """One label for each of n samples, int64 [n]."""
+    labels = integers("sample", "class_labels", class_labels)
+    if labels.ndim == 0:
+        labels = labels.expand(n).clone()
+    if labels.shape != (n,):
+        raise ValueError(f"sample: class_labels must be one label or n = {n}, got shape {tuple(labels.shape)}")
+    return labels
 
 
 def _labels(spec: ModelSpec, n: int, class_labels: int | Sequence[int] | Tensor | None) -> Tensor | None:
@@ -180,11 +216,7 @@ def _labels(spec: ModelSpec, n: int, class_labels: int | Sequence[int] | Tensor 
                 "is known to stand for no class; if one does, load the checkpoint with null_class=N"
             )
         return torch.full((n,), spec.null_class, dtype=torch.int64)
-    labels = integers("sample", "class_labels", class_labels)
-    if labels.ndim == 0:
-        labels = labels.expand(n).clone()
-    if labels.shape != (n,):
-        raise ValueError(f"sample: class_labels must be one label or n = {n}, got shape {tuple(labels.shape)}")
+    labels = _one_each(n, class_labels)
     wrong = labels[
         (labels < 0)
         | ((labels >= spec.num_classes) & (labels != (spec.null_class if spec.null_class is not None else -1)))

@@ -31,6 +31,8 @@ class State:
             `fastddpm.step.likelihood.TERMS`, where x is pictures whose likelihood is asked for; or None.
         known: float32 [B, C, H, W], pictures of which a part is known, in the network's range, or None.
         mask: float32 [B, C, H, W], with `known`: 1 where they are to be drawn, 0 where they are known.
+        condition: float32 [B, C', H, W], contiguous: what a network with more input than output channels sees behind x,
+            the same in all steps; or None.
     """
 
     x: Tensor
@@ -46,6 +48,7 @@ class State:
     terms: Tensor | None = None
     known: Tensor | None = None
     mask: Tensor | None = None
+    condition: Tensor | None = None
 
     @classmethod
     def create(
@@ -61,6 +64,7 @@ class State:
         history: bool = False,
         known: Tensor | None = None,
         mask: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> State:
         """Samples at the start of their run: x_T, each clock at its chapter's first row.
 
@@ -75,6 +79,7 @@ class State:
             history: whether to keep x̂_0.
             known: float [B, C, H, W].
             mask: float [B, C, H, W].
+            condition: float [B, C', H, W]; it is copied.
 
         Returns:
             The new state.
@@ -96,6 +101,7 @@ class State:
             torch.zeros_like(x) if history else None,
             known=None if known is None else known.to(device, torch.float32).contiguous(),
             mask=None if mask is None else mask.to(device, torch.float32).contiguous(),
+            condition=None if condition is None else condition.to(device, torch.float32, copy=True).contiguous(),
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -114,7 +120,7 @@ class State:
         This is how a new sample joins a running batch: finished slots are handed to it.
 
         Raises:
-            ValueError: one state has labels, guidance or history and the other has not.
+            ValueError: one state has labels, guidance, history or a condition and the other has not.
         """
         for name, mine in vars(self).items():
             theirs = getattr(other, name)

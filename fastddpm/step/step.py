@@ -43,6 +43,7 @@ class StepForm:
         stochastic: whether σ·z is added at all; a run whose σ are all 0 needs no noise to be made.
         learned: whether the network's second half of channels is the variance.
         self_condition: whether the network is given the previous x̂_0.
+        condition: whether the network is given a condition, channels behind x that are the same in all steps.
         null_class: the label of "no class", where the network is told the class in each step.
         threshold: dynamic thresholding, or None.
         masked: whether a part of each picture may be known and is held at its level. It takes noise: `stochastic`.
@@ -57,6 +58,7 @@ class StepForm:
     stochastic: bool = True
     learned: bool = False
     self_condition: bool = False
+    condition: bool = False
     null_class: int | None = None
     threshold: DynamicThreshold | None = None
     masked: bool = False
@@ -85,6 +87,7 @@ class StepForm:
             "guidance": self.guided,
             **{name: name in self.histories for name in HISTORIES},
             **dict.fromkeys(KNOWN, self.masked),
+            "condition": self.condition,
             "noise": self.noise,
         }
         return (*ALWAYS, *(name for name, is_wanted in wanted.items() if is_wanted))
@@ -137,6 +140,7 @@ class StepForm:
             stochastic=table.uses_noise or masked,
             learned=table.variance == "learned_range",
             self_condition=spec.self_condition,
+            condition=spec.condition_channels > 0,
             null_class=spec.null_class if labelled else None,
             threshold=table.threshold,
             masked=masked,
@@ -148,7 +152,12 @@ class Step(nn.Module):
 
     A sample whose clock is at its chapter's end stays as it is, bit for bit. Called again and again on its own results,
     a step makes the whole trajectory; nothing is kept between calls.
+
+    Attributes:
+        eager_because: why it can only be run eagerly; empty where it need not be.
     """
+
+    eager_because = ""
 
     def __init__(self, network: nn.Module, form: StepForm) -> None:
         """Join a network and a form.
@@ -161,14 +170,18 @@ class Step(nn.Module):
         self.network, self.form, self.names = network, form, form.names
         self.changed = tuple(name for name in CHANGED if name in form.names)
 
+    def formed(self, form: StepForm) -> Step:
+        """The same step in another form."""
+        return Step(self.network, form)
+
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Make the step.
 
         Args:
             tensors: in the order of `StepForm.names`: x, step, end, sample_id and seed as in `State`; rows, timesteps
                 and conditions as in `Book`; then, as the form has them, labels, uncond, guidance, history, history2,
-                known and mask as in `State`, and noise, float32 [N, B, C, H, W], z, as in `p_sample` (with N = 1 that
-                of this step).
+                known, mask and condition as in `State`, and noise, float32 [N, B, C, H, W], z, as in `p_sample` (with
+                N = 1 that of this step).
 
         Returns:
             x, step and, where they are kept, the histories, one step later.
@@ -179,7 +192,7 @@ class Step(nn.Module):
         given = dict(zip(self.names, tensors, strict=True))
         labels, uncond, noise = given.get("labels"), given.get("uncond"), given.get("noise")
         x, step, history = given["x"], given["step"], given.get("history")
-        out, out_uncond = self.ask(x, step, given["conditions"], labels, uncond, history)
+        out, out_uncond = self.ask(x, step, given["conditions"], labels, uncond, history, given.get("condition"))
         return self.update(
             x, out, step, given["end"], given["sample_id"], given["seed"], given["rows"], given["timesteps"],
             out_uncond, given.get("guidance"), history, given.get("history2"), noise, given.get("known"),
@@ -194,6 +207,7 @@ class Step(nn.Module):
         labels: Tensor | None = None,
         uncond: Tensor | None = None,
         history: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The network's output and, in guided runs, that without class, from one call of twice the batch.
 
@@ -204,11 +218,13 @@ class Step(nn.Module):
             labels: int64 [B], classes, or None where the rows hold them.
             uncond: int64 [B], from a row to that without class.
             history: the previous x̂_0, for self-conditioned networks.
+            condition: float32 [B, C', H, W], what the network sees behind x, or None.
 
         Returns:
             [B, C or 2C, H, W], and the same again or None.
         """
         network, form = cast(Network, self.network), self.form
+        x = x if condition is None else torch.cat((x, condition), dim=1)
         past = history if form.self_condition else None
         if not form.guided:
             return network.body(x, conditions, step, labels, past), None
@@ -319,6 +335,8 @@ class Call:
         state = self.state
         if missing := [name for name in form.histories if getattr(state, name) is None]:
             state = dataclasses.replace(state, **{name: torch.zeros_like(state.x) for name in missing})
+        if isinstance(self.step, Step) and isinstance(form, StepForm):
+            return dataclasses.replace(self, step=self.step.formed(form), state=state)
         return dataclasses.replace(self, step=step_of(self.step.network, form), state=state)
 
 

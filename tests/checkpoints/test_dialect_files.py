@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fastddpm import CheckpointError, Sampler, load_checkpoint
-from fastddpm.checkpoints import diffusers_unet, openai, openai_presets, pesser, w86763777
+from fastddpm.checkpoints import diffusers_unet, native, openai, openai_presets, pesser, w86763777
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from tests.foreign import FLAGS, diffusers_config, foreign_network, foreign_state
@@ -146,7 +146,7 @@ def test_omitted_head_dim_is_eight_channels_per_head_and_null_is_one_head(tmp_pa
     assert not same(load_checkpoint(save_folder(tmp_path / "null", network, attention_head_dim=None)), network)
 
 
-@pytest.mark.parametrize("preset", openai.PRESETS)
+@pytest.mark.parametrize("preset", [name for name in openai.PRESETS if "image_size" in openai.PRESETS[name]])
 def test_openai_presets_leave_nothing_open(tmp_path, preset):
     size = openai.PRESETS[preset]["image_size"]
     heads = {"channels": (64, 64), "attention": (False, False), "out_channels": 6}
@@ -448,7 +448,7 @@ def test_files_of_folders_and_folders_of_files_are_told_apart(tmp_path):
 @pytest.mark.parametrize("preset", openai_presets.RELATIVES)
 def test_openais_other_models_are_refused_by_name(tmp_path, preset):
     save(tmp_path / "model.pt", "openai", in_channels=6, out_channels=6)
-    with pytest.raises(CheckpointError, match=f"{preset} is a (classifier|super-resolution network), which is not"):
+    with pytest.raises(CheckpointError, match=f"{preset} is a classifier, which fastddpm.load_classifier reads"):
         load_checkpoint(tmp_path / "model.pt", preset=preset)
 
 
@@ -508,25 +508,49 @@ def test_six_channels_that_may_be_super_resolution(tmp_path):
     network = save(tmp_path / "m.pt", "openai", in_channels=6, out_channels=6)
     for extra in ({}, {"learn_sigma": True}):
         with pytest.raises(
-            CheckpointError, match="super-resolution of 3 channels .*give learn_sigma=False if it is the"
+            CheckpointError, match="super-resolution of 3 channels .*, learn_sigma=False if it is the latter"
         ):
             load_checkpoint(tmp_path / "m.pt", **FLAGS["openai"], **extra)
     assert same(load_checkpoint(tmp_path / "m.pt", learn_sigma=False, **FLAGS["openai"]), network)
 
 
-@pytest.mark.parametrize("channels", [(6, 3), (4, 3), (3, 1), (9, 4)], ids=str)
-@pytest.mark.parametrize("dialect", [*FLAGS, "diffusers"])
+@pytest.mark.parametrize("channels", [(8, 3), (4, 3), (3, 1), (9, 4)], ids=str)
+@pytest.mark.parametrize("dialect", FLAGS)
 def test_networks_conditioned_on_pictures(tmp_path, dialect, channels):
-    structure = {"in_channels": channels[0], "out_channels": channels[1]}
-    if dialect == "diffusers":
-        path = save_folder(tmp_path, foreign_network(dialect, **structure))
-    else:
-        path = tmp_path / "m.pt"
-        save(path, dialect, **structure)
+    save(tmp_path / "m.pt", dialect, in_channels=channels[0], out_channels=channels[1])
     with pytest.raises(
         CheckpointError, match=f"takes {channels[0]} channels and returns {channels[1]}: it is condition"
     ):
-        load_checkpoint(path, **FLAGS.get(dialect, {}))
+        load_checkpoint(tmp_path / "m.pt", **FLAGS[dialect])
+
+
+@pytest.mark.parametrize("channels", [(6, 3), (4, 3), (3, 1), (9, 4)], ids=str)
+def test_what_a_diffusers_network_takes_behind_x(tmp_path, channels):
+    into, out = channels
+    network = foreign_network("diffusers", in_channels=into, out_channels=out)
+    folder = save_folder(tmp_path, network)
+    checkpoint = load_checkpoint(folder)
+    assert (checkpoint.spec.shape[0], checkpoint.spec.condition_channels) == (out, into - out)
+    assert same(checkpoint, network)
+    assert load_checkpoint(folder, condition_channels=into - out).spec == checkpoint.spec
+    with pytest.raises(
+        CheckpointError, match=f"condition_channels must be {into - out}, as its weights have it, got 9"
+    ):
+        load_checkpoint(folder, condition_channels=9)
+    native.save(tmp_path / "own", checkpoint.network, checkpoint.schedule, checkpoint.spec)
+    assert load_checkpoint(tmp_path / "own").spec == checkpoint.spec
+
+
+def test_a_learned_variance_leaves_open_what_is_behind_x(tmp_path):
+    network = foreign_network("diffusers", in_channels=6, out_channels=6)
+    folder = save_folder(tmp_path, network)
+    assert load_checkpoint(folder).spec.condition_channels == 0
+    scheduler = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
+    (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
+    with pytest.raises(CheckpointError, match="out_channels must be 12 .* got 6; .* give condition_channels=3$"):
+        load_checkpoint(folder)
+    spec = load_checkpoint(folder, condition_channels=3).spec
+    assert (spec.shape[0], spec.condition_channels, spec.variance) == (3, 3, "learned_range")
 
 
 @pytest.mark.parametrize(("dialect", "wanted"), [("openai", "3 or 6"), ("pesser", "3"), ("w86763777", "3")])
@@ -538,13 +562,24 @@ def test_other_numbers_of_channels(tmp_path, dialect, wanted):
 
 @pytest.mark.parametrize(
     ("flag", "what"),
-    [("cond_fn", "classifier guidance"), ("classifier_path", "classifier guidance"), ("small_size", "super-resolution"),
-     ("classifier_scale", "classifier guidance"), ("large_size", "super-resolution")],
+    [("cond_fn", "an option of Sampler.sample"), ("classifier_path", "fastddpm.load_classifier reads"),
+     ("classifier_scale", "fastddpm.load_classifier reads")],
 )  # fmt: skip
 @pytest.mark.parametrize("dialect", FLAGS)
-def test_flags_of_what_is_not_supported(tmp_path, dialect, flag, what):
+def test_flags_of_classifiers(tmp_path, dialect, flag, what):
     save(tmp_path / "m.pt", dialect)
-    with pytest.raises(CheckpointError, match=rf"{what} \({flag}\) is not supported; leave it out"):
+    with pytest.raises(CheckpointError, match=rf"{flag} is no flag of a network: .*{what}.*; leave it out"):
+        load_checkpoint(tmp_path / "m.pt", **FLAGS[dialect], **{flag: 64})
+
+
+@pytest.mark.parametrize("flag", ["small_size", "large_size"])
+@pytest.mark.parametrize("dialect", FLAGS)
+def test_flags_of_super_resolution(tmp_path, dialect, flag):
+    save(tmp_path / "m.pt", dialect)
+    what = (
+        "must take an even number of channels" if dialect == "openai" else rf"super-resolution \({flag}\) is not supp"
+    )
+    with pytest.raises(CheckpointError, match=what):
         load_checkpoint(tmp_path / "m.pt", **FLAGS[dialect], **{flag: 64})
 
 
@@ -552,7 +587,7 @@ def test_openai_relatives_are_named(tmp_path):
     state = foreign_state("openai", foreign_network("openai"))
     half = {name: value for name, value in state.items() if not name.startswith("output_blocks")}
     torch.save(half, tmp_path / "classifier.pt")
-    with pytest.raises(CheckpointError, match="a classifier, and classifier guidance is not supported"):
+    with pytest.raises(CheckpointError, match="it is a classifier; give .* to fastddpm.load_classifier"):
         load_checkpoint(tmp_path / "classifier.pt", **FLAGS["openai"])
     torch.save({name: value for name, value in state.items() if name != "out.2.weight"}, tmp_path / "half.pt")
     with pytest.raises(CheckpointError, match="it is cut short"):
@@ -641,7 +676,9 @@ def test_a_learned_variance_that_the_network_lacks(tmp_path):
     folder = save_folder(tmp_path, foreign_network("diffusers"))
     scheduler = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
     (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
-    with pytest.raises(CheckpointError, match="out_channels must be 6 .* got 3; .* or this is conditioned on pictures"):
+    with pytest.raises(
+        CheckpointError, match="out_channels must be 6 .* got 3; the scheduler belongs to another network$"
+    ):
         load_checkpoint(folder)
 
 

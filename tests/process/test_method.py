@@ -49,7 +49,7 @@ def test_a_method_and_its_options_make_the_same_table_and_pictures(options):
         ({"method": "ddim"}, "method must be a fastddpm.Method, got str"),
         ({"stepz": 3}, "got stepz; mend the name"),
         ({"num_inference_steps": 3}, "it is called steps here"),
-        ({"cond_fn": print}, "classifier guidance is not supported"),
+        ({"low_res": print}, "it is called condition here"),
     ],
 )
 def test_refusals(options, message):
