@@ -311,7 +311,7 @@ def test_dynamic_thresholding_is_that_of_sampling():
 
 WRONG = [
     ({"images": torch.zeros(2, 1, 9, 9)}, ValueError, "likelihood: images must be 8×8 pixels, got 9×9"),
-    ({"images": torch.full((2, 1, 8, 8), 1.5)}, ValueError, r"likelihood: float images must be in \[0, 1\]"),
+    ({"images": torch.full((2, 1, 8, 8), 1.5)}, ValueError, r"likelihood: images of floats must be in \[0, 1\]"),
     ({"images": []}, ValueError, "likelihood: images must be at least one, got none"),
     ({"images": 7}, TypeError, "likelihood: images must be paths"),
     ({"steps": 41}, ValueError, "steps must be in 1 … 40"),
