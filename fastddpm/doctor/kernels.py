@@ -147,7 +147,8 @@ def _update_case(dtype: torch.dtype, full: bool) -> dict[str, Tensor]:
     if full:
         case |= {
             "out_uncond": draw(B, outputs, H, W).to(dtype), "guidance": 1 + draw(B).abs(), "history": draw(*SHAPE),
-            "history2": draw(*SHAPE), "bound": 1 + draw(B).abs(),
+            "history2": draw(*SHAPE), "bound": 1 + draw(B).abs(), "known": draw(*SHAPE),
+            "mask": draw(*SHAPE).clamp(0, 1),
         }  # fmt: skip
     return case
 
@@ -177,6 +178,10 @@ def _update_float64(case: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     for name, past in (("c_h", "history"), ("c_h2", "history2")):
         if past in case:
             terms.append(c[name] * case[past].double())
+    if "known" in case:
+        mask, known = case["mask"].double(), case["known"].double()
+        held = [c["k_0"] * known, c["k_z"] * z]
+        terms = [*(mask * term for term in terms), *((1 - mask) * term for term in held)]
     new = torch.stack(terms).sum(0)
     size = torch.stack([*terms, *inside]).abs().sum(0)
     finished = (step >= end)[:, None, None, None]
