@@ -42,10 +42,13 @@ def main(folder: Path) -> None:
     write("circle", cast(Tensor, sampler.interpolate(two, seven, 8, path="slerp", steps=20)))
     filled = sampler.inpaint([seven] * 6, mask, steps=25, resamplings=5)
     write("filled", last, given, cast(Tensor, filled))
-    for steps in (25, 50):
-        again = cast(Tensor, sampler.sample(2, x_T=sampler.invert([two, seven], steps=steps), steps=steps)).cpu()
-        off = (again - torch.cat((first, last))).square().flatten(1).mean(1)
-        print(f"inverted and drawn again in {steps} steps: PSNR", [f"{v:.1f} dB" for v in (-10 * off.log10()).tolist()])
+    for steps in (25, 50, 100):
+        states = sampler.invert([two, seven], steps=steps)
+        for clip in (sampler.spec.clip, None):
+            again = sampler.sample(2, x_T=states, steps=steps, clip=clip).cpu()
+            off = (again - torch.cat((first, last))).square().flatten(1).mean(1)
+            decibels = " and ".join(f"{value:.1f}" for value in (-10 * off.log10()).tolist())
+            print(f"inverted and drawn again in {steps} steps, clip={clip}: PSNR {decibels} dB")
 
 
 if __name__ == "__main__":

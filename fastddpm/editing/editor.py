@@ -134,8 +134,9 @@ class Editor(abc.ABC):
     def invert(self, images: Pictures, **options: Unpack[SampleOptions]) -> Tensor:
         """The noise x_T from which DDIM draws given pictures (Song et al. 2021, sec. 4.3): its steps, walked upwards.
 
-        `Sampler.sample(n, x_T=…)` with the same steps, timesteps and labels gives the pictures back, the closer the
-        more steps there are: the error falls as 1/S. Guidance makes it larger.
+        `Sampler.sample(n, x_T=…, clip=None)` with the same steps, timesteps and labels gives the pictures back, the
+        closer the more steps there are: the error falls as 1/S. Clipping helps with few steps and hurts with many;
+        guidance makes the error larger.
 
         Args:
             images: n pictures.
