@@ -36,9 +36,16 @@ if TYPE_CHECKING:
 edit = typer.Typer(
     name="edit",
     help="Edit pictures that are there: draw them anew, fill them in, go from one to another, invert them.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode="markdown",
 )
+
+
+@edit.callback()
+def help_without_command(context: typer.Context) -> None:
+    """Edit pictures that are there: draw them anew, fill them in, go from one to another, invert them."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @edit.command()

@@ -13,7 +13,7 @@ ModelArgument = Annotated[
     str, typer.Argument(help="A shipped checkpoint (`mnist`), a folder, a file of weights, or a name on the Hub.")
 ]
 PicturesArgument = Annotated[
-    list[Path], typer.Argument(help="Image files of the network's size.", metavar="PICTURE...", show_default=False)
+    list[Path], typer.Argument(help="Image files of the network's size.", metavar="PICTURE", show_default=False)
 ]
 ClassesOption = Annotated[
     str,

@@ -54,6 +54,11 @@ def test_img2img_is_the_sampler_s(model, place, fastddpm):
     assert (place / "x.gif").exists()
 
 
+def test_without_a_command_it_explains_itself(place, fastddpm):
+    out = good(fastddpm("edit"))
+    assert all(name in out for name in ("img2img", "inpaint", "interpolate", "invert"))
+
+
 @pytest.mark.parametrize("path", ["noise", "slerp"])
 def test_interpolate(model, place, fastddpm, path):
     good(
@@ -95,7 +100,7 @@ def test_invert_writes_states_and_says_how_close_they_come(model, place, fastddp
         (("img2img", "model", "a.png", "--strength", "1.5"), ("strength must be above 0 and at most 1, got 1.5",)),
         (("img2img", "model", "a.png", "--folder", "model"), ("model must be a new or empty folder",)),
         (("img2img", "model", "a.png", "--grid", "x.txt"), ("must end in .png",)),
-        (("img2img", "model"), ("Missing argument 'PICTURE...'",)),
+        (("img2img", "model"), ("Missing argument 'PICTURE",)),
         (("interpolate", "model", "a.png", "b.png", "-n", "1"), ("interpolate: n must be at least 2, got 1",)),
         (("invert", "model", "a.png", "--latents", "x.png"), ("must end in .npz",)),
     ],

@@ -25,8 +25,11 @@ def images():
 
 @pytest.mark.parametrize(
     ("what", "options"),
-    [("step", {"noise": "philox"}), ("step", {"noise": "input", "guidance": False}), ("chain", {"output": "raw"})],
-    ids=["step", "step, noise an input", "chain"],
+    [
+        pytest.param("step", {"noise": "philox"}, marks=pytest.mark.slow, id="step"),
+        pytest.param("step", {"noise": "input", "guidance": False}, marks=pytest.mark.slow, id="step, noise an input"),
+        pytest.param("chain", {"output": "raw"}, id="chain"),
+    ],
 )
 def test_the_pictures_are_the_sampler_s(sampler, images, tmp_path, what, options):
     run = {"solver": "ddpm", "steps": 6}
@@ -40,7 +43,7 @@ def test_the_pictures_are_the_sampler_s(sampler, images, tmp_path, what, options
     assert {"known", "mask"} <= set(onnx.session.inputs)
 
 
-def test_what_cannot_be_is_refused(sampler, images, tmp_path):
+def test_what_cannot_be_is_refused(sampler, tmp_path):
     for options, match in (
         ({"what": "network", "inpaint": True}, "what must be step or chain for inpainting, got network"),
         ({"what": "step", "resamplings": 3}, "resamplings and jump_length must be left out, got one"),
@@ -48,6 +51,10 @@ def test_what_cannot_be_is_refused(sampler, images, tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"^export: {match}"):
             export_onnx(sampler, tmp_path / "a.onnx", **options)
+
+
+@pytest.mark.slow
+def test_a_file_without_a_mask_does_not_inpaint(sampler, images, tmp_path):
     export_onnx(sampler, tmp_path / "plain.onnx", what="network")
     with pytest.raises(ValueError, match=r"^inpaint: the file must take a mask, got one that does not; export it with"):
         OnnxSampler(tmp_path / "plain.onnx", "cpu").inpaint(images, "left", class_labels=1)
