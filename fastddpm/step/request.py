@@ -176,7 +176,7 @@ def make_request(spec: ModelSpec, device: torch.device, n: int, run: RunOptions)
     seed_bits(run.seed)
     condition = condition_of(spec, n, run.condition)
     return Request(
-        ids, labels, guidance, x_T, supplied, size, batch_size is not None, run.seed,
+        ids, labels, guidance, x_T, supplied, size, batch_size is not None, whole("sample", "seed", run.seed),
         cond_fn=run.cond_fn, classifier_labels=for_classifier, condition=condition,
     )  # fmt: skip
 
