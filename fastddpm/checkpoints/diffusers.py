@@ -148,12 +148,12 @@ def _spec(config: UNetConfig, conventions: Conventions, flags: Flags) -> ModelSp
     with blamed_on(flags.source):
         classes = classes_of(config.num_classes, flags)
         spec = ModelSpec((config.in_channels, *config.sample_size), **conventions, **classes)
-        condition = _condition_channels(config, spec.learned_variance, flags)
+        condition = _condition_channels(config, spec, flags)
         shape = (config.in_channels - condition, *config.sample_size)
     return dataclasses.replace(spec, shape=shape, condition_channels=condition)
 
 
-def _condition_channels(config: UNetConfig, learned: bool, flags: Flags) -> int:
+def _condition_channels(config: UNetConfig, spec: ModelSpec, flags: Flags) -> int:
     """Channels that the network takes behind x's: those that it has no output for.
 
     A network that returns as many as it takes may have no condition, and then its variance is not learned; only the
@@ -162,14 +162,14 @@ def _condition_channels(config: UNetConfig, learned: bool, flags: Flags) -> int:
     Raises:
         CheckpointError: If the channels do not fit the variance, or the flag does not fit the channels.
     """
-    into, out = config.in_channels, config.out_channels
+    into, out, learned = config.in_channels, config.out_channels, spec.learned_variance
     channels = out // 2 if learned else out
     if (learned and out % 2) or channels > into or (into == out and learned and "condition_channels" not in flags):
         check_channels(flags.source, into, out, into, 2 * into)
         even = into == out and out % 2 == 0
         maybe = f", or it is conditioned on pictures: give condition_channels={into - out // 2}" if even else ""
         raise CheckpointError(
-            f"{flags.source}: out_channels must be {into * (2 if learned else 1)} for this scheduler's variance, got "
+            f"{flags.source}: out_channels must be {into * (2 if learned else 1)} for variance {spec.variance}, got "
             f"{out}; the scheduler belongs to another network{maybe}"
         )
     flags.agree(condition_channels=into - channels)
