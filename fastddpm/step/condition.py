@@ -59,4 +59,4 @@ def _from_pictures(spec: ModelSpec, condition: Pictures, shape: tuple[int, int, 
     small = tuple(side // scale for side in shape[1:])
     if scale > 1 and picture_size(condition, function="sample: condition") == small:
         return low_res(condition, shape, unit_range=unit_range, function="sample: condition")
-    return from_pictures(condition, shape, unit_range=unit_range, function="sample: condition")
+    return from_pictures(condition, shape, unit_range=unit_range, function="sample", argument="condition")
