@@ -1,4 +1,4 @@
-"""The command line: `fastddpm sample | train | convert | export | compile | bench | info | doctor`."""
+"""The command line: `fastddpm sample | evaluate | train | convert | export | compile | bench | info | doctor`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fastddpm.cli.compile import compile_model
 from fastddpm.cli.convert import convert
 from fastddpm.cli.doctor import doctor
 from fastddpm.cli.errors import INTERRUPTED, report
+from fastddpm.cli.evaluate import evaluate
 from fastddpm.cli.export import export
 from fastddpm.cli.info import info
 from fastddpm.cli.sample import sample
@@ -51,6 +52,7 @@ def help_without_command(
 
 
 app.command()(sample)
+app.command()(evaluate)
 app.command()(train)
 app.command()(convert)
 app.command()(export)

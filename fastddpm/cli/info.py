@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fastddpm.cli.facts import fact_text, facts_lines, facts_table
 from fastddpm.cli.flags import FlagOption, parse_flags
 from fastddpm.common.terminal import NARROW, clean, say
 
@@ -52,9 +53,9 @@ def info(
         if isinstance(values, list):
             say(f"{title}: {', '.join(values)}")
         elif values and console.width < NARROW:
-            say("\n".join((f"{title}:", *_lines(values))))
+            say("\n".join((f"{title}:", *facts_lines(values))))
         elif values:
-            console.print(_settings_table(values) if title == "settings" else _table(title, values), "")
+            console.print(_settings_table(values) if title == "settings" else facts_table(title, values), "")
 
 
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -119,22 +120,6 @@ def _bytes(checkpoint: Checkpoint) -> int:
     return file.stat().st_size
 
 
-def _lines(values: Mapping[str, Any]) -> Iterator[str]:
-    """The facts without a table, for narrow terminals."""
-    for name, value in values.items():
-        setting = isinstance(value, dict) and value.keys() == {"value", "from"}
-        yield f"- {name}: " + (f"{_text(value['value'])} ({value['from']})" if setting else _text(value))
-
-
-def _table(title: str, values: Mapping[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=ROUNDED)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in values.items():
-        table.add_row(escape(clean(name)), escape(clean(_text(value))))
-    return table
-
-
 def _settings_table(values: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(title="settings", title_justify="left", title_style="bold", box=ROUNDED)
     table.add_column("option", style="bold", no_wrap=True)
@@ -142,11 +127,5 @@ def _settings_table(values: Mapping[str, Mapping[str, Any]]) -> Table:
     table.add_column("from", no_wrap=True)
     for name, fact in values.items():
         style = {"file": "", "default": "dim"}.get(fact["from"], "cyan")
-        table.add_row(*(escape(clean(part)) for part in (name, _text(fact["value"]), fact["from"])), style=style)
+        table.add_row(*(escape(clean(part)) for part in (name, fact_text(fact["value"]), fact["from"])), style=style)
     return table
-
-
-def _text(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_text(v)}".rstrip() for k, v in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
