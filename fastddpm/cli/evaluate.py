@@ -76,9 +76,14 @@ def evaluate(
     ] = 1,
     seed: Annotated[int, typer.Option(help="Of the first n.", rich_help_panel=SAMPLING)] = 0,
     classes: Annotated[
-        str, typer.Option(help="As in `fastddpm sample`, and so are the next six.", rich_help_panel=SAMPLING)
+        str,
+        typer.Option(
+            "--class-labels", help="As in `fastddpm sample`, and so are the next six.", rich_help_panel=SAMPLING
+        ),
     ] = "all",
-    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.", rich_help_panel=SAMPLING)] = 1.0,
+    guidance: Annotated[
+        float, typer.Option("--guidance-scale", help="Scale of classifier-free guidance.", rich_help_panel=SAMPLING)
+    ] = 1.0,
     solver: Annotated[
         Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"],
         typer.Option(help="How the steps are made.", rich_help_panel=SAMPLING),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fastddpm import __version__
+from fastddpm.checkpoints import SHIPPED
 from fastddpm.cli.classes import class_cycle
 from fastddpm.engines.options import SampleOptions
 from fastddpm.evaluate import (
@@ -120,6 +121,10 @@ class Measuring:
         reference = open_set(self.reference, size=self.size)
         metrics = cast("Sequence[Metric] | None", self.metrics)
         if self.sampling is None:
+            if self.generated in SHIPPED and not Path(self.generated).exists():
+                raise ValueError(
+                    f"--n must be given with a checkpoint ({self.generated}), got none; say how many to draw"
+                )
             sets = [open_set(self.generated, size=self.size)]
         else:
             sets = self.sampling.sets(self.device, self.batch_size, self.quiet)

@@ -201,9 +201,10 @@ def check_sets(
         The metrics that are computed.
 
     Raises:
-        ValueError: pictures of both sides differ in size or are too few, or there are only statistics where a metric
-            needs pictures.
+        ValueError: a metric is unknown, pictures of both sides differ in size or are too few, or there are only
+            statistics where a metric needs pictures.
     """
+    check_metrics(metrics)
     bare = next((side for side in (reference, generated) if side.pictures is None), None)
     chosen = tuple(metrics) if metrics is not None else METRICS if bare is None else METRICS[:1]
     if bare is not None and chosen != ("fd",):

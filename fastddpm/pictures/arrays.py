@@ -152,6 +152,8 @@ def _header(path: Path, name: str, file: IO[bytes]) -> tuple[tuple[int, ...], bo
     try:
         version = npy.read_magic(file)
         shape, fortran, dtype = npy.read_array_header_1_0(file)
+    except zipfile.BadZipFile:  # its checksum is wrong: the archive is damaged, whatever the header says
+        raise
     except Exception as error:
         raise _Unusable(f"{path}: {name} is not an array; write it with numpy.savez") from error
     if version != (1, 0) or dtype.hasobject:
