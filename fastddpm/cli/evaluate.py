@@ -147,7 +147,7 @@ def _show(evaluations: list[Evaluation], best: Evaluation) -> None:
     for note in best.notes:
         tell(f"fastddpm: warning: {note}")
     console = Console(highlight=False)
-    for title, values in (("numbers", _numbers(evaluations, best)), ("of", _basis(best))):
+    for title, values in (("numbers", _numbers(evaluations, best)), ("what was measured", _basis(best))):
         if console.width < NARROW:
             say("\n".join((f"{title}:", *facts_lines(values))))
         else:
@@ -177,6 +177,6 @@ def _basis(best: Evaluation) -> dict[str, object]:
     return {
         "generated": counted(best.generated, best.generated_n),
         "reference": counted(best.reference, best.reference_n),
-        "features": f"{best.features}, SHA-256 {best.digest or 'not recorded'}",
+        "features": f"{best.features}, SHA-256 {best.digest[:16] + '…' if best.digest else 'not recorded'}",
         "pictures as": best.preprocessing,
     }

@@ -66,7 +66,7 @@ class Sampling:
         drawn = [SampledPictures(sampler, self.n, self.seed + i, cycle, options) for i in range(self.repeats)]
         for pictures in drawn:
             pictures.check()
-        return [PictureSet(pictures.source, pictures) for pictures in drawn]
+        return [PictureSet(f"{self.model}, seed {pictures.seed}", pictures) for pictures in drawn]
 
     def to_dict(self) -> dict[str, object]:
         """All that the pictures depend on."""

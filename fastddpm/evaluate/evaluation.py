@@ -13,10 +13,12 @@ from fastddpm.evaluate.neighbours import Neighbourhood, prdc
 from fastddpm.evaluate.sets import PictureSet
 from fastddpm.evaluate.side import Gatherer, Side
 from fastddpm.evaluate.statistics import Statistics
+from fastddpm.pictures.streams import FolderStream
 from fastddpm.step.request import default_batch_size
 
 Metric = Literal["fd", "kid", "prdc"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+_COLOURS = {1: "gray", 3: "in colour"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Evaluator:
             if "prdc" in metrics:
                 neighbourhood = prdc(side.features, reference.features, k=self._k, device=self.features.device)
         notes = (*side.notes, *reference.notes, *_left_out(self._asked, metrics), *_subset_note(kid))
-        preprocessing = f"{channels} channels; {self.features.preprocessing}"
+        preprocessing = f"{_seen(generated, self.reference, channels)}; {self.features.preprocessing}"
         return Evaluation(
             generated.source, self.reference.source, side.n, reference.n, self.features.name, self.features.digest,
             preprocessing, self.features.distance, fd, kid, neighbourhood, notes,
@@ -227,6 +229,15 @@ def check_sets(
 def common_channels(generated: PictureSet, reference: PictureSet) -> int:
     """The channels of both sides' first pictures; colour where one is gray and the other in colour."""
     return max(side.pictures.shape[0] for side in (generated, reference) if side.pictures is not None)
+
+
+def _seen(generated: PictureSet, reference: PictureSet, channels: int) -> str:
+    """As what the pictures go into the features."""
+    streams = [side.pictures for side in (generated, reference) if side.pictures is not None]
+    _, height, width = streams[0].shape
+    resized = any(isinstance(stream, FolderStream) and stream.size for stream in streams)
+    how = " (those of folders by a crop of the centre square and Lanczos)" if resized else ""
+    return f"{width}×{height} pixels{how}, {_COLOURS.get(channels, f'{channels} channels')}"
 
 
 def _dimension(side: Side) -> int | None:

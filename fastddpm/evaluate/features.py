@@ -20,7 +20,7 @@ from fastddpm.engines.weights import weights_hash
 from fastddpm.files import check_regular
 
 INCEPTION = "inception"
-_OWN = "as they are: uint8 [B, C, H, W], not resized; what the network does to them is its own"
+_OWN = "not resized, given as bytes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Features:
     Args:
         name: "inception", or as the user named it.
         digest: SHA-256 of the weights, or of the code where there are none, as hexadecimal digits.
-        network: uint8 pictures [B, C, H, W] on the device → float features [B, D], or a tuple that begins with them.
+        network: uint8 pictures [B, C, H, W] on the device → features [B, D], or a tuple that begins with them.
         device: where it runs.
         channels: C that it takes; None takes the pictures'.
         preprocessing: what is done to the pictures before, for people.
@@ -69,9 +69,9 @@ class Features:
                 f"{type(error).__name__}: {_last_line(error)}"
             ) from error
         out = out[0] if isinstance(out, (tuple, list)) and out else out
-        if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(pictures) or not out.is_floating_point():
+        if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(pictures) or out.is_complex():
             got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"{self.name}: features must be floats [{len(pictures)}, D], got {got}; flatten them")
+            raise ValueError(f"{self.name}: features must be numbers [{len(pictures)}, D], got {got}; flatten them")
         if not bool(out.isfinite().all()):
             raise ValueError(f"{self.name}: features must be finite, got NaN or infinity; mend the network")
         return out.to("cpu", torch.float32)
@@ -108,7 +108,7 @@ def load_features(
         from fastddpm.evaluate.inception import load_inception  # late: it needs an optional package
 
         network, digest = load_inception(None if weights is None else Path(weights))
-        how = "gray as colour; resized by the network to 299×299, bilinear as TensorFlow 1 does it, no antialiasing"
+        how = "resized to 299×299 by the network, bilinear as in TensorFlow 1, no antialiasing"
         return Features(INCEPTION, digest, network.to(target), target, channels=3, preprocessing=how)
     if weights is not None:
         raise ValueError(f"load_features: weights must be left out, got {weights}; {name} brings its own")

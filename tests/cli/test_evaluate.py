@@ -40,7 +40,7 @@ def test_numbers_with_all_that_they_depend_on(fastddpm, sides, place):
     out = measured(done)
     for words in (
         "FD (pooled.pt)", f"{found.fd:.6g}", "KD (pooled.pt)", "precision (k = 5)", "coverage", "60 pictures",
-        "90 pictures", features.digest[:20], "not resized",
+        "90 pictures", features.digest[:16], "8×8 pixels, gray; not resized",
     ):  # fmt: skip
         assert words in out, words
     assert "FID" not in out and "KID" not in out

@@ -62,7 +62,7 @@ def test_numbers_are_those_of_the_whole_sets(sides, pooled):
     assert found.kid == kernel_distance(fake, real) and found.prdc == prdc(fake, real)
     assert (found.generated_n, found.reference_n) == (60, 90)
     assert found.distance == "FD (tests.evaluate.common:Pooled)" and found.digest == pooled.digest
-    assert "1 channels" in found.preprocessing and "not resized" in found.preprocessing
+    assert found.preprocessing == "8×8 pixels, gray; not resized, given as bytes"
     json.dumps(found.to_dict())
 
 
@@ -190,7 +190,7 @@ def test_the_reference_is_read_once(sides, pooled, monkeypatch):
 def test_gray_against_colour_is_compared_in_colour(sides, pooled, tmp_path):
     np.savez(tmp_path / "c.npz", arr_0=pictures(90, seed=1, channels=3))
     found = Evaluator(open_set(tmp_path / "c.npz"), pooled).measure(sides[0])
-    assert found.preprocessing.startswith("3 channels")
+    assert found.preprocessing.startswith("8×8 pixels, in colour; ")
     expected = numpy_statistics(np.repeat(GENERATED[..., None], 3, -1)), numpy_statistics(pictures(90, 8, 1, 1.0, 3))
     assert found.fd == pytest.approx(frechet_distance(*expected), rel=1e-6)
     with pytest.raises(ValueError, match="must have 1 channels, got 3"):

@@ -99,10 +99,14 @@ def test_files_that_are_no_torchscript_are_refused(tmp_path):
 
 
 def test_outputs_that_are_no_features_are_refused():
-    with pytest.raises(ValueError, match=r"features must be floats \[3, D\], got torch.uint8 \(3, 1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"features must be numbers \[3, D\], got torch.uint8 \(3, 1, 8, 8\)"):
         load_features(f"{HERE}:Wrong")(BATCH)
     with pytest.raises(ValueError, match=r"must take uint8 pictures \(3, 1, 8, 8\), but it raised .*: and what is w"):
         load_features(f"{HERE}:Raises")(BATCH)
+
+
+def test_pixels_are_features_too():
+    assert torch.equal(load_features("torch.nn:Flatten")(BATCH), BATCH.flatten(1).float())
 
 
 # ---------------------------------------------------------------------- inception
