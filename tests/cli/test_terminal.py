@@ -163,7 +163,7 @@ BARE = """
 import sys
 class Absent:
     def find_spec(self, name, *_):
-        if name.partition(".")[0] in ("diffusers", "onnx", "onnxruntime", "onnxscript", "einops", "psutil"):
+        if name.partition(".")[0] in ("diffusers", "onnx", "onnxruntime", "onnxscript", "einops", "psutil", "torch_fidelity"):
             raise ImportError(name)
 sys.meta_path.insert(0, Absent())
 from fastddpm import *
