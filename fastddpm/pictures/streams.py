@@ -7,7 +7,7 @@ import dataclasses
 import gzip
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -164,9 +164,8 @@ class FolderStream:
 
     def batches(self, batch_size: int, channels: int) -> Iterator[Tensor]:
         """See `PictureStream.batches`."""
-        for first in range(0, len(self), batch_size):
-            pixels = [self._read(file, channels) for file in self.files[first : first + batch_size]]
-            yield _batch(np.stack(pixels), channels, self.source)
+        pictures = (self._read(file, channels)[None] for file in self.files)
+        return in_batches(pictures, batch_size, channels, self.source)
 
     def _read(self, file: Path, channels: int) -> NDArray[np.uint8]:
         pixels = read_picture(file, self.size).pixels
@@ -245,6 +244,32 @@ def _open_folder(folder: Path, size: int | None) -> PictureStream:
     if archives:
         return JoinedStream(str(folder), tuple(map(ArrayStream.open, archives)))
     return FolderStream.open(folder, size)
+
+
+def in_batches(pieces: Iterable[NDArray[np.uint8]], batch_size: int, channels: int, source: str) -> Iterator[Tensor]:
+    """Cut pieces of any length into batches, as `PictureStream.batches` yields them.
+
+    Args:
+        pieces: uint8 [n, H, W, C], each of its own n.
+        batch_size: pictures of a batch; the last may be shorter.
+        channels: of the pictures that are yielded.
+        source: what they are read from, for messages.
+
+    Yields:
+        uint8 [B, channels, H, W].
+
+    Raises:
+        ValueError: a picture has other channels.
+    """
+    waiting: list[NDArray[np.uint8]] = []
+    for piece in pieces:
+        for picture in piece:
+            waiting.append(picture)
+            if len(waiting) == batch_size:
+                yield _batch(np.stack(waiting), channels, source)
+                waiting = []
+    if waiting:
+        yield _batch(np.stack(waiting), channels, source)
 
 
 def _batch(pixels: NDArray[np.uint8], channels: int, source: str) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastddpm.pictures.data import load_images
-from fastddpm.pictures.streams import ArrayStream, FolderStream, JoinedStream, open_pictures
+from fastddpm.pictures.streams import ArrayStream, FolderStream, JoinedStream, in_batches, open_pictures
 from tests.pictures.test_data import idx
 
 GRAY = np.random.default_rng(0).integers(0, 256, (7, 5, 4), dtype=np.uint8)
@@ -51,6 +51,14 @@ def test_batches_are_the_pictures(tmp_path, name, pictures, batch_size):
             7 % batch_size > 0
         )
         assert torch.equal(torch.cat(batches), whole)
+
+
+@pytest.mark.parametrize("lengths", [(7,), (1, 1, 1, 1, 1, 1, 1), (2, 5), (0, 6, 1)], ids=str)
+def test_pieces_of_any_length_are_cut_into_batches(lengths):
+    pieces = np.split(COLOUR, np.cumsum(lengths)[:-1])
+    batches = list(in_batches(pieces, 3, 3, "pieces"))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert torch.equal(torch.cat(batches), torch.from_numpy(COLOUR).permute(0, 3, 1, 2))
 
 
 def test_gray_becomes_colour_and_colour_never_gray(tmp_path):
