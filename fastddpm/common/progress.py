@@ -21,14 +21,14 @@ from fastddpm.common.terminal import NARROW, on_terminal
 _REDRAW_S = 0.05  # telling the bar of each step would take longer than a small network's update
 
 
-def progress_bar(caption: str, news: str = "", *, visible: bool, unit: str = "steps") -> Progress:
-    """A bar for standard error; on narrow terminals the count alone.
+def progress_bar(caption: str, news: str = "", *, unit: str = "steps", visible: bool) -> Progress:
+    """A bar of steps for standard error; on narrow terminals the count alone.
 
     Args:
         caption: before the bar, as `rich.progress.TextColumn` takes it.
         news: behind the count, likewise.
-        visible: whether it is shown at all.
         unit: what is counted.
+        visible: whether it is shown at all.
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     columns: tuple[ProgressColumn, ...] = (MofNCompleteColumn(), TextColumn(unit))
