@@ -20,6 +20,8 @@ from fastddpm.engines.weights import weights_hash
 from fastddpm.files import check_regular
 
 INCEPTION = "inception"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Of weights-inception-2015-12-05-6726825d.pth, which pytorch-fid publishes as pt_inception-2015-12-05-6726825d.pth."""
 _OWN = "not resized, given as bytes"
 
 
@@ -44,9 +46,14 @@ class Features:
     preprocessing: str = _OWN
 
     @property
+    def is_inception(self) -> bool:
+        """Whether this is the network of the FID, with its weights."""
+        return self.name == INCEPTION and self.digest == INCEPTION_SHA256
+
+    @property
     def distance(self) -> str:
         """What the Fréchet distance of these features is called: FID with the network of the FID, and only then."""
-        return "FID" if self.name == INCEPTION else f"FD ({self.name})"
+        return "FID" if self.is_inception else f"FD ({self.name})"
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> Tensor:

@@ -12,11 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastddpm.evaluate.features import sha256
+from fastddpm.evaluate.features import INCEPTION_SHA256, sha256
 from fastddpm.files import check_regular
 
-WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""Of weights-inception-2015-12-05-6726825d.pth, which pytorch-fid publishes as pt_inception-2015-12-05-6726825d.pth."""
 LAYER = "2048"
 _PACKAGE = "torch_fidelity"
 
@@ -42,9 +40,9 @@ def load_inception(weights: Path | None = None) -> tuple[nn.Module, str]:
             f"{path}: inception's weights must be a file, got none; mend the path, or leave it out to download them"
         )
     digest = sha256(path)
-    if digest != WEIGHTS_SHA256:
+    if digest != INCEPTION_SHA256:
         raise ValueError(
-            f"{path}: inception's weights must have the SHA-256 {WEIGHTS_SHA256}, got {digest}; fetch the file again"
+            f"{path}: inception's weights must have the SHA-256 {INCEPTION_SHA256}, got {digest}; fetch the file again"
         )
     # The library unpickles the file, which is safe with these bytes and no others.
     network: nn.Module = module.FeatureExtractorInceptionV3(
@@ -86,7 +84,7 @@ def _downloaded(url: str) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=WEIGHTS_SHA256)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_SHA256)
     except (urllib.error.URLError, TimeoutError, ConnectionError, RuntimeError) as error:
         reason = getattr(error, "reason", error)
         raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastddpm.common.progress import progress_bar
 from fastddpm.common.terminal import on_terminal
-from fastddpm.evaluate.features import INCEPTION, Features
+from fastddpm.evaluate.features import Features
 from fastddpm.evaluate.sets import PictureSet, SampledPictures
 from fastddpm.evaluate.statistics import RunningStatistics, Statistics
 from fastddpm.pictures.streams import PictureStream
@@ -84,7 +84,7 @@ class Gatherer:
                 f"{side.source}: statistics must be of the features {self.network.name}, got those of others "
                 f"({given.digest[:12]} instead of {self.network.digest[:12]}); make them anew"
             )
-        if side.pictures is not None and given.digest is None and self.network.name != INCEPTION:
+        if side.pictures is not None and given.digest is None and not self.network.is_inception:
             return None, (
                 f"{side.source}: mu and sigma are left out: beside pictures they are of inception's features",
             )

@@ -22,6 +22,7 @@ from fastddpm.evaluate import (
     sets,
     write_statistics,
 )
+from fastddpm.evaluate.features import INCEPTION_SHA256
 from fastddpm.evaluate.sets import PictureSet
 from tests.evaluate.common import Pooled, pictures
 from tests.networks import tiny_sampler
@@ -131,7 +132,7 @@ def test_openai_s_reference_batches_hold_both(sides, pooled, tmp_path):
     own = Evaluator(reference, pooled).measure(sides[0])
     assert own.fd == pytest.approx(Evaluator(sides[1], pooled).measure(sides[0]).fd, rel=1e-9)
     assert any("mu and sigma are left out" in note for note in own.notes)
-    named = type(pooled)("inception", "0" * 64, pooled.network, pooled.device)
+    named = type(pooled)("inception", INCEPTION_SHA256, pooled.network, pooled.device)
     found = Evaluator(reference, named).measure(sides[0])
     assert found.fd == pytest.approx(frechet_distance(numpy_statistics(GENERATED), whole), rel=1e-9)
     assert found.distance == "FID" and found.prdc == own.prdc

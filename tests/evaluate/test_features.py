@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.evaluate import inception, load_features
-from fastddpm.evaluate.features import sha256
+from fastddpm.evaluate.features import INCEPTION_SHA256, sha256
 from tests.evaluate.common import Pooled, scripted
 
 BATCH = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -27,6 +27,11 @@ def test_torchscript(tmp_path):
     assert torch.equal(features(BATCH), Pooled()(BATCH))
     assert (features.name, features.digest, features.distance) == ("pooled.pt", sha256(path), "FD (pooled.pt)")
     assert features(BATCH).dtype == torch.float32
+
+
+def test_a_file_called_inception_is_not_the_network_of_the_fid(place):
+    scripted(place / "inception")
+    assert load_features("./inception").distance == "FD (inception)"
 
 
 class Detector(nn.Module):
@@ -149,7 +154,7 @@ def test_the_package_s_other_parts_are_not_imported(extractor):
 
 def test_other_weights_are_refused_before_they_are_read(random_weights, tmp_path):
     path, _ = random_weights
-    with pytest.raises(ValueError, match=f"must have the SHA-256 {inception.WEIGHTS_SHA256}, got {sha256(path)}"):
+    with pytest.raises(ValueError, match=f"must have the SHA-256 {INCEPTION_SHA256}, got {sha256(path)}"):
         load_features("inception", weights=path)
     with pytest.raises(ValueError, match=r"none.pth: inception's weights must be a file, got none"):
         load_features("inception", weights=tmp_path / "none.pth")
@@ -157,7 +162,8 @@ def test_other_weights_are_refused_before_they_are_read(random_weights, tmp_path
 
 def test_inception_is_torch_fidelity_s(random_weights, monkeypatch):
     path, network = random_weights
-    monkeypatch.setattr(inception, "WEIGHTS_SHA256", sha256(path))
+    for module in (inception, sys.modules["fastddpm.evaluate.features"]):
+        monkeypatch.setattr(module, "INCEPTION_SHA256", sha256(path))
     features = load_features("inception", weights=path, device="cpu")
     batch = torch.randint(0, 256, (1, 3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = features(batch)
@@ -194,4 +200,4 @@ def test_what_is_downloaded_is_checked_by_its_whole_digest(cache, monkeypatch, e
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **options: asked.update(options))
     with pytest.raises(ValueError, match="must be a file, got none"):
         load_features("inception")
-    assert asked == {"hash_prefix": inception.WEIGHTS_SHA256}
+    assert asked == {"hash_prefix": INCEPTION_SHA256}
