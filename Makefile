@@ -103,7 +103,7 @@ $(TEST): $(BASE)
 	@touch $(BUSY)
 	@echo "Installing what the tests need into $(VENV)"
 	@$(INSTALL) --no-build-isolation -e '.[test]'
-	@$(INSTALL) --no-deps denoising-diffusion-pytorch
+	@$(INSTALL) --no-deps denoising-diffusion-pytorch torch-fidelity
 	@rm -f $(BUSY)
 	@touch $@
 

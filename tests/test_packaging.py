@@ -229,8 +229,8 @@ def test_lower_bound_admits_the_pin(requirement: Requirement) -> None:
 def test_installed_set_is_consistent() -> None:
     check = (sys.executable, "-m", "pip", "--disable-pip-version-check", "check")
     done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True, check=False)
-    # This one `make` installs alone; see the test extra in pyproject.toml.
-    alone = "denoising-diffusion-pytorch "
+    # These `make` installs alone; see the test extra in pyproject.toml.
+    alone = ("denoising-diffusion-pytorch ", "torch-fidelity ")
     assert [line for line in done.stdout.splitlines() if " requires " in line and not line.startswith(alone)] == []
 
 

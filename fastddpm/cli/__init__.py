@@ -16,6 +16,7 @@ from fastddpm.cli.convert import convert
 from fastddpm.cli.doctor import doctor
 from fastddpm.cli.edit import edit
 from fastddpm.cli.errors import INTERRUPTED, report
+from fastddpm.cli.evaluate import evaluate
 from fastddpm.cli.export import export
 from fastddpm.cli.info import info
 from fastddpm.cli.likelihood import likelihood
@@ -55,6 +56,7 @@ def help_without_command(
 app.command()(sample)
 app.add_typer(edit)
 app.command()(likelihood)
+app.command()(evaluate)
 app.command()(train)
 app.command()(convert)
 app.command()(export)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fastddpm.cli.facts import fact_text, facts_lines, facts_table
 from fastddpm.cli.flags import FlagOption, parse_flags
 from fastddpm.common.terminal import NARROW, clean, say
 
@@ -52,10 +53,10 @@ def info(
         if isinstance(values, list):
             say(f"{title}: {', '.join(values)}")
         elif values and console.width < NARROW:
-            say("\n".join((f"{title}:", *_lines(values))))
+            say("\n".join((f"{title}:", *facts_lines(values))))
         elif values:
             settings = None if checkpoint is None or title != "settings" else checkpoint.settings
-            console.print(_table(title, values) if settings is None else _settings_table(settings), "")
+            console.print(facts_table(title, values) if settings is None else _settings_table(settings), "")
 
 
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, object]:
@@ -119,23 +120,6 @@ def _bytes(checkpoint: Checkpoint) -> int:
     return file.stat().st_size
 
 
-def _lines(values: Mapping[str, object]) -> Iterator[str]:
-    """The facts without a table, for narrow terminals."""
-    for name, value in values.items():
-        if isinstance(value, dict) and value.keys() == {"value", "from"}:
-            value = f"{_text(value['value'])} ({value['from']})"
-        yield f"- {name}: {_text(value)}"
-
-
-def _table(title: str, values: Mapping[str, object]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=ROUNDED)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in values.items():
-        table.add_row(escape(clean(name)), escape(clean(_text(value))))
-    return table
-
-
 def _settings_table(settings: Mapping[str, tuple[object, str]]) -> Table:
     table = Table(title="settings", title_justify="left", title_style="bold", box=ROUNDED)
     table.add_column("option", style="bold", no_wrap=True)
@@ -143,11 +127,5 @@ def _settings_table(settings: Mapping[str, tuple[object, str]]) -> Table:
     table.add_column("from", no_wrap=True)
     for name, (value, origin) in settings.items():
         style = {"file": "", "default": "dim"}.get(origin, "cyan")
-        table.add_row(*(escape(clean(part)) for part in (name, _text(value), origin)), style=style)
+        table.add_row(*(escape(clean(part)) for part in (name, fact_text(value), origin)), style=style)
     return table
-
-
-def _text(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_text(v)}".rstrip() for k, v in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -16,6 +16,8 @@ from fastddpm.files import check_regular
 from fastddpm.pictures.arrays import check_bytes, read_idx, read_npz
 from fastddpm.pictures.picture_file import read_picture
 
+PICTURE_ARRAYS = ("images", "x", "x_train", "arr_0")
+"""What the pictures of an .npz archive may be called; the first of them is taken."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MAX_SIDE = 4096
 _MAX_CLASSES = 1 << 16
@@ -106,8 +108,8 @@ def _load_idx_pair(path: Path, labels_path: Path | None, classes: bool) -> Image
 
 def _load_npz(path: Path, classes: bool) -> ImageData:
     in_classes = ("labels", "y", "y_train", "arr_1", "class_names") if classes else ()
-    arrays = read_npz(path, ("images", "x", "x_train", "arr_0", *in_classes))
-    pictures = next((arrays[n] for n in ("images", "x", "x_train", "arr_0") if n in arrays), None)
+    arrays = read_npz(path, (*PICTURE_ARRAYS, *in_classes))
+    pictures = next((arrays[n] for n in PICTURE_ARRAYS if n in arrays), None)
     if pictures is None or pictures.dtype != np.uint8 or pictures.ndim not in (3, 4):
         found = {n: f"{a.dtype}{list(a.shape)}" for n, a in arrays.items()}
         raise ValueError(f"{path}: needs an array images or arr_0, uint8 [N, H, W, C], got {found or 'none'}")
@@ -151,7 +153,11 @@ _KINDS = {1: "gray", 2: "gray with alpha", 3: "in colour", 4: "in colour with al
 
 
 def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images below a folder, through links too, and the other files; hidden ones are neither."""
+    """The images below a folder, through links too, and the other files, both sorted; hidden ones are neither.
+
+    Raises:
+        ValueError: If there are no images, or one is a link to nothing, a pipe, a socket or a device.
+    """
     found: list[Path] = []
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -196,6 +202,21 @@ def _with_channels(pixels: NDArray[np.uint8], channels: int) -> NDArray[np.uint8
     return np.concatenate((colour, alpha), axis=2)
 
 
+def check_layout(source: str, shape: tuple[int, ...]) -> None:
+    """Check that an array [N, H, W, C] may be pictures.
+
+    Raises:
+        ValueError: If it is empty, or has the axes of [N, C, H, W] by its looks.
+    """
+    _, H, W, C = shape
+    if 0 in shape:
+        raise ValueError(f"{source}: needs at least 1 picture of 1 pixel, got {shape}; give another file")
+    if C > 4 and H < min(W, C):
+        raise ValueError(
+            f"{source}: pictures must be [N, H, W, C], got [N, C, H, W] by its looks, {shape}; move the axes"
+        )
+
+
 def _assemble(
     pictures: NDArray[np.uint8],
     labels: NDArray[np.integer] | None,
@@ -203,13 +224,8 @@ def _assemble(
     source: str,
     note: str = "",
 ) -> ImageData:
-    N, H, W, C = pictures.shape
-    if 0 in pictures.shape:
-        raise ValueError(f"{source}: needs at least 1 picture of 1 pixel, got {pictures.shape}; give another file")
-    if C > 4 and H < min(W, C):
-        raise ValueError(
-            f"{source}: pictures must be [N, H, W, C], got [N, C, H, W] by its looks, {pictures.shape}; move the axes"
-        )
+    check_layout(source, pictures.shape)
+    N = len(pictures)
     if labels is not None:
         if labels.shape != (N,):
             raise ValueError(f"{source}: {N} images but labels of shape {labels.shape}; files do not belong together")
