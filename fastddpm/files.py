@@ -197,6 +197,30 @@ def _remove_if_left(entry: os.DirEntry[str]) -> None:
             os.close(handle)
 
 
+def create_file(path: str | os.PathLike[str], content: bytes) -> bool:
+    """Write a file, atomically, unless something stands there; of several processes that try at once one succeeds.
+
+    Returns:
+        Whether it was written.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    target = Path(path)
+    with _temporary(target) as temporary:
+        temporary.write_bytes(content)
+        sync(temporary)
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links: here two may both succeed
+            if os.path.lexists(target):
+                return False
+            os.replace(temporary, target)
+    return True
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8, atomically.
 

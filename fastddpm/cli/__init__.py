@@ -1,4 +1,4 @@
-"""The command line: `fastddpm sample | train | convert | export | compile | bench | info | doctor`."""
+"""The command line: `fastddpm sample | shards | train | convert | export | compile | bench | info | doctor`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fastddpm.cli.errors import INTERRUPTED, report
 from fastddpm.cli.export import export
 from fastddpm.cli.info import info
 from fastddpm.cli.sample import sample
+from fastddpm.cli.shards import shards_app
 from fastddpm.cli.train import train
 from fastddpm.common.terminal import NARROW, say, settle_streams, tell
 
@@ -51,6 +52,7 @@ def help_without_command(
 
 
 app.command()(sample)
+app.add_typer(shards_app)
 app.command()(train)
 app.command()(convert)
 app.command()(export)

@@ -21,18 +21,19 @@ from fastddpm.common.terminal import NARROW, on_terminal
 _REDRAW_S = 0.05  # telling the bar of each step would take longer than a small network's update
 
 
-def progress_bar(caption: str, news: str = "", *, visible: bool) -> Progress:
+def progress_bar(caption: str, news: str = "", *, unit: str = "steps", visible: bool) -> Progress:
     """A bar of steps for standard error; on narrow terminals the count alone.
 
     Args:
         caption: before the bar, as `rich.progress.TextColumn` takes it.
         news: behind the count, likewise.
+        unit: what is counted.
         visible: whether it is shown at all.
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    columns: tuple[ProgressColumn, ...] = (MofNCompleteColumn(), TextColumn("steps"))
+    columns: tuple[ProgressColumn, ...] = (MofNCompleteColumn(), TextColumn(unit))
     if console.width >= NARROW:
-        columns = (TextColumn(caption), BarColumn(), MofNCompleteColumn(), TextColumn(f"steps{news}"),
+        columns = (TextColumn(caption), BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit}{news}"),
                    TimeRemainingColumn(elapsed_when_finished=True))  # fmt: skip
     return Progress(*columns, console=console, disable=not visible)
 
