@@ -18,7 +18,7 @@ from pathlib import Path
 from fastddpm.shards.plan import Shard
 from fastddpm.shards.store import Store
 
-FOLDER = "claims"
+_SUFFIX = ".claim"
 REFRESH_S = 10.0
 """A claim is written anew at most so often."""
 LEAST_PATIENCE_S = 60.0
@@ -112,7 +112,7 @@ class Claims:
         if _is_dead(claim.get("process", "")):
             return True
         now = self._clock()
-        content, since = self._seen.get(shard.number, (b"", now))
+        content, since = self._seen.get(shard.number, (None, now))
         if content != theirs:
             self._seen[shard.number] = (theirs, now)
             return False
@@ -125,7 +125,7 @@ def standing(store: Store) -> dict[str, int]:
     Raises:
         OSError: the store cannot be read.
     """
-    claims = {name.removesuffix(".json"): store.read(f"{FOLDER}/{name}") for name in sorted(store.sizes(FOLDER))}
+    claims = {name.removesuffix(_SUFFIX): store.read(name) for name in _names(store)}
     return {name: int(_read(claim).get("drawn", "0")) for name, claim in claims.items() if claim is not None}
 
 
@@ -135,11 +135,16 @@ def remove_all(store: Store) -> None:
     Raises:
         OSError: the store cannot be changed.
     """
-    store.remove_folder(FOLDER)
+    for name in _names(store):
+        store.remove(name)
+
+
+def _names(store: Store) -> list[str]:
+    return sorted(name for name in store.sizes() if name.endswith(_SUFFIX))
 
 
 def _name(shard: Shard) -> str:
-    return f"{FOLDER}/{shard.name}.json"
+    return f"{shard.name}{_SUFFIX}"
 
 
 def _read(content: bytes) -> dict[str, str]:

@@ -61,7 +61,7 @@ def draw_on_ray(
     """Draw what is missing or damaged of a set of shards on a Ray cluster.
 
     There is an actor for each GPU of the cluster, or, without GPUs or where `cpus` is given, for so many CPUs. An
-    actor that dies is replaced where Ray finds room, and its shard is handed out again; a node that joins gets actors, too.
+    actor that dies is replaced where Ray finds room, and its shard is handed out again; a node that joins gets actors.
 
     Args:
         address: of the cluster; "auto" is the one at hand.
@@ -190,7 +190,7 @@ class _Hands:
         at_work = any(shard for _, shard in self._busy.values())
         if not at_work and time.monotonic() - self._last_news > NOBODY_S:
             raise OSError(
-                f"--ray: actors with {self._needs} must come up, got none in {NOBODY_S:.0f} s; ask for less or add nodes"
+                f"--ray: actors of {self._needs} must come up, got none in {NOBODY_S:.0f} s; ask for less or add nodes"
             )
 
 

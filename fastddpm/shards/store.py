@@ -206,18 +206,6 @@ class Store:
         with contextlib.suppress(FileNotFoundError), self._told():
             self._files.rm_file(self._path(name))
 
-    def remove_folder(self, name: str) -> None:
-        """Remove a folder with the files in it, if it is there.
-
-        Raises:
-            OSError: the store cannot be reached or changed.
-        """
-        if self.folder is not None:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            return
-        for file in self.sizes(name):
-            self.remove(f"{name}/{file}")
-
     def make(self) -> None:
         """Make the folder of an address on a disk; elsewhere there are no folders.
 
