@@ -36,12 +36,12 @@ MOST_DEATHS = 5
 class Drawer:
     """An actor: one sampler in a process of its own, somewhere in the cluster."""
 
-    def __init__(self, checkpoint: Checkpoint, run: dict[str, Any], recipe: Recipe, address: str, share: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, run: dict[str, Any], recipe: Recipe, store: Store, share: int) -> None:
         """Make a sampler where the actor is, and begin the run or join it."""
         if run.pop("threads"):
             torch.set_num_threads(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
         sampler = Sampler(checkpoint.network, checkpoint.schedule, checkpoint.spec, **run)
-        self._maker = Maker(sampler, recipe, Store(address), share=share)
+        self._maker = Maker(sampler, recipe, store, share=share)
 
     def ready(self) -> None:
         """Answers when the sampler is made."""
@@ -85,7 +85,7 @@ def draw_on_ray(
         needs = {"num_gpus": 1} if gpus else {"num_cpus": cpus or 1}
         run: dict[str, Any] = {"engine": sampler.engine.name, "precision": sampler.precision, "threads": not gpus}
         run["device"] = "cuda" if gpus else "cpu"
-        arguments = (ray.put(sampler.checkpoint), run, recipe, store.address)
+        arguments = (ray.put(sampler.checkpoint), run, recipe, store)
         hands = _Hands(arguments, needs, list(recipe.plan), report)
         try:
             done = hands.run()

@@ -50,7 +50,8 @@ class Store:
         self.folder = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.address,)
+        # A folder's name must mean the same in a process that runs elsewhere.
+        return Store, (self.address if self.folder is None else str(self.folder),)
 
     def check_writable(self) -> None:
         """Refuse early what could not be written later; what killed processes left half-written is removed.
