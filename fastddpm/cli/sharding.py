@@ -128,6 +128,6 @@ def _told(out: str, done: Done, shards: int) -> str:
     """What to say about a set of shards."""
     if not done.drawn:
         return f"{out} holds all {shards} shards already" if shards > 1 else f"{out} holds the shard already"
-    drawn = f"{done.drawn} shard{'' if done.drawn == 1 else 's'} ({done.pictures:,} pictures)"
-    mended = f", {done.mended} of them damaged before" if done.mended else ""
-    return f"wrote {drawn}{mended} to {out}; all {shards} are there"
+    mended = f"; {done.mended} had been damaged" if done.mended else ""
+    drawn = f"{done.drawn} shard{'' if done.drawn == 1 else 's'} ({done.pictures:,} pictures{mended})"
+    return f"wrote {drawn} to {out}; all {shards} are there"

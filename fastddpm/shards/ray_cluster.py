@@ -37,21 +37,28 @@ class Drawer:
     """An actor: one sampler in a process of its own, somewhere in the cluster."""
 
     def __init__(self, checkpoint: Checkpoint, run: dict[str, Any], recipe: Recipe, store: Store, share: int) -> None:
-        """Make a sampler where the actor is, and begin the run or join it."""
-        if run.pop("threads"):
-            torch.set_num_threads(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
-        sampler = Sampler(checkpoint.network, checkpoint.schedule, checkpoint.spec, **run)
-        self._maker = Maker(sampler, recipe, store, share=share)
+        """Take in what is asked for; nothing is done here, since Ray would wrap what goes wrong."""
+        self._checkpoint, self._run, self._recipe, self._store, self._share = checkpoint, run, recipe, store, share
+        self._maker: Maker | None = None
 
     def ready(self) -> None:
-        """Answers when the sampler is made."""
+        """Make a sampler where the actor is, and begin the run or join it."""
+        options = {name: value for name, value in self._run.items() if name != "threads"}
+        if self._run["threads"]:
+            torch.set_num_threads(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
+        checkpoint = self._checkpoint
+        sampler = Sampler(checkpoint.network, checkpoint.schedule, checkpoint.spec, **options)
+        self._maker = Maker(sampler, self._recipe, self._store, share=self._share)
 
     def draw(self, number: int) -> tuple[bool, bool]:
         """Have a shard; returns whether it was drawn, and whether a damaged one was there."""
-        shard = self._maker.set.plan[number]
-        found = self._maker.set.look(shard, thorough=True)
+        maker = self._maker
+        if maker is None:
+            raise RuntimeError("Drawer: ready must be called before draw, got draw alone; call it")
+        shard = maker.set.plan[number]
+        found = maker.set.look(shard, thorough=True)
         if not found:
-            self._maker.make(shard)
+            maker.make(shard)
         return not found, found.state == "damaged"
 
 
@@ -173,9 +180,6 @@ class _Hands:
 
     def _mourn(self, error: Exception, shard: Shard | None) -> None:
         """An actor is gone; its shard is handed out again."""
-        cause = getattr(error, "cause", None)  # its constructor failed: that is no accident
-        if isinstance(cause, (ValueError, TypeError, OSError)):
-            raise cause
         number = -1 if shard is None else shard.number
         self._deaths[number] += 1
         if self._deaths[number] >= MOST_DEATHS:

@@ -65,7 +65,7 @@ def test_what_is_missing_and_damaged_is_listed(fastddpm, place, usual):
     done = fastddpm("shards", "gather", "out", "all.npz")
     assert done.code == 1 and done.out.splitlines()[-1] == "wrote nothing: 2 of 3 shards are not whole"
     assert not (place / "all.npz").exists()
-    assert good(fastddpm(*usual)) == "wrote 2 shards (4 pictures), 1 of them damaged before to out; all 3 are there\n"
+    assert good(fastddpm(*usual)) == "wrote 2 shards (4 pictures; 1 had been damaged) to out; all 3 are there\n"
 
 
 def test_status_says_who_is_at_what(fastddpm, place, usual):
