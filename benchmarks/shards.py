@@ -1,11 +1,13 @@
 """What shards cost: beside a plain run, in memory, in reading them again, and on a Ray cluster.
 
-`python -m benchmarks.shards cost|memory|workers|ray` prints a line of JSON for each measurement.
+`python -m benchmarks.shards cost|overhead|memory|workers|ray` prints a line of JSON for each measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import resource
 import statistics
@@ -22,6 +24,7 @@ from fastddpm.process.method import Method
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from fastddpm.sampler import Sampler
+from fastddpm.shards.formats import FORMATS
 from fastddpm.shards.gathering import gather_npz
 from fastddpm.shards.maker import Maker, Recipe
 from fastddpm.shards.part import Part
@@ -63,27 +66,45 @@ def taken(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - clock, time.process_time() - processor
 
 
+def draw(maker: Maker) -> None:
+    """All pictures of a run, which are kept nowhere."""
+    ids = range(maker.recipe.plan.n)
+    for batch in maker.stream(ids, maker.recipe.labels(ids)):
+        assert batch.pictures is not None
+
+
 def cost(rounds: int, steps: int) -> Iterator[dict[str, object]]:
     """A plain run and one in shards, in turn, of the same pictures."""
     sampler, recipe = digits(steps)
     plain, sharded = [], []
-    for i in range(rounds + 1):
+    sampler.sample(50, method=recipe.method, class_labels=0, batch_size=50, progress=False)  # warms up
+    for _ in range(rounds):
         with tempfile.TemporaryDirectory() as out:
             maker = Maker(sampler, recipe, Store(out))
-            ids = range(recipe.plan.n)
-            pair = [
-                taken(lambda maker=maker, ids=ids: [b.pictures for b in maker.stream(ids, recipe.labels(ids))]),
-                taken(Worker(maker, Part(), Nobody()).run),
-            ]
-        if i:  # the first pair warms up
-            plain.append(pair[0])
-            sharded.append(pair[1])
+            plain.append(taken(functools.partial(draw, maker)))
+            sharded.append(taken(Worker(maker, Part(), Nobody()).run))
     for name, which in (("clock", 0), ("processor", 1)):
         ratios = [b[which] / a[which] for a, b in zip(plain, sharded, strict=True)]
         yield {
-            "what": f"cost, {name}", "steps": steps, "plain_s": statistics.median(a[which] for a in plain),
-            "ratio": statistics.median(ratios), "ratios": ratios,
+            "what": f"cost, {name}", "steps": steps, "plain_s": [a[which] for a in plain],
+            "sharded_s": [b[which] for b in sharded], "ratio": statistics.median(ratios),
         }  # fmt: skip
+
+
+def overhead(rounds: int) -> Iterator[dict[str, object]]:
+    """What a shard of 1,000 pictures costs besides drawing it, where drawing costs next to nothing."""
+    for form in FORMATS:
+        sampler, recipe = tiny(2000)
+        recipe = dataclasses.replace(recipe, format=form)
+        each = []
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as out:
+                maker = Maker(sampler, recipe, Store(out))
+                plain = taken(functools.partial(draw, maker))
+                sharded = taken(Worker(maker, Part(), Nobody()).run)
+                each.append([500 * (b - a) for a, b in zip(plain, sharded, strict=True)])
+        clock, processor = (statistics.median(ms) for ms in zip(*each, strict=True))
+        yield {"what": "overhead", "format": form, "clock_ms": clock, "processor_ms": processor, "each": each}
 
 
 def memory(n: int) -> Iterator[dict[str, object]]:
@@ -171,7 +192,7 @@ def on_ray(n: int) -> Iterator[dict[str, object]]:
 def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["cost", "memory", "workers", "work", "ray"])
+    parser.add_argument("what", choices=["cost", "overhead", "memory", "workers", "work", "ray"])
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)
@@ -181,11 +202,14 @@ def main() -> None:
     if chosen.what == "work":
         work(chosen.steps, chosen.out, chosen.part)
         return
-    found = {
-        "cost": lambda: cost(chosen.rounds, chosen.steps), "memory": lambda: memory(chosen.n),
-        "workers": lambda: workers(chosen.rounds, chosen.steps), "ray": lambda: on_ray(chosen.n),
-    }[chosen.what]()  # fmt: skip
-    for line in found:
+    measurements: dict[str, Callable[[], Iterator[dict[str, object]]]] = {
+        "cost": lambda: cost(chosen.rounds, chosen.steps),
+        "overhead": lambda: overhead(chosen.rounds),
+        "memory": lambda: memory(chosen.n),
+        "workers": lambda: workers(chosen.rounds, chosen.steps),
+        "ray": lambda: on_ray(chosen.n),
+    }
+    for line in measurements[chosen.what]():
         print(json.dumps(line), flush=True)
 
 
