@@ -1,8 +1,5 @@
 """Shards on a real Ray cluster of two nodes on this machine, of which one is lost in the middle."""
 
-import threading
-import time
-
 import pytest
 
 from fastddpm.checkpoints import load_checkpoint
@@ -46,21 +43,19 @@ def sampler_of(model):
 
 
 class Losing(Silent):
-    """Takes a node out of the cluster when the first shard is there, and lets another one join a little later."""
+    """Kills a node of the cluster when the first shard is there, and lets another one join three shards later."""
 
     def __init__(self, cluster, node):
         super().__init__()
-        self.cluster, self.node, self.joined = cluster, node, None
+        self.cluster, self.node, self.shards = cluster, node, 0
 
     def there(self, pictures):
         super().there(pictures)
-        if self.node is not None:
-            node, self.node = self.node, None
-            self.cluster.remove_node(node, allow_graceful=False)
-            threading.Timer(1.0, self.join).start()
-
-    def join(self):
-        self.joined = self.cluster.add_node(num_cpus=1)
+        self.shards += 1
+        if self.shards == 1:
+            self.cluster.remove_node(self.node, allow_graceful=False)
+        elif self.shards == 4:
+            self.cluster.add_node(num_cpus=1)
 
 
 def test_a_node_is_lost_and_another_one_joins(cluster, model, tmp_path):
@@ -68,13 +63,11 @@ def test_a_node_is_lost_and_another_one_joins(cluster, model, tmp_path):
 
     losing = Losing(cluster, cluster.add_node(num_cpus=1))
     cluster.wait_for_nodes()
-    store, asked = Store(str(tmp_path / "out")), recipe(200, 10)
+    store, asked = Store(str(tmp_path / "out")), recipe(120, 10)
     done = draw_on_ray(cluster.address, sampler_of(model), asked, store, losing, cpus=1)
-    assert done == Done(20, 0, 200) and losing.pictures == 200 and losing.node is None
+    assert done == Done(12, 0, 120) and losing.pictures == 120 and losing.shards == 12
     work(maker(tmp_path / "plain", sampler=sampler_of(model), plan=asked.plan, batch_size=5, seed=0))
     assert tree(tmp_path / "out") == tree(tmp_path / "plain")
-    while losing.joined is None:
-        time.sleep(0.1)
     again = draw_on_ray(cluster.address, sampler_of(model), asked, store, Silent(), cpus=1)
     assert again == Done()
 
