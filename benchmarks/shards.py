@@ -30,17 +30,7 @@ from fastddpm.shards.maker import Maker, Recipe
 from fastddpm.shards.part import Part
 from fastddpm.shards.plan import Plan
 from fastddpm.shards.store import Store
-from fastddpm.shards.worker import Worker
-
-
-class Nobody:
-    """Hears reports and says nothing."""
-
-    def there(self, pictures: int) -> None:
-        """Pictures that are there."""
-
-    def waiting(self, shards: int) -> None:
-        """Shards that others draw."""
+from fastddpm.shards.worker import Unheard, Worker
 
 
 def digits(steps: int) -> tuple[Sampler, Recipe]:
@@ -82,7 +72,7 @@ def cost(rounds: int, steps: int) -> Iterator[dict[str, object]]:
         with tempfile.TemporaryDirectory() as out:
             maker = Maker(sampler, recipe, Store(out))
             plain.append(taken(functools.partial(draw, maker)))
-            sharded.append(taken(Worker(maker, Part(), Nobody()).run))
+            sharded.append(taken(Worker(maker).run))
     for name, which in (("clock", 0), ("processor", 1)):
         ratios = [b[which] / a[which] for a, b in zip(plain, sharded, strict=True)]
         yield {
@@ -101,7 +91,7 @@ def overhead(rounds: int) -> Iterator[dict[str, object]]:
             with tempfile.TemporaryDirectory() as out:
                 maker = Maker(sampler, recipe, Store(out))
                 plain = taken(functools.partial(draw, maker))
-                sharded = taken(Worker(maker, Part(), Nobody()).run)
+                sharded = taken(Worker(maker).run)
                 each.append([500 * (b - a) for a, b in zip(plain, sharded, strict=True)])
         clock, processor = (statistics.median(ms) for ms in zip(*each, strict=True))
         yield {"what": "overhead", "format": form, "clock_ms": clock, "processor_ms": processor, "each": each}
@@ -113,7 +103,7 @@ def memory(n: int) -> Iterator[dict[str, object]]:
     with tempfile.TemporaryDirectory() as out:
         base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         maker = Maker(sampler, recipe, Store(f"{out}/shards"))
-        Worker(maker, Part(), Nobody()).run()
+        Worker(maker).run()
         drawn = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seconds, processor = taken(lambda: list(maker.set.verify()))
         gathering, _ = taken(lambda: gather_npz(maker.set, Path(out, "all.npz")))
@@ -163,7 +153,7 @@ def work(steps: int, out: str, part: str) -> None:
     maker = Maker(sampler, recipe, Store(out))
     print("ready", flush=True)
     sys.stdin.readline()
-    Worker(maker, Part(index, count), Nobody(), look=0.05).run()
+    Worker(maker, Part(index, count), look=0.05).run()
 
 
 def on_ray(n: int) -> Iterator[dict[str, object]]:
@@ -177,13 +167,13 @@ def on_ray(n: int) -> Iterator[dict[str, object]]:
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as out:
         maker = Maker(sampler, recipe, Store(out))
-        Worker(maker, Part(), Nobody()).run()
+        Worker(maker).run()
         here, _ = taken(lambda: list(maker.set.verify()))
         few = Recipe(Plan(10, 10), method=recipe.method, classes=recipe.classes, batch_size=10)
         one = Store(f"{out}/one")
-        Worker(Maker(sampler, few, one), Part(), Nobody()).run()
-        starting, _ = taken(lambda: draw_on_ray("auto", sampler, few, one, Nobody(), 1))
-        there, _ = taken(lambda: draw_on_ray("auto", sampler, recipe, Store(out), Nobody(), 1))
+        Worker(Maker(sampler, few, one)).run()
+        starting, _ = taken(lambda: draw_on_ray("auto", sampler, few, one, Unheard(), 1))
+        there, _ = taken(lambda: draw_on_ray("auto", sampler, recipe, Store(out), Unheard(), 1))
     shards = len(recipe.plan)
     each = 1000 * (there - starting - here) / (shards - 1)
     yield {"what": "ray", "shards": shards, "here_s": here, "start_s": starting, "ray_s": there, "ms_per_shard": each}

@@ -12,11 +12,16 @@ from fastddpm.common.terminal import say
 if TYPE_CHECKING:
     from fastddpm.shards.shard_set import Finding, ShardSet
 
-shards_app = typer.Typer(
-    name="shards", help="Look after shards that `fastddpm sample --shards` draws.", no_args_is_help=True
-)
+shards_app = typer.Typer(name="shards", help="Look after shards that `fastddpm sample --shards` draws.")
 OutArgument = Annotated[str, typer.Argument(help="The folder or URL of the shards.")]
 _FAILED = 1
+
+
+@shards_app.callback(invoke_without_command=True)
+def help_without_command(context: typer.Context) -> None:
+    """Look after shards that `fastddpm sample --shards` draws."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @shards_app.command()

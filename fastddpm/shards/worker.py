@@ -29,6 +29,16 @@ class Report(Protocol):
         """So many shards are still being drawn by others."""
 
 
+class Unheard:
+    """A report that nobody reads."""
+
+    def there(self, pictures: int) -> None:
+        """See `Report.there`."""
+
+    def waiting(self, shards: int) -> None:
+        """See `Report.waiting`."""
+
+
 @dataclasses.dataclass
 class Done:
     """What a worker did.
@@ -50,8 +60,8 @@ class Worker:
     def __init__(
         self,
         maker: Maker,
-        part: Part,
-        report: Report,
+        part: Part | None = None,
+        report: Report | None = None,
         *,
         patience: float | None = None,
         look: float = LOOK_S,
@@ -61,15 +71,15 @@ class Worker:
 
         Args:
             maker: draws a shard.
-            part: where to begin.
+            part: where to begin; None begins at the first shard.
             report: is told how far the set is.
             patience: see `Claims`.
             look: seconds between two looks at what others are drawing.
             sleep: waits so many seconds.
         """
-        self._maker, self._part, self._report = maker, part, report
+        self._maker, self._part, self._report = maker, part or Part(), report or Unheard()
         self._look, self._sleep = look, sleep
-        self._claims = Claims(maker.set.store, part.name, patience=patience)
+        self._claims = Claims(maker.set.store, self._part.name, patience=patience)
         self._done = Done()
         self._damaged: set[int] = set()
 

@@ -80,7 +80,7 @@ def test_status_says_who_is_at_what(fastddpm, place, usual):
 @pytest.mark.parametrize(
     ("options", "phrase"),
     [(["--seed", 1], "seed was 0, is 1"), (["--solver", "ddpm"], "solver was 'ddim', is 'ddpm'"),
-     (["--classes", "1"], "classes was [0, 1, 2], is [1]"), (["--precision", "bf16"], "precision was 'fp32', is 'bf"),
+     (["--class-labels", "1"], "classes was [0, 1, 2], is [1]"), (["--precision", "bf16"], "precision was 'fp32', is"),
      (["-n", 9], "n was 7, is 9"), (["--format", "png"], "format was 'npz', is 'png'"),
      (["--threshold", 0.9], "clip was 'spec', is {"), (["--eta", 0.5], "eta was None, is 0.5")],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -99,7 +99,7 @@ def test_another_run_in_the_same_place_is_refused_by_name(fastddpm, place, usual
      (["--part", "x"], "--part must be I/N, got 'x'"), (["-n", 0], "--n must be in 1"),
      (["--cpus-per-worker", 2], "--cpus-per-worker must be at least 1, and given with --ray"),
      (["--ray", "auto", "--part", "0/2"], "--part must be left out with --ray"),
-     (["--shards", "nowhere://x"], "nowhere://x: must be a folder or"), (["--classes", "9"], "--classes must be")],
+     (["--shards", "nowhere://x"], "nowhere://x: must be a folder"), (["--class-labels", "9"], "--class-labels must")],
     ids=str,
 )  # fmt: skip
 def test_wrong_options_are_refused_before_anything_is_written(fastddpm, place, usual, options, phrase):
@@ -121,6 +121,11 @@ def test_a_folder_of_pictures_is_no_set_of_shards(fastddpm, place, model, usual)
 @pytest.mark.parametrize("command", ["verify", "status"])
 def test_a_place_without_shards(fastddpm, place, command):
     refused(fastddpm("shards", command, "nowhere"), "nowhere must hold a run's shards, got no run.json there")
+
+
+def test_help_is_given_to_whoever_names_no_command(fastddpm):
+    assert good(fastddpm("shards")).strip() == good(fastddpm("shards", "-h")).strip()
+    assert all(f" {name} " in good(fastddpm("shards")) for name in ("verify", "gather", "status"))
 
 
 def test_gathering_into_a_file_of_another_kind(fastddpm, place, usual):
