@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,8 @@ except ImportError as error:
 
 LOOK_S = 1.0
 """How often the cluster is asked whether there is room for more actors."""
+ANSWER_S = 10.0
+"""How long a cluster's address may be silent."""
 NOBODY_S = 600.0
 """How long no actor may be there at all."""
 MOST_DEATHS = 5
@@ -110,6 +113,7 @@ def _cluster(address: str) -> Iterator[None]:
         yield
         return
     try:
+        _check_answers(address)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # of several kinds, and not all are Ray's own
         raise ValueError(
@@ -119,6 +123,17 @@ def _cluster(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """See that somebody listens at HOST:PORT: Ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
 
 
 class _Hands:
