@@ -23,20 +23,20 @@ def reference() -> str:
     """All commands, as Markdown."""
     from fastddpm.cli import app
 
-    groups = [
-        (group.typer_instance, f"{group.name or group.typer_instance.info.name} ") for group in app.registered_groups
-    ]
-    return "\n\n".join(
-        _command(info, prefix) for part, prefix in [(app, ""), *groups] for info in part.registered_commands
-    )
+    commands = [_command(info) for info in app.registered_commands]
+    for group in app.registered_groups:
+        inner = group.typer_instance
+        if inner is not None:
+            commands += [_command(info, f"{inner.info.name} ") for info in inner.registered_commands]
+    return "\n\n".join(commands)
 
 
-def _command(info: typer.models.CommandInfo, prefix: str = "") -> str:
+def _command(info: typer.models.CommandInfo, group: str = "") -> str:
     function: Any = info.callback
     hints = typing.get_type_hints(function, include_extras=True)
     parameters = [_Parameter(p, hints[p.name]) for p in inspect.signature(function).parameters.values()]
     arguments = [p for p in parameters if p.is_argument]
-    name = f"fastddpm {prefix}{info.name or function.__name__}"
+    name = f"fastddpm {group}{info.name or function.__name__}"
     usage = " ".join([name, *(p.spelling for p in arguments), "[OPTIONS]"])
     # As rich reads it; Markdown proper wants an empty line before a list.
     text = (inspect.getdoc(function) or "").replace("Examples:\n-", "Examples:\n\n-")

@@ -77,11 +77,7 @@ def _temporary(target: Path, *, folder: bool = False) -> Iterator[Path]:
     suffix = "" if folder or len(target.suffix) >= 16 else target.suffix
     temporary, lock = target.with_name(f".fastddpm.{uuid.uuid4().hex[:8]}.tmp{suffix}"), None
     try:
-        if folder:
-            temporary.mkdir()
-        lock = os.open(temporary, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        with contextlib.suppress(OSError):  # some file systems know no locks
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = _make_locked(temporary, folder)
         yield temporary
     except OSError as error:
         if error.strerror is None:
@@ -91,6 +87,28 @@ def _temporary(target: Path, *, folder: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True) if folder else temporary.unlink(missing_ok=True)
         if lock is not None:
             os.close(lock)
+
+
+def _make_locked(path: Path, folder: bool) -> int:
+    """Make an empty file or folder and lock it; again, where another's `remove_leftovers` was there in between.
+
+    Returns:
+        The descriptor that holds the lock.
+    """
+    while True:
+        if folder:
+            path.mkdir()
+        try:
+            lock = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileNotFoundError:
+            if folder:
+                continue
+            raise
+        with contextlib.suppress(OSError):  # some file systems know no locks; whoever else has it has it for a moment
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.lexists(path):
+            return lock
+        os.close(lock)
 
 
 def sync(path: Path) -> None:
@@ -195,6 +213,30 @@ def _remove_if_left(entry: os.DirEntry[str]) -> None:
             shutil.rmtree(entry.path, ignore_errors=True) if is_folder else os.unlink(entry.path)
         finally:
             os.close(handle)
+
+
+def create_file(path: str | os.PathLike[str], content: bytes) -> bool:
+    """Write a file, atomically, unless something stands there; of several processes that try at once one succeeds.
+
+    Returns:
+        Whether it was written.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    target = Path(path)
+    with _temporary(target) as temporary:
+        temporary.write_bytes(content)
+        sync(temporary)
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links: here two may both succeed
+            if os.path.lexists(target):
+                return False
+            os.replace(temporary, target)
+    return True
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -132,12 +132,40 @@ def save_image(path: str | os.PathLike[str], image: Image.Image) -> None:
     _write(path, image, str(kind))
 
 
-def _write(path: str | os.PathLike[str], image: Image.Image, kind: str, **options: Any) -> None:  # noqa: ANN401
-    # In memory first: writing to a file, Pillow's encoders overlook that a disk took only a part.
+def encode_png(picture: Tensor) -> bytes:
+    """A picture as the bytes of a PNG file.
+
+    Args:
+        picture: uint8 [C, H, W]; C is 1, 3 or 4.
+
+    Raises:
+        ValueError: C is none of these.
+    """
+    return _encoded(_image(picture), "PNG")
+
+
+def decode_png(content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """What `encode_png` encoded, as uint8 [H, W, C].
+
+    Raises:
+        OSError: it is no image.
+    """
+    with Image.open(io.BytesIO(content)) as image:
+        array = np.array(image)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:  # noqa: ANN401
     encoded = io.BytesIO()
     image.save(encoded, kind, **options)
+    return encoded.getvalue()
+
+
+def _write(path: str | os.PathLike[str], image: Image.Image, kind: str, **options: Any) -> None:  # noqa: ANN401
+    # In memory first: writing to a file, Pillow's encoders overlook that a disk took only a part.
+    content = _encoded(image, kind, **options)
     with atomic_path(path) as temporary:
-        temporary.write_bytes(encoded.getvalue())
+        temporary.write_bytes(content)
 
 
 def save_folder(folder: str | os.PathLike[str], pictures: Tensor, names: Sequence[int]) -> None:

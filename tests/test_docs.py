@@ -70,7 +70,11 @@ def parses(words):
     from fastddpm.cli import app
 
     name, *rest = words
-    typer.main.get_command(app).commands[name].make_context(name, rest)
+    command = typer.main.get_command(app).commands[name]
+    if hasattr(command, "commands"):
+        name, *rest = rest
+        command = command.commands[name]
+    command.make_context(name, rest)
 
 
 @pytest.mark.parametrize("command", ["sample mnist --stepps 3", "sample mnist --solver euler", "bench --batches"])
@@ -179,6 +183,16 @@ def test_what_the_reference_names_exists_and_is_documented(name):
     assert getattr(importlib.import_module(module), attribute).__doc__
 
 
+def every_command(group, prefix=""):
+    """The commands of a group by name, and after them those of the groups within it."""
+    groups = {name: command for name, command in group.commands.items() if hasattr(command, "commands")}
+    for name, command in group.commands.items():
+        if name not in groups:
+            yield prefix + name, command
+    for name, command in groups.items():
+        yield from every_command(command, f"{prefix}{name} ")
+
+
 def test_the_command_line_s_page_has_every_command_and_option():
     from fastddpm.cli import app
 
@@ -187,11 +201,8 @@ def test_the_command_line_s_page_has_every_command_and_option():
     spec.loader.exec_module(hook)
     page = hook.on_page_markdown(text_of("reference/command-line.md"))
     sections = {part.split("\n")[0]: part for part in page.split("\n## fastddpm ")[1:]}
-    commands = {}
-    for name, command in typer.main.get_command(app).commands.items():
-        inner = getattr(command, "commands", None)
-        commands |= {name: command} if inner is None else {f"{name} {part}": inner[part] for part in inner}
-    assert sorted(sections) == sorted(commands)
+    commands = dict(every_command(typer.main.get_command(app)))
+    assert list(sections) == list(commands)
     for name, command in commands.items():
         for parameter in command.params:
             for option in (*parameter.opts, *parameter.secondary_opts):

@@ -21,6 +21,7 @@ from fastddpm.cli.export import export
 from fastddpm.cli.info import info
 from fastddpm.cli.likelihood import likelihood
 from fastddpm.cli.sample import sample
+from fastddpm.cli.shards import shards_app
 from fastddpm.cli.train import train
 from fastddpm.common.terminal import NARROW, say, settle_streams, tell
 
@@ -57,6 +58,7 @@ app.command()(sample)
 app.add_typer(edit)
 app.command()(likelihood)
 app.command()(evaluate)
+app.add_typer(shards_app)
 app.command()(train)
 app.command()(convert)
 app.command()(export)

@@ -179,7 +179,7 @@ class Drawing:
         if outputs.npz is not None and size > MOST_BYTES:
             raise ValueError(f"--npz must hold at most {MOST_BYTES >> 30} GiB, got {size / 2**30:.0f}; use --folder")
         steps = self.sampler.table(self.method).S
-        ids = list(range(self.first_id, self.first_id + min(self.n, len(self._cycle() or [0]))))
+        ids = list(range(self.first_id, self.first_id + min(self.n, len(self.cycle() or [0]))))
         pictures = None if self.condition is None else self.condition.files[0]  # all fit, or they would not be here
         run = RunOptions(
             self.seed, ids, self.labels(ids), self.guidance, self.batch_size, condition=pictures
@@ -194,11 +194,15 @@ class Drawing:
         Raises:
             ValueError: If the classes are not understood or the network has none.
         """
-        cycle = self._cycle()
+        cycle = self.cycle()
         return None if cycle is None else [cycle[i % len(cycle)] for i in ids]
 
-    def _cycle(self) -> list[int] | None:
-        """The classes that the ids go through in turn."""
+    def cycle(self) -> list[int] | None:
+        """The classes that the ids go through in turn, or None for no labels.
+
+        Raises:
+            ValueError: If the classes are not understood or the network has none.
+        """
         return class_cycle(self.sampler.spec, self.classes, self.model)
 
     def _parts(self, ids: range, folder: PictureFolder | None, with_gif: bool) -> tuple[list[int], list[int]]:

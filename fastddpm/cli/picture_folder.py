@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastddpm.files import check_regular, remove_leftovers, write_json
-from fastddpm.process.spec import ModelSpec
+from fastddpm.process.conventions import conventions_checksum
 from fastddpm.sampler import Sampler
 
 RUN_FILE = "run.json"
@@ -101,7 +101,4 @@ def checksums(sampler: Sampler) -> dict[str, str]:
     if sampler.checkpoint is not None:
         for value in sampler.checkpoint.network.state_dict().values():
             weights = zlib.crc32(value.cpu().flatten().contiguous().view(torch.uint8).numpy(), weights)
-    usual = {field.name: field.default for field in dataclasses.fields(ModelSpec)}
-    spec = {name: value for name, value in dataclasses.asdict(sampler.spec).items() if value != usual[name]}
-    conventions = json.dumps([sampler.schedule.to_config(), spec], sort_keys=True)
-    return {"weights": f"{weights:08x}", "conventions": f"{zlib.crc32(conventions.encode()):08x}"}
+    return {"weights": f"{weights:08x}", "conventions": conventions_checksum(sampler.schedule, sampler.spec)}

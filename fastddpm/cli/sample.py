@@ -12,6 +12,7 @@ from fastddpm.cli.flags import FlagOption, parse_flags
 from fastddpm.common.terminal import say, tell
 
 WHAT, METHOD, OUTPUT, RUN = "What to draw", "How to draw", "Where to write (several may be given)", "Running"
+SHARDS = "Many pictures, on any number of machines"
 
 
 def sample(
@@ -69,6 +70,48 @@ def sample(
     gif: Annotated[
         Path | None, typer.Option(help="An animation from noise to picture (.gif).", rich_help_panel=OUTPUT)
     ] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OUT",
+            help="Instead of the above: a folder or URL (s3://bucket/name) for files of --shard-size pictures each. "
+            "The same command continues a stopped run, and any number of processes may run it at once.",
+            rich_help_panel=SHARDS,
+        ),
+    ] = None,
+    shard_size: Annotated[
+        int | None, typer.Option(help="Pictures in a shard. [default: 1000]", rich_help_panel=SHARDS)
+    ] = None,
+    format: Annotated[
+        Literal["npz", "tar", "png"] | None,
+        typer.Option(
+            help="npz: an archive a shard; tar: WebDataset's, ID.png and ID.cls; png: a folder. [default: npz]",
+            rich_help_panel=SHARDS,
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Begin with every N-th shard from shard I on, then help with the others. [default: as torchrun, a "
+            "Slurm array or a Kubernetes Indexed Job says]",
+            rich_help_panel=SHARDS,
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Let actors of a Ray cluster draw; `auto` is the one at hand.",
+            rich_help_panel=SHARDS,
+        ),
+    ] = None,
+    cpus_per_worker: Annotated[
+        int | None,
+        typer.Option(
+            help="With --ray: an actor for so many CPUs. [default: one a GPU, or a CPU]", rich_help_panel=SHARDS
+        ),
+    ] = None,
     solver: Annotated[
         Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"],
         typer.Option(
@@ -124,15 +167,24 @@ def sample(
     - `fastddpm sample mnist -n 10 --class-labels 7 --guidance-scale 1.5 --gif seven.gif`
 
     - `fastddpm sample mnist -n 10000 --folder digits --solver ddpm --steps 250`
+
+    - `fastddpm sample mnist -n 50000 --shards s3://bucket/digits`
     """
     from fastddpm.cli.condition import ConditionFiles  # late: PyTorch takes seconds to import, --help should not
     from fastddpm.cli.drawing import Drawing, Outputs
+    from fastddpm.cli.sharding import sharding_of
     from fastddpm.process.method import Method
     from fastddpm.process.table import DynamicThreshold
     from fastddpm.sampler import Sampler
 
     flags = parse_flags(flag)
-    if not any((grid, folder, npz, gif)):
+    files = {"--grid": grid, "--folder": folder, "--npz": npz, "--gif": gif}
+    sharding = sharding_of(shards, shard_size, format, part, ray, cpus_per_worker, files)
+    if sharding is not None:
+        if condition is not None:
+            raise ValueError("--condition must be left out with --shards, got both; draw into a --folder")
+        device = sharding.device(device)
+    elif not any(files.values()):
         grid = Path("samples/grid.png")
     sampler = Sampler.from_pretrained(model, device=device, engine=engine, precision=precision, flags=flags)
     clip: Literal["spec"] | DynamicThreshold = "spec" if threshold is None else DynamicThreshold(threshold)
@@ -141,7 +193,7 @@ def sample(
         sampler, model, flags, n, method, classes, guidance, seed, first_id, batch_size, engine, precision, quiet,
         ConditionFiles.of(condition, sampler.spec),
     )  # fmt: skip
-    lines = drawing.run(Outputs(grid, folder, npz, gif))
+    lines = sharding.run(drawing) if sharding else drawing.run(Outputs(grid, folder, npz, gif))
     if not quiet:
         say("\n".join(lines))
         if sampler.engine.used:

@@ -103,6 +103,7 @@ class Engine:
         self.used, self.why = "", "nothing was sampled yet"
         on_gpu = Gpu(graphs=name != "compiled", graph_steps=graph_steps)
         self.quick = quick or (on_gpu if device.type == "cuda" else AheadOfTime(weights))
+        self._because = "asked for"
         self._failed: dict[str, str] = {}
         self._warned = False
 
@@ -123,6 +124,20 @@ class Engine:
         """
         if self.name not in ("auto", "eager", "onnx"):
             raise ValueError(f"engine must be auto or eager for {what}, got {self.name}: {why}; use engine='eager'")
+
+    def settle(self, name: EngineName) -> None:
+        """Leave off choosing: from now on all steps are made by one kind, as if it had been asked for.
+
+        Args:
+            name: "eager", or the device's own quick kind.
+
+        Raises:
+            ValueError: the choice was not left to us, or the name is none that "auto" chooses from.
+        """
+        if self.name != "auto" or name not in ("eager", self.quick.name):
+            raise ValueError(f"engine must be {name}, got {self.name} on a {self.device.type}; ask for {name}")
+        self._because = self.why if name == self.used else "as in the run that this one joins"
+        self.name = name
 
     def compile(self, call: Call) -> float | None:
         """Make sure that such calls need no compiling.
@@ -156,7 +171,7 @@ class Engine:
         """
         eager = call.formed(in_place=self.in_place)
         if self.name in ("eager", "onnx"):
-            self.used, self.why = self.name, "asked for"
+            self.used, self.why = self.name, self._because
             return StepRunner(eager.step, eager)
         if call.step.eager_because:
             self.check_eager("this step", call.step.eager_because)
@@ -165,7 +180,7 @@ class Engine:
         wanted = self.quick.formed(call)
         if self.name != "auto":
             self.quick.prepare(wanted, on_compile)
-            self.used, self.why = self.quick.name, "asked for"
+            self.used, self.why = self.quick.name, self._because
             return self.quick.runner(wanted)
         key = self.quick.key(wanted)
         known = remembered().get(key) if self.quick.is_kept(wanted) else None
