@@ -11,6 +11,7 @@ from typing import cast
 from torch import Tensor
 
 from fastddpm.engines.options import SampleOptions
+from fastddpm.evaluate.shards import ShardStream
 from fastddpm.evaluate.statistics import Statistics, read_statistics
 from fastddpm.pictures.arrays import npz_names
 from fastddpm.pictures.data import PICTURE_ARRAYS
@@ -18,7 +19,7 @@ from fastddpm.pictures.streams import PictureStream, open_pictures
 from fastddpm.sampler import Batch, Sampler
 
 Opener = Callable[[str, int | None], PictureStream | None]
-OPENERS: tuple[Opener, ...] = ()
+OPENERS: tuple[Opener, ...] = (ShardStream.open,)
 """Readers of other layouts: each is asked for the stream at a path or URL, and says None where it knows none."""
 
 
