@@ -1,5 +1,6 @@
 """Files appear whole or not at all, with ordinary permissions, and leave nothing behind when writing fails."""
 
+import fcntl
 import json
 import os
 import stat
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from fastddpm.files import (
     atomic_path,
     check_writable,
+    create_file,
     make_folder,
     remove_leftovers,
     temporary_folder,
@@ -212,3 +214,30 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     names = ["text", "tensors", "image.png", "image.jpg", "movie.gif", "arrays.npz"]
     assert done.stdout.splitlines() == [f"{name} OSError" for name in names], done.stderr
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_a_file_is_created_once(tmp_path, monkeypatch, links):
+    def no_links(*_):
+        raise PermissionError("no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    assert create_file(tmp_path / "a.json", b"first") and not create_file(tmp_path / "a.json", b"second")
+    assert (tmp_path / "a.json").read_bytes() == b"first" and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_temporary_file_that_another_cleared_away_before_it_was_locked_is_made_again(tmp_path, monkeypatch, folder):
+    lock, cleared = fcntl.flock, []
+
+    def first_cleared(handle, how):
+        if not cleared and how == fcntl.LOCK_EX:
+            cleared.append(handle)
+            remove_leftovers(tmp_path)
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", first_cleared)
+    with temporary_folder(tmp_path / "a") if folder else atomic_path(tmp_path / "a") as temporary:
+        assert temporary.exists()
+    assert len(cleared) == 1

@@ -163,3 +163,27 @@ def test_bad_arguments(options, message):
 def test_tf32_and_fp16_are_for_gpus():
     for precision in ("fp32", "tf32", "bf16", "fp16"):
         check_precision(precision, torch.device("cuda"))
+
+
+def test_an_engine_that_is_settled_chooses_no_more(quick):
+    sampler, _ = quick
+    run(sampler, steps=2)
+    assert sampler.engine.used == "eager"
+    sampler.engine.settle("compiled")
+    run(sampler, steps=2)
+    assert (sampler.engine.used, sampler.engine.why) == ("compiled", "as in the run that this one joins")
+
+
+def test_what_settles_an_engine_on_its_own_choice_is_why_it_was_made(quick):
+    sampler, _ = quick
+    run(sampler, steps=2)
+    why = sampler.engine.why
+    sampler.engine.settle("eager")
+    run(sampler, steps=2)
+    assert sampler.engine.why == why and "too few" in why
+
+
+@pytest.mark.parametrize(("name", "asked"), [("auto", "cuda_graph"), ("auto", "onnx"), ("eager", "compiled")])
+def test_an_engine_is_not_settled_on_what_was_not_to_be_chosen(name, asked):
+    with pytest.raises(ValueError, match=f"engine must be {asked}, got {name} on a cpu; ask for {asked}"):
+        Engine(name, CPU).settle(asked)
