@@ -14,8 +14,8 @@ from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError
 from fastddpm.export.model_file import write_model
 from fastddpm.export.modules import EXAMPLE_BATCH
-from fastddpm.export.tracing import require_onnx, trace
-from fastddpm.step.network import Foreign, Network
+from fastddpm.export.tracing import DEFAULT_OPSET, quiet, trace
+from fastddpm.step.network import Network
 
 SUFFIX = ".onnx"
 OUT = "out"
@@ -76,18 +76,30 @@ def _bytes(network: nn.Module) -> int:
 
 
 def _export(network: nn.Module, feeds: Mapping[str, Tensor], path: Path, *, is_open: bool) -> None:
-    require_onnx()
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     if is_open:
         examples = {name: _repeated(value.cpu(), EXAMPLE_BATCH) for name, value in feeds.items()}
     else:
         examples = {name: value.cpu().clone() for name, value in feeds.items()}
     try:
-        write_model(path, trace(Body(network.cpu()), examples, (OUT,), dynamic=is_open))
+        body = Body(network.cpu()).eval()
+        if not _exported_by_tracing(body, examples, path, is_open=is_open):
+            write_model(path, trace(body, examples, (OUT,), dynamic=is_open))
     except ValueError as error:
         raise CompileError(f"engine: {error}; or use engine='eager'") from error
     finally:
         network.to(device)
+
+
+def _exported_by_tracing(body: nn.Module, examples: Mapping[str, Tensor], path: Path, *, is_open: bool) -> bool:
+    """Write the file by PyTorch's older exporter, if that can: it takes a tenth of the time of the newer one."""
+    axes = {name: {0: "batch"} for name in (*examples, OUT)} if is_open else None
+    options = {"opset_version": DEFAULT_OPSET, "input_names": list(examples), "output_names": [OUT]}
+    with contextlib.suppress(Exception), quiet(), torch.no_grad():
+        torch.onnx.export(body, (dict(examples),), str(path), dynamo=False, dynamic_axes=axes, **options)
+        return True
+    path.unlink(missing_ok=True)
+    return False
 
 
 def _repeated(value: Tensor, batch: int) -> Tensor:

@@ -78,7 +78,7 @@ class Library:
         """
         self.name = runtime.name
         self._runtime, self._precision, self._weights = runtime, precision, weights
-        self._steps: dict[str, StepFunction] = {}
+        self._served: dict[str, Served] = {}
         self._open_s = 0.0
 
     def formed(self, call: Call) -> Call:
@@ -86,12 +86,13 @@ class Library:
         return call.formed(in_place=False)
 
     def key(self, call: Call) -> str:
-        """Names the network in this library, the batch and the form of the step."""
+        """Names the network in this library and the batch; one serves all solvers, for it knows nothing of them."""
+        any_solver = call.formed(history=max(1, call.step.form.history), stochastic=True, in_place=False)
         return cache.key_of(
             self._weights()[:8],
             library=[self.name, version(self._runtime), self._precision],
-            shapes=[[str(value.dtype), list(value.shape)] for value in vars(call.state).values() if value is not None],
-            form=repr(call.step.form),
+            shape=list(call.state.x.shape),
+            form=repr(any_solver.step.form),
             network=_network(call).identity(),
             threads=torch.get_num_threads(),
             processor=processor(),
@@ -105,7 +106,7 @@ class Library:
 
     def is_ready(self, call: Call) -> bool:
         """Whether the network is open for such calls."""
-        return self.key(call) in self._steps
+        return self.key(call) in self._served
 
     is_there = is_ready
 
@@ -124,29 +125,24 @@ class Library:
             OSError: the file cannot be written.
         """
         key = self.key(call)
-        if key in self._steps:
+        if key in self._served:
             return None
         self._open_s = 0.0
         on_compile(True)
         try:
-            step = _with_network(call.step, Served(self._opener(call)))
-
-            def function(*tensors: Tensor) -> Sequence[Tensor]:
-                with one_thread():
-                    return cast(Sequence[Tensor], step(*tensors))
-
-            check_step(function, call)
+            served = Served(self._opener(call))
+            check_step(_function(call, served), call)
         finally:
             on_compile(False)
             give_memory_back()
-        while len(self._steps) >= _MOST_OPEN:
-            self._steps.pop(next(iter(self._steps)))
-        self._steps[key] = function
+        while len(self._served) >= _MOST_OPEN:
+            self._served.pop(next(iter(self._served)))
+        self._served[key] = served
         return self._open_s
 
     def runner(self, call: Call) -> Runner:
         """Drives a call whose network is open."""
-        return StepRunner(self._steps[self.key(call)], call)
+        return StepRunner(_function(call, self._served[self.key(call)]), call)
 
     def _opener(self, call: Call) -> Callable[[Feeds], Opened]:
         network, weights, threads = call.step.network, self._weights(), torch.get_num_threads()
@@ -218,6 +214,17 @@ def libraries(name: str, device: torch.device, precision: str, weights: Callable
         elif not refusal:
             ways.append(Library(runtime, precision, weights))
     return Libraries(tuple(ways), tuple(missing))
+
+
+def _function(call: Call, served: Served) -> StepFunction:
+    """The call's step around a network in a library."""
+    step = _with_network(call.step, served)
+
+    def function(*tensors: Tensor) -> Sequence[Tensor]:
+        with one_thread():
+            return cast(Sequence[Tensor], step(*tensors))
+
+    return function
 
 
 def _network(call: Call) -> Network:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,10 +69,12 @@ def version(runtime: Runtime) -> str:
 
 
 class _Buffers:
-    """Memory for what a body is fed: a library is told of it once."""
+    """Memory for what a body is fed, and looks at: a library is told of it once."""
 
-    def __init__(self, feeds: Feeds) -> None:
-        self.tensors = {name: torch.empty_like(value, device="cpu").contiguous() for name, value in feeds.items()}
+    def __init__(self, feeds: Feeds, names: Collection[str]) -> None:
+        self.tensors = {
+            name: torch.empty(value.shape, dtype=value.dtype) for name, value in feeds.items() if name in names
+        }
 
     def fill(self, feeds: Feeds) -> None:
         for name, buffer in self.tensors.items():
@@ -87,7 +89,7 @@ class OnnxRuntime:
 
     def takes(self, precision: str, device: torch.device) -> str:
         """See `Runtime.takes`."""
-        return "" if precision == "fp32" else f"precision must be fp32 for the onnx engine, got {precision}"
+        return "" if precision == "fp32" else f"precision must be fp32 for the onnx engine, got {precision}; use that"
 
     def open(self, path: Path, feeds: Feeds, *, precision: str, threads: int) -> Opened:
         """See `Runtime.open`."""
@@ -106,7 +108,8 @@ class OnnxRuntime:
 
 class _OnnxBody:
     def __init__(self, session: Any, feeds: Feeds) -> None:  # noqa: ANN401 - a class without types
-        self._session, self._buffers = session, _Buffers(feeds)
+        self._session = session
+        self._buffers = _Buffers(feeds, {value.name for value in session.get_inputs()})
         self._binding = session.io_binding()
         for name, buffer in self._buffers.tensors.items():
             dtype = buffer.numpy().dtype
@@ -144,14 +147,14 @@ class OpenVino:
         }
         with _refused(self.name):
             model = _core().read_model(str(path))
-            model.reshape({name: list(value.shape) for name, value in feeds.items()})
+            model.reshape({name: list(feeds[name].shape) for name in _names(model)})
             return _OpenVinoBody(_core().compile_model(model, "CPU", settings), feeds)
 
 
 class _OpenVinoBody:
     def __init__(self, model: Any, feeds: Feeds) -> None:  # noqa: ANN401 - a class without types
         ov: Any = importlib.import_module("openvino")
-        self._buffers = _Buffers(feeds)
+        self._buffers = _Buffers(feeds, _names(model))
         self._request = model.create_infer_request()
         for name, buffer in self._buffers.tensors.items():
             self._request.set_tensor(name, ov.Tensor(buffer.numpy(), shared_memory=True))
@@ -161,6 +164,11 @@ class _OpenVinoBody:
         self._buffers.fill(feeds)
         self._request.infer()
         return self._out.clone()
+
+
+def _names(model: Any) -> list[str]:  # noqa: ANN401 - a class without types
+    """The inputs of a model of OpenVINO."""
+    return [value.get_any_name() for value in model.inputs]
 
 
 @functools.cache

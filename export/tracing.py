@@ -74,7 +74,7 @@ def trace(
     require_onnx()
     axis = torch.export.Dim("batch", min=1, max=65536)
     shapes = {name: {0: axis} for name in arguments} if dynamic else None
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 module.eval(),
@@ -153,7 +153,7 @@ def _replace_integer_clips(graph: onnx.GraphProto) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporter's chatter (missing optional packages, unused axis names) to itself."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
