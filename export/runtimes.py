@@ -147,28 +147,27 @@ class OpenVino:
         }
         with _refused(self.name):
             model = _core().read_model(str(path))
-            model.reshape({name: list(feeds[name].shape) for name in _names(model)})
+            model.reshape({name: list(value.shape) for name, value in feeds.items() if name in _inputs(model)})
             return _OpenVinoBody(_core().compile_model(model, "CPU", settings), feeds)
 
 
 class _OpenVinoBody:
     def __init__(self, model: Any, feeds: Feeds) -> None:  # noqa: ANN401 - a class without types
         ov: Any = importlib.import_module("openvino")
-        self._buffers = _Buffers(feeds, _names(model))
+        self._buffers = _Buffers(feeds, _inputs(model))
         self._request = model.create_infer_request()
         for name, buffer in self._buffers.tensors.items():
             self._request.set_tensor(name, ov.Tensor(buffer.numpy(), shared_memory=True))
-        self._out = torch.from_numpy(self._request.get_output_tensor(0).data)
 
     def __call__(self, feeds: Feeds) -> Tensor:
         self._buffers.fill(feeds)
         self._request.infer()
-        return self._out.clone()
+        return torch.from_numpy(self._request.get_output_tensor(0).data.copy())
 
 
-def _names(model: Any) -> list[str]:  # noqa: ANN401 - a class without types
-    """The inputs of a model of OpenVINO."""
-    return [value.get_any_name() for value in model.inputs]
+def _inputs(model: Any) -> set[str]:  # noqa: ANN401 - a class without types
+    """All names of the inputs of a model of OpenVINO, which gives them more than one when it compiles."""
+    return {name for value in model.inputs for name in value.names}
 
 
 @functools.cache
