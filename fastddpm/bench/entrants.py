@@ -6,7 +6,15 @@ from typing import Any
 
 from fastddpm.engines.precision import processor_has_bf16
 
-_ENGINES = {"eager": "eager", "compiled": "compiled", "graph": "cuda_graph"}
+_ENGINES = {
+    "eager": "eager",
+    "compiled": "compiled",
+    "graph": "cuda_graph",
+    "openvino": "openvino",
+    "onnx": "onnx",
+}
+OWN = ("fastddpm-eager", "fastddpm-compiled")
+"""Ours that run on CPUs without another library."""
 _LOW = ("bf16", "tf32")
 
 PEERS: dict[str, tuple[str, str, tuple[Any, ...]]] = {

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import dataclasses
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -19,13 +20,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fastddpm.common.wording import first_line
 from fastddpm.engines import cache
 from fastddpm.engines.ahead_of_time import AheadOfTime, quicker_layers
 from fastddpm.engines.contest import Contestant
@@ -36,6 +38,7 @@ from fastddpm.step.step import Call
 
 NICENESS = 10
 _LOOK_S = 0.5
+_ERRORS = "errors"
 
 
 @dataclasses.dataclass
@@ -111,11 +114,11 @@ class Job:
         torch.save(order, path)
         environment = {**os.environ, "TMPDIR": str(self._folder), "PYTHONPATH": _import_path()}
         # A session of its own: Ctrl-C is for the run, which then ends this process.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fastddpm.engines.background", str(os.getpid()), str(path)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(self._folder / "errors").open("wb"),
-            env=environment, start_new_session=True,
-        )  # fmt: skip
+        with (self._folder / _ERRORS).open("wb") as errors:
+            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+                command(path), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+                env=environment, start_new_session=True,
+            )  # fmt: skip
         self._failure = ""
         atexit.register(self.stop)
 
@@ -123,7 +126,7 @@ class Job:
         """Whether the process has ended; its files are gone then."""
         if self._process is not None and self._process.poll() is not None:
             if self._process.returncode:
-                self._failure = _last_line(self._folder / "errors") or f"exit code {self._process.returncode}"
+                self._failure = _last_line(self._folder / _ERRORS) or f"exit code {self._process.returncode}"
             self._clear()
         return self._process is None
 
@@ -150,7 +153,7 @@ class Job:
 class Background:
     """Makes packages for one engine, one at a time."""
 
-    def __init__(self, weights: Any) -> None:  # noqa: ANN401
+    def __init__(self, weights: Callable[[], str]) -> None:
         """Nothing is being made.
 
         Args:
@@ -167,17 +170,19 @@ class Background:
             if isinstance(one.way, AheadOfTime) and one.way.is_kept(one.call) and not cache.no_cache()
         ]
 
-    def begin(self, one: Contestant) -> bool:
-        """Start to make a package unless that is under way; returns whether it is."""
+    def begin(self, one: Contestant) -> str:
+        """Start to make a package, unless that is under way.
+
+        Returns:
+            Why it is not being made, in one line; "" where it is.
+        """
         if self._job is not None and not self._job.is_done():
-            return self._job.key == one.key
-        if self._job is not None and self._job.key == one.key and self._job.failure:
-            return False
+            return "" if self._job.key == one.key else "another one is being compiled"
         try:
             self._job = Job(Order.of(one, self._weights()))
-        except Exception:
-            return False
-        return True
+        except (OSError, RuntimeError, TypeError, AttributeError, pickle.PicklingError) as error:
+            return first_line(error)  # no room, or a network that holds what cannot be handed over
+        return ""
 
     def is_done(self, key: str) -> bool:
         """Whether a package is no longer being made."""
@@ -191,6 +196,11 @@ class Background:
         """End what is under way."""
         if self._job is not None:
             self._job.stop()
+
+
+def command(order: Path) -> list[str]:
+    """The command line of a process that carries out the order in a file."""
+    return [sys.executable, "-P", "-m", "fastddpm.engines.background", str(os.getpid()), str(order)]
 
 
 def _import_path() -> str:

@@ -186,13 +186,18 @@ class Engine:
         later = self._background.takes(contestants)
         verdict = self._contest.settle(contestants, call, eager_ms, to_come, on_compile, later)
         one, runner = verdict.later, self._driven(verdict, call, on_compile)
-        if one is None or not self._background.begin(one):
+        if one is None:
+            return runner
+        refusal = self._background.begin(one)
+        if refusal:
+            self.why += f"; {one.way.name} is not prepared meanwhile: {refusal}"
             return runner
         self.why += f"; {one.way.name} is being prepared meanwhile"
 
         def decide(state: State) -> Runner:
-            if self._background.failure(one.key):
-                self._contest.failed[one.key] = f"{one.way.name} does not work: {self._background.failure(one.key)}"
+            failure = self._background.failure(one.key)
+            if failure:
+                self._contest.fail(one, failure)
             return self._now(dataclasses.replace(call, state=state), verdict.times["eager"], to_come, on_compile)
 
         return ChangingRunner(runner, lambda: self._background.is_done(one.key), decide)

@@ -120,6 +120,7 @@ class Contest:
         self._ways, self._missing, self._in_place = tuple(ways), tuple(missing), in_place
         self._own: dict[str, Measured] = {}  # of this process: some of it may not be kept on disk
         self.failed: dict[str, str] = {}
+        self._unsaid: dict[str, str] = {}  # failures of which no verdict has told
 
     def contestants(self, call: Call) -> list[Contestant]:
         """All ways with what is known of them, the quickest that were measured first."""
@@ -161,6 +162,7 @@ class Contest:
                 continue
             waits = one.key in later and not one.is_there
             why = self.failed.get(one.key) or _not_worth(one, eager_ms, best_ms, to_come, waits)
+            verdict.failure = self._unsaid.pop(one.key, verdict.failure)
             if why:
                 verdict.notes.append(why)
             elif waits:
@@ -175,9 +177,8 @@ class Contest:
         try:
             seconds = one.way.prepare(one.call, on_compile)
         except (CompileError, OSError) as error:
-            verdict.failure = verdict.failure or str(error)
-            self.failed[one.key] = f"{one.way.name} does not work: {error}"
-            verdict.notes.append(self.failed[one.key])
+            verdict.notes.append(self.fail(one, str(error)))
+            verdict.failure = self._unsaid.pop(one.key)
             return
         if one.ms is None:
             self.compare(one, verdict.best, call, verdict.times["eager"], seconds)
@@ -216,6 +217,12 @@ class Contest:
         if best is not None and best.known is not None:
             self._remember(best, dataclasses.replace(best.known, eager_ms=eager, compiled_ms=ms[1]))
         return measured
+
+    def fail(self, one: Contestant, failure: str) -> str:
+        """Take a way for one that does not work; returns the note about it."""
+        self._unsaid[one.key] = failure
+        self.failed[one.key] = f"{one.way.name} does not work: {failure}"
+        return self.failed[one.key]
 
     def time_eager(self, call: Call) -> float:
         """Milliseconds of an eager step, measured now."""

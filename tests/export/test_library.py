@@ -15,6 +15,7 @@ from fastddpm.export.library import Library, libraries, one_thread
 from fastddpm.export.runtimes import OnnxRuntime, OpenVino
 from tests.engines.common import RUNS, like
 from tests.networks import tiny_sampler
+from tests.steps import begin
 
 CPU = torch.device("cpu")
 
@@ -91,14 +92,20 @@ def test_weights_that_change_are_noticed(other):
     assert (sampler.sample(3, **asked) - expected).abs().max() < 1e-4
 
 
-def test_any_callable_is_served(other):
+class Anyones(nn.Module):
+    """A network that is not ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x, t):
+        return torch.tanh(self.conv(x)) / (1 + t.view(-1, 1, 1, 1) / 100)
+
+
+def test_any_network_is_served(other):
     spec = ModelSpec(shape=(3, 4, 4))
-    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())
-
-    def network(x, t):
-        return model(x) / (1 + t.view(-1, 1, 1, 1) / 100)
-
-    sampler = Sampler(network, NoiseSchedule.linear(20), spec, device="cpu", engine=other.engine.name)
+    sampler = Sampler(Anyones(), NoiseSchedule.linear(20), spec, device="cpu", engine=other.engine.name)
     got = sampler.sample(2, solver="ddpm", steps=5, output="raw")
     assert (got - like(sampler, "eager").sample(2, solver="ddpm", steps=5, output="raw")).abs().max() < 1e-4
 
@@ -179,8 +186,6 @@ def test_what_a_library_cannot_do_is_refused(other, monkeypatch):
 
 def test_other_forms_of_steps_have_keys_of_their_own(other):
     way, sampler = other.engine.quick, tiny_sampler()
-    from tests.steps import begin
-
     table = sampler.table(steps=4)
     calls = [
         begin(sampler, table, [0, 1], [0, 0]),
