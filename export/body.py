@@ -53,7 +53,7 @@ def body_file(network: nn.Module, feeds: Mapping[str, Tensor], weights: str) -> 
         ValueError: a package is missing.
     """
     identity = cast(Network, network).identity()
-    # Another network's code is not known to us, so its file is for this process alone; and the cache keeps single files.
+    # Another network's code is not known to us, so its file is for this process alone; the cache keeps single files.
     keep = identity is not None and _bytes(network) < _ONE_FILE_BYTES
     key = cache.key_of(weights[:8], body=_signature(feeds), network=identity, weights=weights)
     path = cache.find_or_make(

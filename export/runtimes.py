@@ -1,7 +1,7 @@
 """The libraries that run a network's body: ONNX Runtime and OpenVINO, each on buffers that are allocated once.
 
-Their threads never work beside PyTorch's, which has one while a step of theirs is made (see `fastddpm.export.library`), and
-neither keeps spinning when a call is over.
+Their threads never work beside PyTorch's, which has one while a step of theirs is made (see `fastddpm.export.library`),
+and neither keeps spinning when a call is over.
 """
 
 from __future__ import annotations
@@ -183,4 +183,6 @@ def _refused(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # their own types derive from nothing more precise
-        raise CompileError(f"engine: {name} must run the network, got {first_line(error)}; use engine='eager'") from error
+        raise CompileError(
+            f"engine: {name} must run the network, got {first_line(error)}; use engine='eager'"
+        ) from error

@@ -172,8 +172,9 @@ def compile_step(call: Call, path: Path, layers: Sequence[str] | None = None) ->
     try:
         with torch.no_grad(), warnings.catch_warnings(), _own_folder():
             warnings.simplefilter("ignore")
+            step = with_quick_layers(call, layers)
             program = torch.export.export(
-                with_quick_layers(call, layers), tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
+                step, tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
             )
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(OPTIONS))
     except OSError:

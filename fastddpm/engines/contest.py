@@ -1,9 +1,9 @@
 """Contest: which way to make a step is the quickest here, by measurement; what a way costs must be earned back.
 
-What was measured is remembered on disk for each (network, batch, form of the step, precision, processor, threads). A way
-that was never measured is taken to save its `gain` of an eager step's time, and at least `LEAST_GAIN` of the best step's;
-preparing it is taken to cost its `cost_s`. It is tried where the steps that are to come save more than that. So a run
-spends no more on trying than it may be expected to save.
+What was measured is remembered on disk for each (network, batch, form of the step, precision, processor, threads). A
+way that was never measured is taken to save its `gain` of an eager step's time, and at least `LEAST_GAIN` of the best
+step's; preparing it is taken to cost its `cost_s`. It is tried where the steps that are to come save more than that. So
+a run spends no more on trying than it may be expected to save.
 """
 
 from __future__ import annotations

@@ -91,21 +91,26 @@ def test_one_package_at_a_time(monkeypatch):
     assert made.is_done(one.key) and made.failure(one.key)
 
 
-ORPHAN = """
+ORPHAN = '''
 import sys, time
 from fastddpm.engines import background
 from tests.engines.test_background import contestant
 from tests.networks import tiny_sampler
-waits = "import sys, threading, time; from pathlib import Path; from fastddpm.engines import background as b; "
-waits += "threading.Thread(target=b._end_with, args=(int(sys.argv[1]), Path(sys.argv[2]).parent), daemon=True).start(); "
-waits += "time.sleep(600)"
+waits = """
+import sys, threading, time
+from pathlib import Path
+from fastddpm.engines.background import _end_with
+arguments = int(sys.argv[1]), Path(sys.argv[2]).parent
+threading.Thread(target=_end_with, args=arguments, daemon=True).start()
+time.sleep(600)
+"""
 real = background.command
 background.command = lambda path: [sys.executable, "-P", "-c", waits, *real(path)[-2:]]
 sampler = tiny_sampler()
 job = background.Job(background.Order.of(contestant(sampler), sampler.stepper.weights))
 print(job._process.pid, job._folder, flush=True)
 time.sleep(600)
-"""
+'''
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
@@ -124,18 +129,19 @@ def test_a_run_goes_on_meanwhile_and_changes_over(monkeypatch, tmp_path):
     """The package is a pretended one, which appears in the middle of the run."""
     monkeypatch.setattr(contest, "race", lambda ways: [1.0 + i for i in range(len(ways))])
     monkeypatch.setattr(AheadOfTime, "cost_s", 0.0)
-    pretend(monkeypatch, f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.05)")
+    go = tmp_path / "go"
+    pretend(monkeypatch, f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.05)")
     sampler, seen = tiny_sampler(), []
     with torch.no_grad():
         sampler.model.stem.bias.add_(0.01)  # weights that no other test has
     engine = sampler.stepper.engine = Engine("auto", CPU, weights=lambda: sampler.stepper.weights)
-    monkeypatch.setattr(AheadOfTime, "is_there", lambda self, call: (tmp_path / "go").exists())
-    monkeypatch.setattr(AheadOfTime, "prepare", lambda self, call, on_compile: self._steps.update({self.key(call): call.step}))
+    monkeypatch.setattr(AheadOfTime, "is_there", lambda self, call: go.exists())
+    monkeypatch.setattr(AheadOfTime, "prepare", lambda way, call, _: way._steps.update({way.key(call): call.step}))
 
     def watch(preview):
         seen.append((engine.used, "meanwhile" in engine.why))
         if preview.step == 5:
-            (tmp_path / "go").touch()
+            go.touch()
             assert wait_until(lambda: engine._background._job.is_done())
 
     asked = {"class_labels": 1, "solver": "ddpm", "steps": 8, "output": "raw"}

@@ -169,7 +169,8 @@ def test_what_is_not_installed_is_said(monkeypatch, runtime):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     found = libraries("auto", CPU, "fp32", lambda: "")
     assert not found.ways and f"{runtime.name} is not installed" in found.missing
-    with pytest.raises(ValueError, match=rf"{runtime.package}.*not installed; run pip install 'fastddpm\[{runtime.name}\]'"):
+    advice = rf"{runtime.package}.*not installed; run pip install 'fastddpm\[{runtime.name}\]'"
+    with pytest.raises(ValueError, match=advice):
         libraries(runtime.name, CPU, "fp32", lambda: "")
 
 
