@@ -24,6 +24,7 @@ from fastddpm.engines.runner import Runner, StepFunction, StepRunner
 from fastddpm.export.body import body_file
 from fastddpm.export.runtimes import Feeds, OnnxRuntime, Opened, OpenVino, Runtime, missing_packages, version
 from fastddpm.kernels.native import processor
+from fastddpm.kernels.normals import native_normals
 from fastddpm.step.network import Foreign, Network
 from fastddpm.step.step import Call, Step
 
@@ -221,7 +222,7 @@ def _function(call: Call, served: Served) -> StepFunction:
     step = _with_network(call.step, served)
 
     def function(*tensors: Tensor) -> Sequence[Tensor]:
-        with one_thread():
+        with one_thread(), native_normals():
             return cast(Sequence[Tensor], step(*tensors))
 
     return function
