@@ -94,9 +94,11 @@ def _export(network: nn.Module, feeds: Mapping[str, Tensor], path: Path, *, is_o
 def _exported_by_tracing(body: nn.Module, examples: Mapping[str, Tensor], path: Path, *, is_open: bool) -> bool:
     """Write the file by PyTorch's older exporter, if that can: it takes a tenth of the time of the newer one."""
     axes = {name: {0: "batch"} for name in (*examples, OUT)} if is_open else None
-    options = {"opset_version": DEFAULT_OPSET, "input_names": list(examples), "output_names": [OUT]}
     with contextlib.suppress(Exception), quiet(), torch.no_grad():
-        torch.onnx.export(body, (dict(examples),), str(path), dynamo=False, dynamic_axes=axes, **options)
+        torch.onnx.export(
+            body, (dict(examples),), str(path), dynamo=False, dynamic_axes=axes, opset_version=DEFAULT_OPSET,
+            input_names=list(examples), output_names=[OUT],
+        )  # fmt: skip
         return True
     path.unlink(missing_ok=True)
     return False

@@ -16,8 +16,8 @@ import torch
 from fastddpm.engines.compare import CompileError
 from fastddpm.engines.measured import Measured, remember, remembered
 from fastddpm.engines.quick import Quick
-from fastddpm.engines.race import race
-from fastddpm.engines.runner import Runner, StepRunner
+from fastddpm.engines.race import Entrant, race
+from fastddpm.engines.runner import StepRunner
 from fastddpm.step.step import Call
 
 LEAST_GAIN = 0.05
@@ -180,11 +180,11 @@ class Contest:
             verdict.notes.append(self.fail(one, str(error)))
             verdict.failure = self._unsaid.pop(one.key)
             return
-        if one.ms is None:
-            self.compare(one, verdict.best, call, verdict.times["eager"], seconds)
-            if verdict.best is not None:
-                verdict.times[verdict.name] = verdict.best.ms or 0.0
-            verdict.times |= {"eager": one.known.eager_ms, one.way.name: one.ms}
+        if one.ms is None or one.known is None:
+            measured = self.compare(one, verdict.best, call, verdict.times["eager"], seconds)
+            if verdict.best is not None and verdict.best.ms is not None:
+                verdict.times[verdict.name] = verdict.best.ms
+            verdict.times |= {"eager": measured.eager_ms, one.way.name: measured.compiled_ms or 0.0}
         elif seconds is not None:
             self._remember(one, dataclasses.replace(one.known, compile_s=seconds))
         if verdict.times[one.way.name] < verdict.times[verdict.name]:
@@ -205,7 +205,7 @@ class Contest:
         Returns:
             What was measured.
         """
-        ways = [(one.way.runner, one.call)]
+        ways: list[Entrant] = [(one.way.runner, one.call)]
         if best is not None:
             ways.append((best.way.runner, best.call))
         if best is None or eager_ms is None:
@@ -233,7 +233,7 @@ class Contest:
         if one.way.is_kept(one.call):
             remember(one.key, measured)
 
-    def _eager(self, call: Call) -> tuple[Callable[[Call], Runner], Call]:
+    def _eager(self, call: Call) -> Entrant:
         return (lambda call: StepRunner(call.step, call)), call.formed(in_place=self._in_place)
 
 

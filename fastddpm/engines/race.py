@@ -16,11 +16,15 @@ _TURN_S = 0.02  # a turn of short steps is as many as fit
 _PAUSE_S = 0.01  # before each turn: threads of another way's pool spin for a while before they sleep
 
 
-def race(ways: Sequence[tuple[Callable[[Call], Runner], Call]]) -> list[float]:
+Entrant = tuple[Callable[[Call], Runner], Call]
+"""What makes a runner, and the call in the form that it takes."""
+
+
+def race(ways: Sequence[Entrant]) -> list[float]:
     """The milliseconds of a step, the least of all timings: what else runs only ever adds.
 
     Args:
-        ways: what makes a runner, and the call in the form that it takes; its samples stay as they are.
+        ways: who takes part; the samples stay as they are.
 
     Returns:
         A time for each way.
