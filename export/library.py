@@ -91,7 +91,7 @@ class Library:
         any_solver = call.formed(history=max(1, call.step.form.history), stochastic=True, in_place=False)
         return cache.key_of(
             self._weights()[:8],
-            library=[self.name, version(self._runtime), self._precision],
+            library=[self.name, version(self._runtime.package), self._precision],
             shape=list(call.state.x.shape),
             form=repr(any_solver.step.form),
             network=_network(call).identity(),

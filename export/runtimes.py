@@ -63,9 +63,10 @@ def missing_packages(runtime: Runtime) -> tuple[str, ...]:
     return tuple(name for name in (runtime.package, *_NEEDED) if importlib.util.find_spec(name) is None)
 
 
-def version(runtime: Runtime) -> str:
-    """The version of the library, for keys."""
-    return str(versions(runtime.package, f"{runtime.package}-gpu"))
+@functools.cache
+def version(package: str) -> str:
+    """The version of a library, for keys; to look it up takes as long as a step of a small network."""
+    return str(versions(package, f"{package}-gpu"))
 
 
 class _Buffers:

@@ -20,6 +20,8 @@ from fastddpm.nets.blocks import Attention
 
 _LEAST_PIXELS = 256
 """Pixels of all pictures together, below which reading the larger weights costs more than is saved."""
+_LEAST_PICTURE = 49
+"""Pixels of a picture that are enough, however few pictures there are: of a 7×7 map hardly a tile is wasted."""
 _MARGIN = 0.95  # the other way must take at most this part of the usual one's time
 _PASSES = 25
 _LONG_S = 3.0  # of measuring, after which fewer passes must do, but at least two
@@ -123,7 +125,10 @@ def _is_candidate(conv: nn.Conv2d) -> bool:
 
 
 def _is_worth(network: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
-    return isinstance(network.get_submodule(name), Attention) or shape[0] * shape[2] * shape[3] >= _LEAST_PIXELS
+    if isinstance(network.get_submodule(name), Attention):
+        return True
+    pixels = shape[2] * shape[3]
+    return pixels >= _LEAST_PICTURE or shape[0] * pixels >= _LEAST_PIXELS
 
 
 def _note(shapes: dict[str, tuple[int, ...]], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
