@@ -145,6 +145,10 @@ class Library:
         """Drives a call whose network is open."""
         return StepRunner(_function(call, self._served[self.key(call)]), call)
 
+    def forget(self, call: Call) -> None:
+        """Close the network; its file stays."""
+        self._served.pop(self.key(call), None)
+
     def _opener(self, call: Call) -> Callable[[Feeds], Opened]:
         network, weights, threads = call.step.network, self._weights(), torch.get_num_threads()
 

@@ -138,6 +138,10 @@ class AheadOfTime:
         """Drives a call whose step is ready."""
         return StepRunner(self._steps[self.key(call)], call)
 
+    def forget(self, call: Call) -> None:
+        """Let go of a package that is loaded; on disk it stays."""
+        self._steps.pop(self.key(call), None)
+
 
 def _network(call: Call) -> Network:
     network: Any = call.step.network

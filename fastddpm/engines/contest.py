@@ -187,8 +187,11 @@ class Contest:
             verdict.times |= {"eager": measured.eager_ms, one.way.name: measured.compiled_ms or 0.0}
         elif seconds is not None:
             self._remember(one, dataclasses.replace(one.known, compile_s=seconds))
+        slower: Contestant | None = one
         if verdict.times[one.way.name] < verdict.times[verdict.name]:
-            verdict.best = one
+            slower, verdict.best = verdict.best, one
+        if slower is not None:
+            slower.way.forget(slower.call)
 
     def compare(
         self, one: Contestant, best: Contestant | None, call: Call, eager_ms: float | None, seconds: float | None

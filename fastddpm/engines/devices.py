@@ -75,7 +75,7 @@ def describe_machine() -> Machine:
     return Machine(
         device=name,
         precision="fp32",
-        engine="auto: compiled steps, where they are there or the run earns the time to compile",
+        engine="auto: the quickest that is there, or that the run earns the time for",
         cache=_describe_cache(),
         update="Triton kernel" if runs_triton(device.type) else "PyTorch",
         threads=torch.get_num_threads(),

@@ -207,6 +207,9 @@ class Gpu:
             slot = self._new_slot(call)
         return GraphRunner(slot, call.state, self.graph_steps, lambda: free.append(slot))
 
+    def forget(self, call: Call) -> None:
+        """Nothing is let go: what is compiled serves other runs, and slots are few."""
+
     def _new_slot(self, call: Call) -> _Slot:
         function = self._steps[_kind(call)]
         own = call.copy() if call.noise is None else dataclasses.replace(call.copy(), noise=call.noise.clone())

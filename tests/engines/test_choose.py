@@ -53,6 +53,9 @@ class Pretended:
         self.ready = True
         return 1.0
 
+    def forget(self, call):
+        self.ready = False
+
     def runner(self, call):
         runner = StepRunner(call.step, call)
         runner.ms = self.ms
