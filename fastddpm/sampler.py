@@ -15,7 +15,7 @@ from fastddpm.checkpoints import Checkpoint, load_checkpoint
 from fastddpm.common.progress import StepProgress
 from fastddpm.editing.editor import Editor
 from fastddpm.editing.plans import Plan
-from fastddpm.engines.choose import Engine, EngineName
+from fastddpm.engines.choose import Engine, EngineName, Settled
 from fastddpm.engines.compare import CompileError
 from fastddpm.engines.devices import pick_device
 from fastddpm.engines.likelihood import LikelihoodLoop
@@ -23,6 +23,7 @@ from fastddpm.engines.loop import Course, Loop
 from fastddpm.engines.options import SampleOptions, split_options
 from fastddpm.engines.precision import Precision, check_precision
 from fastddpm.engines.stepper import Stepper
+from fastddpm.export.library import engine_of
 from fastddpm.images import Output, check_output, to_output
 from fastddpm.pictures.batches import PictureBatches
 from fastddpm.pictures.inputs import Pictures
@@ -96,8 +97,9 @@ class Sampler(Editor):
             spec: the conventions it was trained with.
             device: where to sample; None takes the GPU if there is one. A module is moved there, laid
                 out channels-last and put in evaluation mode.
-            engine: how steps run: "auto", "eager", "compiled", "cuda_graph" or "onnx" (see `fastddpm.engines`). "auto"
-                takes a compiled step where there is one or the run is long enough to earn the time to compile.
+            engine: how steps run: "auto", "eager", "compiled", "cuda_graph", "onnx" or "openvino" (see
+                `fastddpm.engines.choose`). "auto" takes the quickest that is there, or that the run is long enough to
+                earn the time for.
             precision: the network's arithmetic: "fp32", "bf16", and on GPUs "tf32" and "fp16"; the state and its
                 update are float32 always.
             graph_steps: steps that a CUDA graph holds; None is `fastddpm.engines.gpu.GRAPH_STEPS`.
@@ -114,14 +116,7 @@ class Sampler(Editor):
         if isinstance(model, nn.Module):
             # Convolutions run fastest on channels-last weights, on CPUs and GPUs alike.
             model = model.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if engine == "onnx":
-            from fastddpm.export.engine_network import engine_network  # late: it needs optional packages
-
-            model = engine_network(model, schedule, spec, self.device, precision)
-
-        def make_engine(weights: Callable[[], str]) -> Engine:
-            return Engine(engine, self.device, graph_steps=graph_steps, weights=weights)
-
+        make_engine = functools.partial(engine_of, engine, self.device, precision, graph_steps=graph_steps)
         self.stepper = Stepper(model, spec, schedule.T, self.device, precision, make_engine)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -245,7 +240,7 @@ class Sampler(Editor):
             ValueError: there is no guidance for this network.
             OSError: the package cannot be written.
         """
-        if self.engine.name == "onnx" or cast(Network, self.stepper.network).identity() is None:
+        if cast(Network, self.stepper.network).identity() is None:
             raise CompileError(
                 "compile: the network must be a U-Net of fastddpm's own, got "
                 f"{type(self.model).__name__}; it is compiled when sampling with engine='compiled'"
@@ -275,7 +270,7 @@ class Sampler(Editor):
 
         A sample depends on its seed and id alone: not on n, the batch size, the other samples or the device (beyond
         rounding). Sample ids 0 … 49 on one machine and 50 … 99 on another are the same hundred pictures. With
-        `batch_size` given, a sample is the same bit for bit on one machine, whatever its place and company.
+        `batch_size` given, a sample is the same bit for bit on one machine and engine, whatever its place and company.
 
         Options, besides those of `Method` (solver, steps, timesteps, prev_timesteps, eta, clip, clipped_eps, variance),
         which may also be given as one, `method=`:
@@ -286,8 +281,10 @@ class Sampler(Editor):
         - guidance_scale: w in ε_∅ + w (ε_y − ε_∅) (Ho & Salimans 2022), one or n of them; 1 is no guidance. A learned
           variance is the one with the label, as in GLIDE and DiT.
         - batch_size: samples that run together. A batch that would be shorter is filled up, at the price of a full one,
-          so that each sample's arithmetic is that of `batch_size` samples and its picture the same bit for bit. None
-          chooses by device and n, fills nothing, and promises equality up to rounding. A torch.Generator's draws go to
+          so that each sample's arithmetic is that of `batch_size` samples and its picture the same bit for bit. "auto"
+          then chooses the engine before the first step and keeps it to the last; another run may choose another one,
+          whose pictures differ by rounding: `engine.used` says which it was. None chooses by device and n, fills
+          nothing, and promises equality up to rounding. A torch.Generator's draws go to
           one batch after the other: there None is all n.
         - x_T: float [n, C, H, W] to start from instead of seeded noise.
         - noise: z for each step instead of seeded noise: a tensor [S, n, C, H, W] in loop order, a function
@@ -444,8 +441,10 @@ class Sampler(Editor):
 
     def _streamed(self, plan: Plan, output: Output) -> Iterator[Batch]:
         table, request, run = plan.table, plan.request, plan.run
-        begin, course = functools.partial(self.stepper.begin, table), Course.of(table, masked=request.mask is not None)
-        around = self.stepper.undisturbed
+        # Where short batches are filled up, a picture must not depend on when a quicker engine gets ready.
+        settled = Settled() if request.fills else None
+        begin = functools.partial(self.stepper.begin, table, settled=settled)
+        course, around = Course.of(table, masked=request.mask is not None), self.stepper.undisturbed
         loop = Loop(begin, course, self.spec.shape, self.device, run.noise, run.callback, around)
         with self.stepper.undisturbed():
             self.stepper.refresh()

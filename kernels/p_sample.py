@@ -22,7 +22,7 @@ from torch import Tensor
 from .checks import COLUMNS as COLUMNS
 from .checks import check_p_sample
 from .dispatch import runs_triton
-from .philox import normals_reference
+from .normals import normals
 
 P_SAMPLE_RTOL = 2.0**-20
 """Kernel against reference, relative to the sum of the magnitudes of all terms, the noise's `NORMALS_ATOL` aside."""
@@ -110,7 +110,7 @@ def p_sample_reference(
     if stochastic:
         if noise is None:
             t = timesteps.index_select(0, row)
-            z = normals_reference(seed, sample_id, t, x[0].numel()).reshape(x.shape)
+            z = normals(seed, sample_id, t, x[0].numel()).reshape(x.shape)
         elif noise.shape[0] == 1:
             z = noise[0]
         else:

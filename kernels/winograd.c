@@ -109,11 +109,14 @@ static void output_tile(const float *m, int64_t mk, vec bias, void *y, int64_t a
             store_pixel(y, at + ((top + i) * W + left + j) * O, out[4 * i + j] + bias, half);
 }
 
-/* ROWS x PANEL of M: rows of V times a panel of U. */
+/* ROWS x PANEL of M: rows of V times a panel of U. Meanwhile C * step bytes from `ahead` on are fetched: U is read once
+ * in a step, from memory, and a panel is worked on several times, during which the next one comes.
+ */
 static void product(const float *restrict v, int64_t row, const float *restrict u, int64_t C, float *restrict m,
-                    int64_t mrow) {
+                    int64_t mrow, const char *ahead, int64_t step) {
     vec sum[ROWS][2] = {{{0}}};
     for (int64_t c = 0; c < C; c++) {
+        __builtin_prefetch(ahead + c * step);
         vec u0 = load(u + c * PANEL), u1 = load(u + c * PANEL + LANES);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) {
@@ -152,9 +155,11 @@ void winograd_conv(const void *x, const float *u, const float *bias, void *y, fl
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < POSITIONS * panels; job++) {
             const int64_t k = job / panels, p = job % panels;
+            const char *next = (const char *)(u + (job + 1) * C * PANEL);
+            const int64_t step = (PANEL * 4 + rows - 1) / rows; /* each of the `rows` products fetches its part */
             for (int64_t r = 0; r < rows; r++)
                 product(v + k * vk + r * ROWS * vrow, vrow, u + job * C * PANEL, C,
-                        m + k * mk + r * ROWS * mrow + p * PANEL, mrow);
+                        m + k * mk + r * ROWS * mrow + p * PANEL, mrow, next + r * C * step, step);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n; i++) {

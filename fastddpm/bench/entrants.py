@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from fastddpm.engines.precision import processor_has_bf16
 
-_ENGINES = {"eager": "eager", "compiled": "compiled", "graph": "cuda_graph"}
+_ENGINES = {
+    "eager": "eager",
+    "compiled": "compiled",
+    "graph": "cuda_graph",
+    "openvino": "openvino",
+    "onnx": "onnx",
+}
+OWN = ("fastddpm-eager", "fastddpm-compiled")
+"""Ours that run on CPUs without another library."""
 _LOW = ("bf16", "tf32")
 
 PEERS: dict[str, tuple[str, str, tuple[str | None, ...]]] = {

@@ -71,8 +71,8 @@ class Workload:
 
 
 _CORE = ("reference", "fastddpm-eager", "diffusers", "onnxruntime", "openvino", "fastddpm-compiled")
-_MORE = ("fastddpm-compiled-bf16", "openvino-bf16", "lucidrains", "diffusers-compiled", "diffusers-bf16",
-         "diffusers-compiled-bf16")  # fmt: skip
+_MORE = ("fastddpm-compiled-bf16", "openvino-bf16", "fastddpm-openvino", "lucidrains", "diffusers-compiled",
+         "diffusers-bf16", "diffusers-compiled-bf16")  # fmt: skip
 _ON_GPU = ("fastddpm-eager", "fastddpm-compiled", "fastddpm-graph", "diffusers", "diffusers-reduced")
 GPU_PEERS = ("reference", *(f"{name}-{precision}" for precision in ("tf32", "bf16") for name in _ON_GPU),
              "reference-tf32")  # fmt: skip
@@ -83,12 +83,12 @@ _CIFAR10_UNET = {"dim": 128, "dim_mults": [1, 2, 2, 2], "channels": 3}
 _UPDATE = Workload("update", "the update alone, [B, 3, 32, 32]", (1,), (1000,),
                    ("reference", "fastddpm-eager", "diffusers", "fastddpm-compiled"))  # fmt: skip
 _MNIST = Workload("mnist", "the shipped 28×28 model", (1, 16, 64), (20, 10, 4), _CORE,
-                  (*_MORE[:2], "lucidrains", "diffusers-compiled"), "mnist",
+                  (*_MORE[:3], "lucidrains", "diffusers-compiled"), "mnist",
                   lucidrains=_MNIST_UNET, cold_s=110)  # fmt: skip
 _CIFAR10_NET = Workload("cifar10", "the U-Net of google/ddpm-cifar10-32, random weights", (1, 8), (5, 2), _CORE, _MORE,
                         unet={**_GOOGLE, **_CIFAR10}, lucidrains=_CIFAR10_UNET, cold_s=170)  # fmt: skip
 _CELEBAHQ_NET = Workload("celebahq256", "the U-Net of google/ddpm-celebahq-256, random weights", (1,), (2,), _CORE[1:],
-                         ("openvino-bf16", "fastddpm-compiled-bf16"),
+                         ("openvino-bf16", "fastddpm-compiled-bf16", "fastddpm-openvino"),
                          unet={**_GOOGLE, **_CELEBAHQ}, variance="fixed_small", cold_s=330)  # fmt: skip
 
 FULL = (_CIFAR10_NET, _MNIST, _UPDATE, _CELEBAHQ_NET)

@@ -9,9 +9,9 @@ import typer
 _PANEL = "Running"
 
 EngineOption = Annotated[
-    Literal["auto", "eager", "compiled", "cuda_graph", "onnx"],
+    Literal["auto", "eager", "compiled", "cuda_graph", "onnx", "openvino"],
     typer.Option(
-        help="How steps run. auto: compiled where that is there (`fastddpm compile`) or pays within the run.",
+        help="How steps run. auto: the quickest that is there (`fastddpm compile`) or pays within the run.",
         rich_help_panel=_PANEL,
     ),
 ]

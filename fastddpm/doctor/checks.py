@@ -68,6 +68,8 @@ CHECKS = (
     Check("engine eager", engines.check_eager),
     Check("one graph", engines.check_one_graph, _on_cpu),
     Check("engine compiled", engines.check_compiled),
+    Check("engine openvino", functools.partial(engines.check_library, "openvino"), _on_cpu),
+    Check("engine onnx", functools.partial(engines.check_library, "onnx"), _on_cpu),
     Check("engine cuda_graph", gpu.check_cuda_graph, _on_gpu),
     Check("no waiting", gpu.check_no_waiting, _on_gpu),
     Check("launches", gpu.check_launches, _on_gpu),

@@ -11,8 +11,9 @@ from torch import Tensor
 from fastddpm.bench.figures import Equality
 from fastddpm.bench.twins import random_unet
 from fastddpm.doctor.surroundings import ProblemError
-from fastddpm.engines.choose import Engine
+from fastddpm.engines.choose import Engine, EngineName
 from fastddpm.engines.gpu import Gpu, compile_in_place
+from fastddpm.export.library import libraries
 from fastddpm.nets.config import UNetConfig
 from fastddpm.process.method import MethodOptions
 from fastddpm.process.reference import p_sample_loop
@@ -71,6 +72,16 @@ def check_compiled(device: torch.device) -> str:
     seconds = sampler.compile(PICTURES)
     found = "its package was in the cache" if seconds is None else f"compiled in {seconds:.0f} s"
     return f"{found}; {compare_runs(sampler, 'compiled')}"
+
+
+def check_library(name: EngineName, device: torch.device) -> str:
+    """Steps whose network another library runs, against eager ones; one that is not installed is no fault."""
+    found = libraries("auto", device, "fp32", lambda: "")
+    absent = [text for text in found.missing if text.startswith(f"{name} ")]
+    if absent:
+        return f"{absent[0]}: pip install 'fastddpm[{name}]' adds it to what auto chooses from"
+    sampler = Sampler(random_unet(UNET, T), NoiseSchedule.linear(T), SPEC, device=device, engine=name)
+    return compare_runs(sampler, name)
 
 
 def check_one_graph(device: torch.device) -> str:

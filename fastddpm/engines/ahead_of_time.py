@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fastddpm.common.wording import first_line
 from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError, check_step, not_one_graph
-from fastddpm.engines.fast_layers import with_fast_layers
+from fastddpm.engines.fast_layers import changed_layers, measured_layers
 from fastddpm.engines.precision import processor_has_bf16
 from fastddpm.engines.runner import Runner, StepFunction, StepRunner
 from fastddpm.kernels.kept import private_folder
@@ -46,14 +46,16 @@ class AheadOfTime:
     """Makes, finds and loads packages of one network's steps."""
 
     name = "compiled"
+    cost_s, gain = 45.0, 1 / 3
 
-    def __init__(self, weights: Callable[[], str]) -> None:
+    def __init__(self, weights: Callable[[], str], layers: Sequence[str] | None = None) -> None:
         """Nothing is loaded yet.
 
         Args:
             weights: the digest of the network's weights as they are now.
+            layers: the layers that run the other way (see `fastddpm.engines.fast_layers`); None measures them.
         """
-        self._weights = weights
+        self._weights, self._layers = weights, layers
         self._steps: dict[str, StepFunction] = {}
 
     def formed(self, call: Call) -> Call:
@@ -114,7 +116,7 @@ class AheadOfTime:
 
         def make(path: Path) -> None:
             on_compile(True)
-            compile_step(call, path)
+            compile_step(call, path, self._layers)
             made.append(load_step(path, key))
             check_step(made[0], call)
 
@@ -133,6 +135,10 @@ class AheadOfTime:
         """Drives a call whose step is ready."""
         return StepRunner(self._steps[self.key(call)], call)
 
+    def forget(self, call: Call) -> None:
+        """Let go of a package that is loaded; on disk it stays."""
+        self._steps.pop(self.key(call), None)
+
 
 def _network(call: Call) -> Network:
     network: Any = call.step.network
@@ -149,12 +155,13 @@ def _check_processor(call: Call) -> None:
         )
 
 
-def compile_step(call: Call, path: Path) -> None:
+def compile_step(call: Call, path: Path, layers: Sequence[str] | None = None) -> None:
     """Compile a step and write its package.
 
     Args:
         call: example of the calls; sizes other than the book's capacity are fixed by it.
         path: where the package goes.
+        layers: those that run the other way; None measures them.
 
     Raises:
         CompileError: the network cannot be captured as one graph, or there is no working C++ compiler.
@@ -166,15 +173,16 @@ def compile_step(call: Call, path: Path) -> None:
     try:
         with torch.no_grad(), warnings.catch_warnings(), _own_folder():
             warnings.simplefilter("ignore")
+            step = with_quick_layers(call, layers)
             program = torch.export.export(
-                with_quick_layers(call), tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
+                step, tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
             )
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(OPTIONS))
     except OSError:
         raise
     except Exception as error:  # whatever the exporter, the compiler or the C++ compiler raise
         raise not_one_graph(error) from error
-    _give_memory_back()
+    give_memory_back()
 
 
 @contextlib.contextmanager
@@ -185,15 +193,26 @@ def _own_folder() -> Iterator[None]:
         yield
 
 
-def with_quick_layers(call: Call) -> nn.Module:
-    """The call's step with its network's layers run the way that is quicker for this batch."""
+def with_quick_layers(call: Call, layers: Sequence[str] | None = None) -> nn.Module:
+    """The call's step with its network's layers run the way that is quicker for this batch.
+
+    Args:
+        call: of the batch.
+        layers: those that run the other way; None measures them.
+    """
+    names = quicker_layers(call) if layers is None else layers
+    return step_of(changed_layers(call.step.network, names), call.step.form).eval()
+
+
+def quicker_layers(call: Call) -> list[str]:
+    """The layers of a call's network that run the other way quicker, measured."""
     arguments = call.copy().arguments()
 
     def run(network: nn.Module) -> None:
         step_of(network, call.step.form)(*arguments)
 
-    network, _ = with_fast_layers(call.step.network, run)
-    return step_of(network, call.step.form).eval()
+    with torch.no_grad():
+        return [layer.name for layer in measured_layers(call.step.network, run) if layer.is_quicker]
 
 
 def load_step(path: Path, key: str) -> StepFunction:
@@ -237,7 +256,7 @@ def _page_out(part: str) -> None:
                 libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     """Hand what compiling took back to the system, where its C library can."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):

@@ -3,62 +3,47 @@
 eager       the Python function itself.
 compiled    the step as one graph: an ahead-of-time package on CPUs, `torch.compile` on GPUs.
 cuda_graph  the compiled step, captured several times over and replayed with one launch.
-onnx        eager steps of a network that ONNX Runtime runs (see `fastddpm.export`).
-auto        eager, or the best of the others for the device, whichever was measured to be quicker; it compiles only
-where the run is long enough to earn the time back, and remembers what it measured.
+onnx        steps whose network ONNX Runtime runs, openvino those whose network OpenVINO runs (see
+            `fastddpm.export.library`).
+auto        the quickest of all that are there for the device; it compiles only where the run is long enough to earn
+            the time back, and remembers what it measured (see `fastddpm.engines.contest`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 import warnings
-from collections.abc import Callable
-from typing import Literal, Protocol, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import torch
 
 from fastddpm.engines.ahead_of_time import AheadOfTime
-from fastddpm.engines.compare import CompileError
+from fastddpm.engines.background import Background
+from fastddpm.engines.contest import Contest, Contestant, Verdict, known_eager_ms
 from fastddpm.engines.gpu import Gpu
-from fastddpm.engines.measured import Measured, remember, remembered
-from fastddpm.engines.runner import FIRST_TIMED, DecidingRunner, Runner, StepRunner, synchronize
+from fastddpm.engines.quick import Libraries, Quick
+from fastddpm.engines.runner import FIRST_TIMED, ChangingRunner, DecidingRunner, Runner, StepRunner
 from fastddpm.step.state import State
 from fastddpm.step.step import Call
 
-EngineName = Literal["auto", "eager", "compiled", "cuda_graph", "onnx"]
-COMPILE_S = 45.0
-"""What compiling is taken to cost where it was never measured."""
-GAIN = 1 / 3
-"""The part of an eager step's time that compiling is taken to save where it was never measured."""
-_TRIALS = 3  # calls that are timed, after one that is not
+EngineName = Literal["auto", "eager", "compiled", "cuda_graph", "onnx", "openvino"]
+OnCompile = Callable[[bool], None]
+LIBRARIES: tuple[EngineName, ...] = ("onnx", "openvino")
+"""Engines whose steps are Python's own around a network that a library runs."""
+LEAST_SETTLED = 20
+"""A run whose choice is settled before it begins is measured for if it has more steps."""
 
 
-class Quick(Protocol):
-    """A way to run steps that has to be prepared; `AheadOfTime` and `Gpu` are two."""
+@dataclasses.dataclass
+class Settled:
+    """The choice of one run, made before its first step and kept to its last.
 
-    name: str
+    Attributes:
+        verdict: what was chosen; None before.
+    """
 
-    def formed(self, call: Call) -> Call:
-        """The call in the form that the prepared step serves."""
-
-    def key(self, call: Call) -> str:
-        """Names what is prepared, and what was measured of it."""
-
-    def is_kept(self, call: Call) -> bool:
-        """Whether the key means the same in other processes."""
-
-    def is_ready(self, call: Call) -> bool:
-        """Whether the step is at hand."""
-
-    def is_there(self, call: Call) -> bool:
-        """Whether the step can be had without compiling."""
-
-    def prepare(self, call: Call, on_compile: Callable[[bool], None]) -> float | None:
-        """Have the step at hand; returns the seconds that compiling took, if it had to."""
-
-    def runner(self, call: Call) -> Runner:
-        """What drives a call whose step is at hand."""
+    verdict: Verdict | None = None
 
 
 class Engine:
@@ -78,33 +63,45 @@ class Engine:
         graph_steps: int | None = None,
         weights: Callable[[], str] = lambda: "",
         quick: Quick | None = None,
+        libraries: Libraries | None = None,
     ) -> None:
         """Choose a kind.
 
         Args:
-            name: "auto", "eager", "compiled", "cuda_graph" or "onnx".
+            name: one of `EngineName`.
             device: where the network is.
             graph_steps: steps that a CUDA graph holds; None is `fastddpm.engines.gpu.GRAPH_STEPS`.
             weights: the digest of the network's weights.
             quick: what prepares steps, instead of the device's own.
+            libraries: the ways of other libraries, of which "auto" may take any; None is none.
 
         Raises:
-            ValueError: the name is unknown, "cuda_graph" is asked for on a CPU, or graph_steps is not positive.
+            ValueError: the name is unknown, "cuda_graph" is asked for on a CPU, a library that is asked for is not
+                among those given, or graph_steps is not positive.
         """
+        libraries = libraries or Libraries()
         if name not in get_args(EngineName):
             raise ValueError(f"engine must be one of {', '.join(get_args(EngineName))}, got {name!r}; pick one")
         if name == "cuda_graph" and device.type != "cuda" and quick is None:
             raise ValueError(
-                f"engine must be auto, eager or compiled on a {device.type}, got cuda_graph; it is for GPUs"
+                f"engine must be auto, eager, compiled, onnx or openvino on a {device.type}, got cuda_graph; "
+                "it is for GPUs"
             )
         if graph_steps is not None and (isinstance(graph_steps, bool) or graph_steps < 1):
             raise ValueError(f"graph_steps must be a positive int or None, got {graph_steps!r}; leave it out")
         self.name, self.device = name, device
         self.used, self.why = "", "nothing was sampled yet"
         on_gpu = Gpu(graphs=name != "compiled", graph_steps=graph_steps)
-        self.quick = quick or (on_gpu if device.type == "cuda" else AheadOfTime(weights))
+        own = quick or (on_gpu if device.type == "cuda" else AheadOfTime(weights))
+        by_name = {way.name: way for way in libraries.ways}
+        self._ways: dict[str, Quick] = {**by_name, own.name: own}
+        if name in LIBRARIES and name not in by_name:
+            raise ValueError(f"engine must be one that is there, got {name}; sample through fastddpm.Sampler")
+        self.quick: Quick = by_name.get(name, own)
+        """What prepares steps where the kind is asked for by name, and what compiles otherwise."""
         self._because = "asked for"
-        self._failed: dict[str, str] = {}
+        self._contest = Contest((*libraries.ways, own), libraries.missing, self.in_place)
+        self._background = Background(weights)
         self._warned = False
 
     @property
@@ -122,20 +119,22 @@ class Engine:
         Raises:
             ValueError: the engine is one that compiles and was asked for by its name.
         """
-        if self.name not in ("auto", "eager", "onnx"):
+        if self.name not in ("auto", "eager", *LIBRARIES):
             raise ValueError(f"engine must be auto or eager for {what}, got {self.name}: {why}; use engine='eager'")
 
     def settle(self, name: EngineName) -> None:
         """Leave off choosing: from now on all steps are made by one kind, as if it had been asked for.
 
         Args:
-            name: "eager", or the device's own quick kind.
+            name: "eager", or one of the ways that "auto" chooses from here.
 
         Raises:
             ValueError: the choice was not left to us, or the name is none that "auto" chooses from.
         """
-        if self.name != "auto" or name not in ("eager", self.quick.name):
+        way = self._ways.get(name)
+        if self.name != "auto" or (name != "eager" and way is None):
             raise ValueError(f"engine must be {name}, got {self.name} on a {self.device.type}; ask for {name}")
+        self.quick = way or self.quick
         self._because = self.why if name == self.used else "as in the run that this one joins"
         self.name = name
 
@@ -149,130 +148,116 @@ class Engine:
             CompileError: the step does not compile.
             OSError: the package cannot be written.
         """
-        call = self.quick.formed(call)
-        if self.quick.is_there(call):
+        one = Contestant.of(self.quick, call, {})
+        if one.is_there:
             return None
-        seconds = self.quick.prepare(call, lambda _: None)
-        self._measure(call, None, seconds)
+        seconds = self.quick.prepare(one.call, lambda _: None)
+        self._contest.compare(one, None, call, None, seconds)
         return seconds
 
-    def runner(self, call: Call, *, to_come: int, on_compile: Callable[[bool], None] = lambda _: None) -> Runner:
+    def runner(
+        self, call: Call, *, to_come: int, on_compile: OnCompile = lambda _: None, settled: Settled | None = None
+    ) -> Runner:
         """What drives a batch.
 
         Args:
             call: the step and the samples; the runner may work on a copy, which is its `state`.
             to_come: steps of such batches that are to be made, this one's included.
             on_compile: called with True before and False after compiling.
+            settled: the run's choice, where one engine must make all of its steps: made now, unless it was.
 
         Raises:
-            CompileError: the engine is not "auto" and the step does not compile.
+            CompileError: the engine is not "auto" and the step does not compile; or what was settled is gone.
             OSError: the engine is not "auto" and a package cannot be written.
             ValueError: the engine compiles, was asked for by its name, and the step can only be run eagerly.
         """
-        eager = call.formed(in_place=self.in_place)
-        if self.name in ("eager", "onnx"):
+        if self.name == "eager":
             self.used, self.why = self.name, self._because
-            return StepRunner(eager.step, eager)
-        if call.step.eager_because:
+            return self._eager(call)
+        if call.step.eager_because and self.name not in LIBRARIES:
             self.check_eager("this step", call.step.eager_because)
             self.used, self.why = "eager", call.step.eager_because
-            return StepRunner(eager.step, eager)
-        wanted = self.quick.formed(call)
+            return self._eager(call)
         if self.name != "auto":
+            wanted = self.quick.formed(call)
             self.quick.prepare(wanted, on_compile)
             self.used, self.why = self.quick.name, self._because
             return self.quick.runner(wanted)
-        key = self.quick.key(wanted)
-        known = remembered().get(key) if self.quick.is_kept(wanted) else None
-        why = self._failed.get(key) or ("" if self.quick.is_there(wanted) else _not_worth(known, to_come))
-        if why:
-            self.used, self.why = "eager", why
-            return StepRunner(eager.step, eager)
-        if self.quick.is_there(wanted):
-            return self._prepared(wanted, known, on_compile) or StepRunner(eager.step, eager)
+        if settled is not None:
+            settled.verdict = settled.verdict or self._before_the_run(call, to_come, on_compile)
+            return self._driven(settled.verdict, call, on_compile)
+        return self._changing(call, to_come, on_compile)
+
+    def stop(self) -> None:
+        """End what is compiled beside a run."""
+        self._background.stop()
+
+    def _before_the_run(self, call: Call, to_come: int, on_compile: OnCompile) -> Verdict:
+        """The choice for a whole run, measured where nothing is remembered and the run is long enough."""
+        contestants = self._contest.contestants(call)
+        eager_ms = known_eager_ms(contestants)
+        if eager_ms is None and to_come <= LEAST_SETTLED and not _any_there(contestants):
+            return Verdict(notes=[f"{to_come} steps are too few to measure for"])
+        eager_ms = eager_ms or self._contest.time_eager(call)
+        return self._contest.settle(contestants, call, eager_ms, to_come, on_compile)
+
+    def _changing(self, call: Call, to_come: int, on_compile: OnCompile) -> Runner:
+        """What drives a batch whose engine may change at a step's end."""
+        contestants = self._contest.contestants(call)
+        eager_ms = known_eager_ms(contestants)
+        if _any_there(contestants):
+            return self._now(call, eager_ms or self._contest.time_eager(call), to_come, on_compile)
+        if to_come <= FIRST_TIMED:
+            return self._driven(Verdict(notes=[f"{to_come} steps are too few to compile for"]), call, on_compile)
+        if eager_ms is not None:
+            return self._now(call, eager_ms, to_come, on_compile)
 
         def decide(eager_ms: float, state: State) -> Runner | None:
-            measured = dataclasses.replace(known or Measured(eager_ms), eager_ms=eager_ms)
-            why = _not_worth(measured, to_come - FIRST_TIMED)
-            if why:
-                self.why = why
-                return None
-            return self._prepared(
-                self.quick.formed(dataclasses.replace(call, state=state)), measured, on_compile
-            )  # fmt: skip
+            return self._now(dataclasses.replace(call, state=state), eager_ms, to_come - FIRST_TIMED, on_compile)
 
         self.used, self.why = "eager", "the run is too short to tell"
-        return DecidingRunner(StepRunner(eager.step, eager), decide)
+        return DecidingRunner(self._eager(call), decide)
 
-    def _prepared(self, call: Call, known: Measured | None, on_compile: Callable[[bool], None]) -> Runner | None:
-        """The quick runner; None where it fails or is no quicker, with `why` set."""
-        key = self.quick.key(call)
-        try:
-            seconds = self.quick.prepare(call, on_compile)
-            if known is None or known.compiled_ms is None:
-                known = self._measure(call, known, seconds)
-            if known.compiled_ms is None or known.compiled_ms < known.eager_ms:
-                runner = self.quick.runner(call)
-                self.used, self.why = self.quick.name, _times(known)
-                return runner
-            self.used, self.why = "eager", _times(known)
-        except (CompileError, OSError) as error:
-            self.used, self.why = "eager", f"the step does not compile: {error}"
-            if not self._warned:
-                self._warned = True
-                warnings.warn(f"sampling goes on eagerly: {error}", RuntimeWarning, stacklevel=2)
-        self._failed[key] = self.why
-        return None
+    def _now(self, call: Call, eager_ms: float, to_come: int, on_compile: OnCompile) -> Runner:
+        """The quickest that can be had now; it changes over where a quicker one is compiled meanwhile."""
+        contestants = self._contest.contestants(call)
+        later = self._background.takes(contestants)
+        verdict = self._contest.settle(contestants, call, eager_ms, to_come, on_compile, later)
+        one, runner = verdict.later, self._driven(verdict, call, on_compile)
+        if one is None:
+            return runner
+        refusal = self._background.begin(one)
+        if refusal:
+            self.why += f"; {one.way.name} is not prepared meanwhile: {refusal}"
+            return runner
+        self.why += f"; {one.way.name} is being prepared meanwhile"
 
-    def _measure(self, call: Call, known: Measured | None, seconds: float | None) -> Measured:
-        """What a prepared step takes, and an eager one if that is not known; remembered on disk."""
-        compiled_ms = milliseconds(self.quick.runner, call)
-        eager_ms = known.eager_ms if known is not None else self._eager_ms(call)
-        batch, *shape = call.state.x.shape
-        label = f"batch {batch} of {' × '.join(map(str, shape))}{call.step.form.caption} on {self.device}, "
-        label += f"{torch.get_num_threads()} threads"
-        measured = Measured(round(eager_ms, 3), round(compiled_ms, 3), seconds, label)
-        if self.quick.is_kept(call):
-            remember(self.quick.key(call), measured)
-        return measured
+        def decide(state: State) -> Runner:
+            failure = self._background.failure(one.key)
+            if failure:
+                self._contest.fail(one, failure)
+            return self._now(dataclasses.replace(call, state=state), verdict.times["eager"], to_come, on_compile)
 
-    def _eager_ms(self, call: Call) -> float:
-        return milliseconds(lambda call: StepRunner(call.step, call), call.formed(in_place=self.in_place))
+        return ChangingRunner(runner, lambda: self._background.is_done(one.key), decide)
 
+    def _driven(self, verdict: Verdict, call: Call, on_compile: OnCompile) -> Runner:
+        """What a verdict says, with a warning if something that should have worked did not."""
+        self.used, self.why = verdict.name, verdict.why
+        if verdict.failure and not self._warned:
+            self._warned = True
+            how = "eagerly" if verdict.best is None else f"with {verdict.name}"
+            warnings.warn(f"sampling goes on {how}: {verdict.failure}", RuntimeWarning, stacklevel=2)
+        if verdict.best is None:
+            return self._eager(call)
+        way = verdict.best.way
+        wanted = way.formed(call)
+        way.prepare(wanted, on_compile)
+        return way.runner(wanted)
 
-def _times(known: Measured) -> str:
-    if known.compiled_ms is None:
-        return f"{known.eager_ms:.3g} ms a step eager"
-    return f"{known.compiled_ms:.3g} ms a step compiled, {known.eager_ms:.3g} eager"
-
-
-def _not_worth(known: Measured | None, to_come: int) -> str:
-    """Why compiling does not pay for so many steps; "" if it does or may."""
-    if to_come <= FIRST_TIMED:
-        return f"{to_come} steps are too few to compile for"
-    if known is None:
-        return ""
-    if known.compiled_ms is not None and known.compiled_ms >= known.eager_ms:
-        return _times(known)
-    cost = COMPILE_S if known.compile_s is None else known.compile_s
-    gain = GAIN if known.compiled_ms is None else 1 - known.compiled_ms / known.eager_ms
-    saved = to_come * known.eager_ms / 1000 * gain
-    if saved < cost:
-        return f"compiling would take about {cost:.0f} s and save about {saved:.0f} s"
-    return ""
+    def _eager(self, call: Call) -> Runner:
+        eager = call.formed(in_place=self.in_place)
+        return StepRunner(eager.step, eager)
 
 
-def milliseconds(make: Callable[[Call], Runner], call: Call) -> float:
-    """The least of a few timings of a step, after one that is not counted; the call's samples stay as they are."""
-    runner = make(call.copy())
-    best = float("inf")
-    try:
-        for trial in range(_TRIALS + 1):
-            began = time.perf_counter()
-            runner.run(1, call.noise)
-            synchronize(runner.state)
-            if trial:
-                best = min(best, time.perf_counter() - began)
-    finally:
-        runner.close()
-    return best * 1000
+def _any_there(contestants: Sequence[Contestant]) -> bool:
+    return any(one.is_there for one in contestants)

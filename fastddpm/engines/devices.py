@@ -75,7 +75,7 @@ def describe_machine() -> Machine:
     return Machine(
         device=name,
         precision="fp32",
-        engine="auto: compiled steps, where they are there or the run earns the time to compile",
+        engine="auto: the quickest that is there, or that the run earns the time for",
         cache=_describe_cache(),
         update="Triton kernel" if runs_triton(device.type) else "PyTorch",
         threads=torch.get_num_threads(),
@@ -106,12 +106,19 @@ def describe_choices(weights: str) -> dict[str, str]:
     Args:
         weights: the network's `weights_hash`.
     """
-    lines, there = {}, packages()
+    times: dict[str, dict[str, float]] = {}
+    gone, there = set(), packages()
     for name, measured in remembered().items():
         if name.startswith(weights[:8]) and measured.compiled_ms is not None:
-            choice = "compiled" if measured.compiled_ms < measured.eager_ms else "eager"
-            kept = "" if name in there else ", not compiled at present"
-            lines[measured.label] = (
-                f"{choice}: {measured.compiled_ms:.3g} ms a step compiled, {measured.eager_ms:.3g} eager{kept}"
+            times.setdefault(measured.label, {}).update(
+                {"eager": measured.eager_ms, measured.engine: measured.compiled_ms}
             )
-    return lines
+            if measured.engine == "compiled" and name not in there:
+                gone.add(measured.label)
+    return {label: _choice(known, label in gone) for label, known in times.items()}
+
+
+def _choice(times: dict[str, float], is_gone: bool) -> str:
+    (first, ms), *others = sorted(times.items(), key=lambda item: item[1])
+    text = ", ".join([f"{ms:.3g} ms a step {first}", *(f"{ms:.3g} {name}" for name, ms in others)])
+    return f"{first}: {text}{', not compiled at present' if is_gone else ''}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from fastddpm.nets.blocks import Attention
 
 _LEAST_PIXELS = 256
 """Pixels of all pictures together, below which reading the larger weights costs more than is saved."""
+_LEAST_PICTURE = 49
+"""Pixels of a picture that are enough, however few pictures there are: of a 7×7 map hardly a tile is wasted."""
 _MARGIN = 0.95  # the other way must take at most this part of the usual one's time
 _PASSES = 25
 _LONG_S = 3.0  # of measuring, after which fewer passes must do, but at least two
@@ -63,15 +65,12 @@ class Layer:
         return self.other_ms < _MARGIN * self.usual_ms
 
 
-def with_fast_layers(network: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[nn.Module, list[Layer]]:
-    """A network whose layers run the quicker way for one batch size.
+def measured_layers(network: nn.Module, run: Callable[[nn.Module], Any]) -> list[Layer]:
+    """The layers that could run either way, with what they take for one batch size.
 
     Args:
-        network: float32 or bfloat16, on the CPU; it stays as it is, and the result shares its weights.
+        network: float32 or bfloat16, on the CPU.
         run: calls a network once with a batch of the size that it is meant for.
-
-    Returns:
-        The network to use, which is `network` itself where nothing is gained, and what was measured.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     hooks = []
@@ -84,15 +83,26 @@ def with_fast_layers(network: nn.Module, run: Callable[[nn.Module], Any]) -> tup
     finally:
         for hook in hooks:
             hook.remove()
-    layers = _measure(network, {name: shape for name, shape in shapes.items() if _is_worth(network, name, shape)})
-    chosen = [layer.name for layer in layers if layer.is_quicker]
-    if not chosen:
-        return network, layers
+    return _measure(network, {name: shape for name, shape in shapes.items() if _is_worth(network, name, shape)})
+
+
+def changed_layers(network: nn.Module, names: Sequence[str]) -> nn.Module:
+    """A network with some of its layers run the other way.
+
+    Args:
+        network: stays as it is, and the result shares its weights.
+        names: of the layers.
+
+    Returns:
+        The network to use, which is `network` itself where no layer is named.
+    """
+    if not names:
+        return network
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     changed = copy.deepcopy(network, shared)
-    for name in chosen:
+    for name in names:
         changed.set_submodule(name, _other(changed.get_submodule(name)))
-    return changed, layers
+    return changed
 
 
 def _other(layer: nn.Module) -> nn.Module:
@@ -115,7 +125,10 @@ def _is_candidate(conv: nn.Conv2d) -> bool:
 
 
 def _is_worth(network: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
-    return isinstance(network.get_submodule(name), Attention) or shape[0] * shape[2] * shape[3] >= _LEAST_PIXELS
+    if isinstance(network.get_submodule(name), Attention):
+        return True
+    pixels = shape[2] * shape[3]
+    return pixels >= _LEAST_PICTURE or shape[0] * pixels >= _LEAST_PIXELS
 
 
 def _note(shapes: dict[str, tuple[int, ...]], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -109,6 +109,8 @@ class _Slot:
 class Gpu:
     """Compiles one network's steps, and captures them where `graphs` says so."""
 
+    cost_s, gain = 45.0, 1 / 3
+
     def __init__(
         self,
         *,
@@ -205,6 +207,9 @@ class Gpu:
         if not _still_fits(slot, call):
             slot = self._new_slot(call)
         return GraphRunner(slot, call.state, self.graph_steps, lambda: free.append(slot))
+
+    def forget(self, call: Call) -> None:
+        """Nothing is let go: what is compiled serves other runs, and slots are few."""
 
     def _new_slot(self, call: Call) -> _Slot:
         function = self._steps[_kind(call)]

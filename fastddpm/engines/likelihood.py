@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastddpm.engines.choose import Settled
 from fastddpm.engines.loop import Course, Loop, Watch
 from fastddpm.engines.stepper import Stepper
 from fastddpm.pictures.batches import PictureBatches
@@ -30,6 +31,7 @@ class LikelihoodLoop:
         table: the rows.
         pictures: whose likelihood is asked for.
         noise: ε of the steps as the caller supplies it, or None for seeded noise.
+        settled: the choice of an engine, where one must make all steps.
     """
 
     stepper: Stepper
@@ -37,6 +39,7 @@ class LikelihoodLoop:
     table: LikelihoodTable
     pictures: PictureBatches
     noise: NoiseSource | None = None
+    settled: Settled = dataclasses.field(default_factory=Settled)
 
     @property
     def S(self) -> int:
@@ -71,7 +74,8 @@ class LikelihoodLoop:
         loop = Loop(begin, course, stepper.spec.shape, stepper.device, self.noise)
         n, hands = len(batch.ids), loop.hands_noise
         found = torch.empty(n, self.S, len(TERMS), device=stepper.device)
-        with begin(batch.filled(), noise=hands, to_come=to_come, on_compile=watch.compiling) as runner:
+        settled = self.settled if batch.fills else None
+        with begin(batch.filled(), noise=hands, to_come=to_come, on_compile=watch.compiling, settled=settled) as runner:
             watch.advance_to(0)
             for i in loop.driven(runner, batch, one_by_one=True):
                 found[:, i - 1] = torch.as_tensor(runner.state.terms)[:n]

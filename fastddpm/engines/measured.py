@@ -28,15 +28,17 @@ class Measured:
 
     Attributes:
         eager_ms: a step without compiling.
-        compiled_ms: a compiled step, or None if that was never tried.
-        compile_s: seconds that compiling took, or None.
+        compiled_ms: a step of `engine`, or None if that was never tried.
+        compile_s: seconds that preparing it took, or None.
         label: what it is, for people.
+        engine: which engine's step `compiled_ms` is of.
     """
 
     eager_ms: Annotated[float, Within(0, 1e9, above=True)]
     compiled_ms: _Time | None = None
     compile_s: _Time | None = None
     label: str = ""
+    engine: str = "compiled"
 
 
 def remembered() -> dict[str, Measured]:
@@ -74,7 +76,7 @@ def _measured(value: object) -> Measured | None:
     """What was read as a measurement; None if it cannot be one."""
     with contextlib.suppress(RecordError):
         made = read_record(Measured, value, more=True)
-        return made if _is_text(made.label) else None
+        return made if _is_text(made.label) and _is_text(made.engine) else None
     return None
 
 

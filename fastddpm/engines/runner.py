@@ -113,6 +113,38 @@ class DecidingRunner:
         self._runner.close()
 
 
+class ChangingRunner:
+    """Goes on with another runner, from a step's end on, once something is ready."""
+
+    def __init__(self, first: Runner, is_ready: Callable[[], bool], change: Callable[[State], Runner]) -> None:
+        """Take the first runner.
+
+        Args:
+            first: makes the first steps.
+            is_ready: asked between steps.
+            change: is told the samples, once that is so; returns what goes on with them.
+        """
+        self._runner, self._is_ready, self._change = first, is_ready, change
+        self._waits = True
+
+    @property
+    def state(self) -> State:
+        """The samples as they are now."""
+        return self._runner.state
+
+    def run(self, most: int, noise: Tensor | None = None) -> int:
+        """See `Runner.run`."""
+        if self._waits and self._is_ready():
+            self._waits = False
+            first, self._runner = self._runner, self._change(self._runner.state)
+            first.close()
+        return self._runner.run(most, noise)
+
+    def close(self) -> None:
+        """See `Runner.close`."""
+        self._runner.close()
+
+
 def synchronize(state: State) -> None:
     """Wait until a GPU has made what it was told to."""
     if state.x.device.type == "cuda":

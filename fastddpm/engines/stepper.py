@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastddpm.engines.choose import Engine
+from fastddpm.engines.choose import Engine, Settled
 from fastddpm.engines.precision import DTYPES, Precision
 from fastddpm.engines.runner import Runner, StepRunner
 from fastddpm.engines.surroundings import undisturbed
@@ -102,6 +102,7 @@ class Stepper:
         to_come: int = 0,
         eager: bool = False,
         on_compile: Callable[[bool], None] = lambda _: None,
+        settled: Settled | None = None,
     ) -> Iterator[Runner]:
         """A batch at its start, and what drives it.
 
@@ -115,6 +116,7 @@ class Stepper:
             to_come: steps of such batches that are to be made; 0 is this batch's.
             eager: whether to run eagerly, whatever the engine.
             on_compile: called with True before and False after compiling.
+            settled: the choice of the run that the batch belongs to, where one engine must make all of its steps.
 
         Yields:
             The runner, until the end of the block; what is to outlive it must be copied.
@@ -126,9 +128,13 @@ class Stepper:
             if eager:
                 runner: Runner = StepRunner(call.step, call)
             else:
-                runner = self.engine.runner(call, to_come=to_come or table.S, on_compile=on_compile)
+                steps = to_come or table.S
+                runner = self.engine.runner(call, to_come=steps, on_compile=on_compile, settled=settled)
             try:
                 yield runner
+            except BaseException:
+                self.engine.stop()  # nobody waits any more for what is compiled beside the run
+                raise
             finally:
                 runner.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from fastddpm.checkpoints.base import CheckpointError
 from fastddpm.checkpoints.diffusers_unet import network_from
-from fastddpm.engines.choose import Engine, EngineName
+from fastddpm.engines.choose import EngineName
 from fastddpm.engines.stepper import Stepper
 from fastddpm.engines.weights import Weights
+from fastddpm.export.library import engine_of
 from fastddpm.nets.unet import UNet
 from fastddpm.process.spec import ModelSpec
 
@@ -59,7 +61,7 @@ class PipelineNetwork:
     def _made(
         self, model: Callable[..., Tensor], engine: EngineName, spec: ModelSpec, T: int, device: torch.device
     ) -> Stepper:
-        return Stepper(model, spec, T, device, "fp32", lambda weights: Engine(engine, device, weights=weights))
+        return Stepper(model, spec, T, device, "fp32", functools.partial(engine_of, engine, device, "fp32"))
 
 
 def check_unet(unet: UNet2DModel) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from fastddpm.common.terminal import patience
-from fastddpm.engines.choose import EngineName
+from fastddpm.engines.choose import EngineName, Settled
 from fastddpm.engines.devices import versions
 from fastddpm.images import SHOWN_CHANNELS
 from fastddpm.process.conventions import conventions_checksum
@@ -128,7 +128,8 @@ class Maker:
         with sampler.stepper.undisturbed():
             sampler.stepper.refresh()
             request = make_request(sampler.spec, sampler.device, len(ids), run)
-            with sampler.stepper.begin(table, request.filled(), to_come=batches * table.S) as runner:
+            come = batches * table.S
+            with sampler.stepper.begin(table, request.filled(), to_come=come, settled=Settled()) as runner:
                 made, most = 0, min(_SETTLING_STEPS, table.S)
                 while made < most:
                     made += runner.run(most - made)

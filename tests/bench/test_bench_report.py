@@ -128,6 +128,12 @@ def test_targets():
     assert found["cifar10, B = 8, fp32: of the matrix product's speed"].value == pytest.approx(6.4)
     assert found["cifar10, B = 8: memory, fastddpm, compiled"].met
     assert not any("bf16" in what for what in found)
+    assert not any("alone" in what for what in found)
+    served = measured("mnist", 16, fastddpm_compiled=(1.2, 1.2), fastddpm_openvino=(1.0, 1.0), openvino=(1.1, 1.1))
+    both = [bar for bar in bars.judge([served]) if "the best" in bar.what]
+    assert [(bar.what.split(": ")[1].split(" against")[0], bar.met) for bar in both] == [
+        ("against OpenVINO, the best", True), ("own engine alone", False),
+    ]  # fmt: skip
     ours = fast.batches[0].find("fastddpm-compiled")
     ours.second_s = 6.0
     low = result_of("fastddpm-compiled-bf16", 1.0, 1.0)

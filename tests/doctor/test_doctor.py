@@ -14,7 +14,7 @@ from tests.cache_folders import cache  # noqa: F401 - a fixture
 from tests.command_line import good, refused
 
 CPU = torch.device("cpu")
-COMPILES = ("engine compiled", "one graph")
+COMPILES = ("engine compiled", "engine openvino", "engine onnx", "one graph")
 BY_NAME = {check.name: check for check in CHECKS}
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from fastddpm import ModelSpec, NoiseSchedule, Sampler
 from fastddpm.engines import ahead_of_time, cache
 from fastddpm.engines.ahead_of_time import AheadOfTime
+from fastddpm.engines.background import Background
 from fastddpm.engines.choose import Engine
 from fastddpm.engines.compare import CompileError
 from fastddpm.engines.devices import describe_choices
@@ -120,7 +121,7 @@ def test_a_damaged_package_is_made_anew(compiled, monkeypatch, damage):
     )
     built = []
     monkeypatch.setattr(kept, "SAID", set())  # what was said once is not said again
-    monkeypatch.setattr(ahead_of_time, "compile_step", lambda call, path: built.append(path.write_bytes(whole)))
+    monkeypatch.setattr(ahead_of_time, "compile_step", lambda call, path, layers: built.append(path.write_bytes(whole)))
     sampler = like(compiled, "compiled")
     with pytest.warns(cache.CacheWarning, match="damaged"):
         sampler.sample(3, class_labels=1, steps=1)
@@ -189,7 +190,7 @@ def test_a_wrongly_compiled_step_is_refused(monkeypatch):
     def passes(x, step, end, *more):
         return x, torch.minimum(step + 1, end), more[-1]
 
-    monkeypatch.setattr(ahead_of_time, "compile_step", lambda call, path: path.write_bytes(b"0"))
+    monkeypatch.setattr(ahead_of_time, "compile_step", lambda call, path, layers: path.write_bytes(b"0"))
     monkeypatch.setattr(ahead_of_time, "load_step", lambda path, key: passes)
     sampler = like(one_level_sampler(), "compiled")
     with torch.no_grad():
@@ -215,11 +216,12 @@ def test_a_packages_name_depends_on_all_that_matters(monkeypatch):
 
 
 def test_a_missing_compiler_is_one_line_and_auto_goes_on(monkeypatch):
-    def fail(call, path):
+    def fail(call, path, layers):
         raise CompileError("no compiler here")
 
     monkeypatch.setattr(ahead_of_time, "compile_step", fail)
-    monkeypatch.setattr("fastddpm.engines.choose.COMPILE_S", 1e-9)
+    monkeypatch.setattr(AheadOfTime, "cost_s", 0.0)
+    monkeypatch.setattr(Background, "takes", lambda self, contestants: [])
     sampler = one_level_sampler()
     with torch.no_grad():
         sampler.model.stem.bias.add_(0.25)

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from fastddpm import Sampler
-from fastddpm.engines import choose
+from fastddpm.engines import contest
 from fastddpm.engines.choose import Engine
 from fastddpm.engines.compare import CompileError
-from fastddpm.engines.measured import Measured
+from fastddpm.engines.measured import Measured, remember
 from fastddpm.engines.precision import check_precision
+from fastddpm.engines.quick import Libraries
 from fastddpm.engines.runner import StepRunner
 from fastddpm.kernels.kept import CACHE_VARIABLE
 from tests.engines.common import like
@@ -17,19 +18,23 @@ from tests.networks import tiny_sampler
 CPU = torch.device("cpu")
 
 
+EAGER_MS = 2.0
+
+
 class Pretended:
     """A quick way whose step is the eager one; it counts what it is asked for."""
 
-    name = "compiled"
+    cost_s, gain = 45.0, 1 / 3
 
-    def __init__(self):
+    def __init__(self, name="compiled", ms=1.0):
+        self.name, self.ms = name, ms
         self.prepared, self.ready, self.error = 0, False, None
 
     def formed(self, call):
         return call.formed(history=1)
 
     def key(self, call):
-        return f"batch-{len(call.state.x)}"
+        return f"{self.name}-{len(call.state.x)}"
 
     def is_kept(self, call):
         return True
@@ -48,22 +53,37 @@ class Pretended:
         self.ready = True
         return 1.0
 
+    def forget(self, call):
+        self.ready = False
+
     def runner(self, call):
-        return StepRunner(call.step, call)
+        runner = StepRunner(call.step, call)
+        runner.ms = self.ms
+        return runner
 
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path) -> tuple[Sampler, Pretended]:
     """An automatic sampler that may take a pretended quick way, and that way; nothing is remembered yet."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(choose, "milliseconds", lambda make, call: 1.0)
+    monkeypatch.setattr(contest, "race", raced)
     sampler, way = tiny_sampler(), Pretended()
     sampler.stepper.engine = Engine("auto", CPU, quick=way)
     return sampler, way
 
 
+def raced(ways):
+    """What the ways pretend to take."""
+    return [getattr(make(call), "ms", EAGER_MS) for make, call in ways]
+
+
 def run(sampler, steps=10, **options):
     return sampler.sample(2, class_labels=1, steps=steps, output="raw", **options)
+
+
+def with_library(sampler, way, library, missing=()):
+    sampler.stepper.engine = Engine("auto", CPU, quick=way, libraries=Libraries((library,), missing))
+    return sampler.engine
 
 
 def test_short_runs_are_not_compiled_for(quick):
@@ -71,53 +91,115 @@ def test_short_runs_are_not_compiled_for(quick):
     run(sampler, steps=2)
     assert sampler.engine.used == "eager" and "too few" in sampler.engine.why
     run(sampler)
-    assert sampler.engine.used == "eager" and "would take" in sampler.engine.why
+    assert sampler.engine.used == "eager" and "compiled would take about 45 s to get ready" in sampler.engine.why
     assert way.prepared == 0
 
 
-def test_long_runs_are_compiled_for_once_under_way(quick, monkeypatch):
+def test_long_runs_are_compiled_for_once_under_way(quick):
     sampler, way = quick
-    monkeypatch.setattr(choose, "COMPILE_S", 1e-9)
-    monkeypatch.setattr(choose, "milliseconds", lambda make, call: 1e-9)
+    way.cost_s = 0.0
     expected = run(like(sampler, "eager"))
     for _ in range(2):
         assert torch.equal(run(sampler), expected)  # the change-over is no break
-        assert sampler.engine.used == "compiled" and "ms a step compiled" in sampler.engine.why
+        assert sampler.engine.used == "compiled" and sampler.engine.why == "1 ms a step compiled, 2 eager"
     assert way.prepared == 1
 
 
-def test_slower_compiled_steps_are_not_used(quick, monkeypatch):
+def test_slower_compiled_steps_are_not_used(quick):
     sampler, way = quick
-    monkeypatch.setattr(choose, "COMPILE_S", 1e-9)
-    monkeypatch.setattr(choose, "milliseconds", lambda make, call: 1e9)
+    way.cost_s, way.ms = 0.0, 3.0
     for _ in range(2):
         run(sampler)
-        assert sampler.engine.used == "eager" and "ms a step compiled" in sampler.engine.why
+        assert sampler.engine.used == "eager" and sampler.engine.why == "2 ms a step eager, 3 compiled"
     assert way.prepared == 1
 
 
 def test_what_was_measured_decides_in_the_next_process(quick):
     sampler, way = quick
-    choose.remember("batch-2", Measured(eager_ms=1.0, compiled_ms=2.0))
+    remember("compiled-2", Measured(eager_ms=1.0, compiled_ms=2.0))
     way.ready = True
     run(sampler)
-    assert sampler.engine.used == "eager" and sampler.engine.why == "2 ms a step compiled, 1 eager"
+    assert sampler.engine.used == "eager" and sampler.engine.why == "1 ms a step eager, 2 compiled"
     sampler.stepper.engine = Engine("auto", CPU, quick=way)
-    choose.remember("batch-2", Measured(eager_ms=2.0, compiled_ms=1.0))
+    remember("compiled-2", Measured(eager_ms=2.0, compiled_ms=1.0))
     run(sampler)
     assert sampler.engine.used == "compiled"
 
 
-@pytest.mark.parametrize("error", [CompileError("no graph"), OSError("disk full")], ids=["compiler", "disk"])
-def test_auto_goes_on_eagerly_and_warns_once(quick, monkeypatch, error):
+@pytest.mark.parametrize("library_ms, used", [(0.5, "openvino"), (1.5, "compiled"), (9.0, "compiled")])
+def test_the_quickest_of_all_ways_is_taken(quick, library_ms, used):
     sampler, way = quick
-    way.error = error
-    monkeypatch.setattr(choose, "COMPILE_S", 1e-9)
+    library = Pretended("openvino", library_ms)
+    way.cost_s = library.cost_s = 0.0
+    engine = with_library(sampler, way, library, ("onnx is not installed",))
+    for _ in range(2):
+        run(sampler)
+        assert engine.used == used and engine.why.endswith("onnx is not installed")
+        assert f"{library_ms:.3g}" in engine.why and "2 eager" in engine.why
+    assert (way.prepared, library.prepared) == (1, 1)
+    again = with_library(sampler, Pretended(), Pretended("openvino", library_ms))
+    way.ready = library.ready = False
+    run(sampler)  # a later process prepares what was the quickest, and nothing else
+    assert again.used == "eager" and "would take" in again.why
+
+
+def test_what_cannot_save_more_than_it_costs_is_not_tried(quick):
+    sampler, way = quick
+    library = Pretended("openvino", 1.0)
+    library.cost_s, way.cost_s = 0.0, 0.5  # at most a twentieth of a millisecond a step is hoped for beside it
+    with_library(sampler, way, library)
+    run(sampler, solver="ddpm", steps=40)
+    assert sampler.engine.used == "openvino" and way.prepared == 0
+    assert "compiled would take about 0 s to get ready" in sampler.engine.why
+
+
+def test_with_a_batch_size_one_engine_makes_all_steps(quick, monkeypatch):
+    """Measured and chosen before the first step, whatever gets ready during the run."""
+    sampler, way = quick
+    way.cost_s = 0.0
+    made = []
+    monkeypatch.setattr(StepRunner, "_make", watched(StepRunner._make, made))
+    run(sampler, steps=25, batch_size=1)
+    assert sampler.engine.used == "compiled" and way.prepared == 1
+    assert made == [1.0] * 50
+    del made[:]
+    sampler.stepper.engine = Engine("auto", CPU, quick=(late := Pretended(ms=0.5)))
+
+    def ready(preview):
+        late.ready = True
+
+    run(sampler, steps=5, batch_size=1, callback=ready)
+    assert sampler.engine.used == "eager" and len(made) == 10 and set(made) == {EAGER_MS}
+
+
+def watched(make, made):
+    def watch(self, *noise):
+        made.append(getattr(self, "ms", EAGER_MS))
+        return make(self, *noise)
+
+    return watch
+
+
+@pytest.mark.parametrize("error", [CompileError("no graph"), OSError("disk full")], ids=["compiler", "disk"])
+def test_auto_goes_on_eagerly_and_warns_once(quick, error):
+    sampler, way = quick
+    way.error, way.cost_s = error, 0.0
     expected = run(like(sampler, "eager"))
     with pytest.warns(RuntimeWarning, match="goes on eagerly") as warned:
         assert torch.equal(run(sampler), expected)
         run(sampler)
     assert len(warned) == 1 and str(error) in sampler.engine.why and way.prepared == 1
+
+
+def test_auto_goes_on_with_another_way(quick):
+    sampler, way = quick
+    way.error = CompileError("no graph")
+    library = Pretended("onnx")
+    way.cost_s = library.cost_s = 0.0
+    with_library(sampler, way, library)
+    with pytest.warns(RuntimeWarning, match="goes on with onnx: no graph"):
+        run(sampler)
+    assert sampler.engine.used == "onnx"
 
 
 def test_what_is_asked_for_by_name_must_work(quick):
@@ -130,9 +212,9 @@ def test_what_is_asked_for_by_name_must_work(quick):
 
 
 @pytest.mark.parametrize("noise", ["function", "generator", "tensor"])
-def test_a_change_over_keeps_supplied_noise_in_step(quick, monkeypatch, noise):
-    sampler, _ = quick
-    monkeypatch.setattr(choose, "COMPILE_S", 1e-9)
+def test_a_change_over_keeps_supplied_noise_in_step(quick, noise):
+    sampler, way = quick
+    way.cost_s = 0.0
     z = torch.randn(10, 2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     make = {
         "function": lambda: lambda i, t, ids: z[i],
@@ -140,7 +222,7 @@ def test_a_change_over_keeps_supplied_noise_in_step(quick, monkeypatch, noise):
         "tensor": lambda: z,
     }[noise]
     got = run(sampler, solver="ddpm", noise=make())
-    assert sampler.engine.used in ("compiled", "eager")
+    assert sampler.engine.used == "compiled"
     assert torch.equal(got, run(like(sampler, "eager"), solver="ddpm", noise=make()))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastddpm import ModelSpec, NoiseSchedule, Sampler
-from fastddpm.engines import choose
+from fastddpm.engines import contest
 from fastddpm.engines.choose import Engine
 from fastddpm.engines.compare import CompileError
 from fastddpm.engines.gpu import Gpu, compile_in_place
@@ -314,7 +314,7 @@ def cannot_capture(launches):
 def test_what_cannot_be_captured_is_refused_and_auto_says_so(monkeypatch):
     with pytest.raises(CompileError, match="a CUDA graph can hold, got operation not permitted.*engine='compiled'"):
         gpu_sampler(capture=cannot_capture).sample(2, class_labels=1, steps=4)
-    monkeypatch.setattr(choose, "COMPILE_S", 1e-9)
+    monkeypatch.setattr(Gpu, "cost_s", 0.0)
     automatic = gpu_sampler(capture=cannot_capture, name="auto")
     with pytest.warns(RuntimeWarning, match="goes on eagerly"):
         got = automatic.sample(2, class_labels=1, steps=8)
@@ -322,8 +322,8 @@ def test_what_cannot_be_captured_is_refused_and_auto_says_so(monkeypatch):
 
 
 def test_auto_changes_over_to_graphs_in_the_middle_of_a_run(monkeypatch, captures):
-    monkeypatch.setattr(choose, "COMPILE_S", 1e-9)
-    monkeypatch.setattr(choose, "milliseconds", lambda make, call: 1e-9)
+    monkeypatch.setattr(Gpu, "cost_s", 0.0)
+    monkeypatch.setattr(contest, "race", lambda ways: [1.0 + i for i in range(len(ways))])
     sampler = gpu_sampler(name="auto")
     asked = {"class_labels": [0, 2, 1], "solver": "dpmpp_2m", "steps": 12, "output": "raw"}
     expected = like(sampler, "eager").sample(3, **asked)
