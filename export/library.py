@@ -25,6 +25,7 @@ from fastddpm.export.body import body_file
 from fastddpm.export.runtimes import Feeds, OnnxRuntime, Opened, OpenVino, Runtime, missing_packages, version
 from fastddpm.kernels.native import processor
 from fastddpm.kernels.normals import native_normals
+from fastddpm.step.likelihood import LikelihoodStep
 from fastddpm.step.network import Foreign, Network
 from fastddpm.step.step import Call, Step
 
@@ -236,7 +237,7 @@ def _network(call: Call) -> Network:
     return cast(Network, call.step.network)
 
 
-def _with_network(step: Step, network: nn.Module) -> Step:
+def _with_network(step: Step | LikelihoodStep, network: nn.Module) -> Step | LikelihoodStep:
     """A step of the same kind and form around another network."""
     other = copy.copy(step)
     other._modules = {**step._modules, "network": network}

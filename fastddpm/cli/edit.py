@@ -32,6 +32,7 @@ from fastddpm.cli.flags import FlagOption, parse_flags
 if TYPE_CHECKING:
     from fastddpm.cli.drawing import Outputs
     from fastddpm.cli.editing import Edit
+    from fastddpm.engines.choose import EngineName
 
 edit = typer.Typer(
     name="edit",
@@ -262,7 +263,7 @@ def _edit(
     seed: int,
     batch_size: int | None,
     device: str | None,
-    engine: Literal["auto", "eager", "compiled", "cuda_graph", "onnx"],
+    engine: EngineName,
     precision: Literal["fp32", "tf32", "bf16", "fp16"],
     quiet: bool,
 ) -> Edit:
