@@ -47,6 +47,7 @@ def test_the_pictures_are_those_of_eager_steps(other, options, guidance):
 
 
 def test_one_network_serves_all_solvers_and_steps(other, monkeypatch):
+    other.sample(3, class_labels=1, steps=2)
     opened = []
     monkeypatch.setattr(library, "body_file", lambda *arguments: opened.append(1))
     other.sample(3, class_labels=1, solver="ddpm", steps=7)
