@@ -140,7 +140,8 @@ def remove_all(store: Store) -> None:
 
 
 def _names(store: Store) -> list[str]:
-    return sorted(name for name in store.sizes() if name.endswith(_SUFFIX))
+    # Not what another process is just writing under a temporary name.
+    return sorted(name for name in store.sizes() if name.startswith("shard-") and name.endswith(_SUFFIX))
 
 
 def _name(shard: Shard) -> str:

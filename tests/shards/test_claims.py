@@ -131,3 +131,11 @@ def test_who_is_at_what(store):
     assert standing(store) == {"shard-00000": 0, "shard-00001": 3, "shard-00009": 0}
     claims.remove_all(store)
     assert standing(store) == {}
+
+
+def test_what_another_process_is_just_writing_is_no_claim(store):
+    store.write("shard-00001.claim", b"{}")
+    store.write(".fastddpm.0123abcd.tmp.claim", b"{}")
+    assert standing(store) == {"shard-00001": 0}
+    claims.remove_all(store)
+    assert store.sizes() == {".fastddpm.0123abcd.tmp.claim": 2}
