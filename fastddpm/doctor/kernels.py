@@ -58,6 +58,7 @@ def check_p_sample(device: torch.device) -> str:
             p_sample(
                 *(given[name] for name in _ALWAYS), out_uncond=given.get("out_uncond"), guidance=given.get("guidance"),
                 history=given.get("history"), history2=given.get("history2"), bound=given.get("bound"),
+                known=given.get("known"), mask=given.get("mask"),
             )  # fmt: skip
             what = f"p_sample, {_name(dtype)}, {name}"
             worst = max(worst, worst_error(given["x"], want, P_SAMPLE_RTOL * size + NORMALS_ATOL, what))

@@ -26,6 +26,8 @@ class Row:
     log_beta: float
     log_beta_tilde: float
     c_h2: float
+    k_0: float
+    k_z: float
 
 
 class Rows:

@@ -111,7 +111,7 @@ class Request:
     def batches(self) -> Iterator[Request]:
         """The request in pieces of `batch_size` samples, in order."""
         for first in range(0, len(self.ids), self.batch_size):
-            index = torch.arange(first, min(first + self.batch_size, len(self.ids)))
+            index = torch.arange(first, min(first + self.batch_size, len(self.ids)), device=self.ids.device)
             yield self._each(functools.partial(_taken, index))
 
     def _each(self, change: Callable[[Tensor, int], Tensor]) -> Request:

@@ -167,7 +167,7 @@ def test_an_upsampler_takes_small_pictures(tmp_path):
     asked = {"steps": 2, "class_labels": [1, 2], "output": "raw"}
     by_itself = sampler.sample(2, condition=small, **asked)
     assert torch.equal(by_itself, sampler.sample(2, condition=low_res(small, (3, 16, 16)), **asked))
-    with pytest.raises(ValueError, match="condition: images must be 16×16 pixels, got 5×4"):
+    with pytest.raises(ValueError, match="condition must be 16×16 pixels, got 5×4"):
         sampler.sample(2, condition=torch.zeros(2, 3, 4, 5, dtype=torch.uint8), **asked)
 
 

@@ -357,7 +357,10 @@ def test_what_is_filled_in_comes_to_be_the_exact_conditional(method):
         assert off == sorted(off, reverse=True) and off[-1] < (0.025, 0.002) and off[-1][1] < 0.002
 
 
-@pytest.mark.parametrize(("resamplings", "solver"), [(1, "ddpm"), (6, "ddpm"), (6, "ddim")])
+@pytest.mark.parametrize(
+    ("resamplings", "solver"),
+    [(1, "ddpm"), *(pytest.param(6, solver, marks=pytest.mark.slow) for solver in ("ddpm", "ddim"))],
+)
 def test_it_is_drawn_from_the_distribution_of_the_maps(resamplings, solver):
     """z- and χ²-test of 4096 filled pixels against the closed form, each with an error rate of 1e-6."""
     sampler, gains = pair_sampler()

@@ -164,7 +164,7 @@ def test_weights_that_change_are_noticed(compiled, monkeypatch):
     sampler.sample(3, class_labels=1, steps=1)
     with torch.no_grad():
         sampler.model.time_projection.weight.mul_(1.5)
-    monkeypatch.setattr(ahead_of_time, "compile_step", lambda call, path: path.write_bytes(old))
+    monkeypatch.setattr(ahead_of_time, "compile_step", lambda call, path, layers: path.write_bytes(old))
     with pytest.raises(CompileError, match="must give what an eager one gives"):
         sampler.sample(3, class_labels=1, steps=1)
 

@@ -129,7 +129,9 @@ def foreign(shape, T=50) -> Sampler:
     return Sampler(network, NoiseSchedule.linear(T), ModelSpec(shape=shape), device="cpu", engine="eager")
 
 
-@pytest.mark.parametrize("compile_step", [by_dynamo, compile_in_place], ids=["dynamo", "inductor"])
+@pytest.mark.parametrize(
+    "compile_step", [by_dynamo, pytest.param(compile_in_place, marks=pytest.mark.slow)], ids=["dynamo", "inductor"]
+)
 def test_foreign_networks_are_one_graph_too(compile_step, compiling_again_is_an_error):
     torch._dynamo.reset()
     plain = foreign((3, 5, 7))

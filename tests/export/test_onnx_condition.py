@@ -38,7 +38,9 @@ def condition(n=3):
     return torch.randn(n, 2, 8, 8, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
 
 
-@pytest.mark.parametrize("what", ["network", "step", "chain"])
+@pytest.mark.parametrize(
+    "what", [*(pytest.param(what, marks=pytest.mark.slow) for what in ("network", "step")), "chain"]
+)
 def test_each_level_takes_it(sampler, exported, what):
     written, model = exported(what)
     assert model.spec == SPEC and "picture enlarged 2 times" in written.facts["meaning"]["condition"]

@@ -171,9 +171,9 @@ def test_small_pictures_are_enlarged_as_super_resolution_networks_do():
         (torch.zeros(3, 2, 4, 4), ValueError, r"got \(3, 2, 4, 4\)"),
         (torch.zeros(8, 8), ValueError, r"got \(8, 8\)"),
         (torch.full((3, 2, 8, 8), torch.nan), ValueError, "condition must be finite"),
-        (torch.zeros(3, 2, 8, 8, dtype=torch.int64), TypeError, "images must be uint8 or float, got torch.int64"),
-        ("none.png", ValueError, "condition: images must exist, got none.png"),
-        (7, TypeError, "condition: images must be paths, PIL images, arrays or tensors, got int"),
+        (torch.zeros(3, 2, 8, 8, dtype=torch.int64), TypeError, "condition must be uint8 or float, got torch.int64"),
+        ("none.png", ValueError, "condition must exist, got none.png"),
+        (7, TypeError, "condition must be paths, PIL images, arrays or tensors, got int"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -284,6 +284,6 @@ def test_refusals():
         silent.sample(1, steps=20, cond_fn=gradient)
     silent.sample(1, steps=20, solver="ddpm", cond_fn=gradient)
     table = sampler.table(steps=2)
-    plain = StepTable(table.rows, table.timesteps, "eps", "fixed_small", "ddim", 0, False)
+    plain = StepTable(table.rows, table.timesteps, table.counters, "eps", "fixed_small", "ddim", 0, False)
     with pytest.raises(ValueError, match="no classifier can guide them"):
         guides_of(plain)

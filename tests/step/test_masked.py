@@ -45,7 +45,7 @@ def test_edits_and_plain_samples_share_a_batch(in_place):
     sampler = Sampler(sampler.model, sampler.schedule, sampler.spec, device="cpu", engine="eager")
     made = plans(sampler)
     alone = [sampler._drawn(plan, "raw") for plan in made]
-    with contextlib.ExitStack() as stack, torch.no_grad():
+    with torch.no_grad(), contextlib.ExitStack() as stack:
         stack.enter_context(sampler.stepper.undisturbed())
         calls = [
             stack.enter_context(sampler.stepper._call(plan.table, plan.request)).formed(history=1, in_place=in_place)
