@@ -75,7 +75,7 @@ def load_images(
     source = Path(path)
     if not source.exists():
         raise FileNotFoundError(
-            f"training data {source} does not exist; give an idx file, an .npz or a folder of images"
+            f"pictures {source} do not exist; give an idx file, an .npz or a folder of images"
         )
     idx = sorted(source.glob("train-images*idx3-ubyte*")) if source.is_dir() else []
     images_in_folder = source.is_dir() and not idx

@@ -647,7 +647,7 @@ def test_a_network_that_breaks_down_says_where(fastddpm, place, model, tmp_path)
 
 BAD_TRAIN = {
     "no out": (["{data}"], "--out"),
-    "missing data": (["nowhere", "--out", "run"], "training data nowhere does not exist"),
+    "missing data": (["nowhere", "--out", "run"], "pictures nowhere do not exist"),
     "empty folder": (["{dir}", "--out", "run"], "no images found"),
     "foreign file": (["{file}", "--out", "run"], "not an idx file"),
     "missing labels": (["{idx}", "--out", "run", "--labels", "nowhere"], "nowhere: no such file"),
