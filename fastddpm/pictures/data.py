@@ -74,9 +74,7 @@ def load_images(
     """
     source = Path(path)
     if not source.exists():
-        raise FileNotFoundError(
-            f"pictures {source} do not exist; give an idx file, an .npz or a folder of images"
-        )
+        raise FileNotFoundError(f"pictures {source} do not exist; give an idx file, an .npz or a folder of images")
     idx = sorted(source.glob("train-images*idx3-ubyte*")) if source.is_dir() else []
     images_in_folder = source.is_dir() and not idx
     if size is not None and not (images_in_folder and 1 <= size <= _MAX_SIDE):

@@ -395,7 +395,7 @@ def test_a_damaged_image_is_named(tmp_path, name, content):
 def test_nothing_usable(tmp_path):
     with pytest.raises(ValueError, match="no images found"):
         load_images(tmp_path)
-    with pytest.raises(FileNotFoundError, match="does not exist; give"):
+    with pytest.raises(FileNotFoundError, match="do not exist; give"):
         load_images(tmp_path / "missing")
 
 
