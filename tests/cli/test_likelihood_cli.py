@@ -178,7 +178,7 @@ def test_wrong_options_are_one_line(fastddpm, place, model, data, options, messa
 
 
 def test_wrong_data_is_one_line(fastddpm, place, model, data):
-    assert "does not exist" in refused(fastddpm("likelihood", model, "nowhere"))
+    assert "pictures nowhere do not exist" in refused(fastddpm("likelihood", model, "nowhere"))
     np.savez(place / "large.npz", images=np.zeros((2, 9, 9, 1), np.uint8))
     assert "images must be 8×8 pixels" in refused(fastddpm("likelihood", model, "large.npz"))
     np.savez(place / "many.npz", images=np.zeros((2, 8, 8, 1), np.uint8), labels=np.array([0, 7]))

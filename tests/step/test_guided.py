@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from fastddpm import ModelSpec, NoiseSchedule, Sampler, StepTable
+from fastddpm.kernels.p_sample import COLUMNS
 from fastddpm.process import reference
+from fastddpm.process.repaint import resampled
 from fastddpm.process.timesteps import respace
 from fastddpm.step.guided import guides_of
 from tests.networks import tiny_sampler
@@ -287,3 +289,39 @@ def test_refusals():
     plain = StepTable(table.rows, table.timesteps, table.counters, "eps", "fixed_small", "ddim", 0, False)
     with pytest.raises(ValueError, match="no classifier can guide them"):
         guides_of(plain)
+
+
+# --- beside known pixels and jumps --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", ["replace", "repaint"])
+def test_what_is_known_is_not_moved(fill):
+    sampler = tiny_sampler()
+    pictures, mask = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(3)), torch.zeros(8, 8)
+    mask[2:6, 2:6] = 1.0
+    asked = {"fill": fill, "resamplings": 3, "steps": 6, "class_labels": [0, 2], "output": "raw"}
+    plain = sampler.inpaint(pictures, mask, **asked)
+    guided = sampler.inpaint(pictures, mask, cond_fn=gradient, **asked)
+    known, drawn = mask == 0, mask == 1
+    assert torch.equal(guided[..., known], plain[..., known])
+    torch.testing.assert_close(guided[..., known], 2 * pictures[..., known] - 1, rtol=0, atol=1e-6)
+    assert (guided[..., drawn] - plain[..., drawn]).abs().max() > 1e-2
+
+
+def reach(table):
+    """(t, row, what a gradient adds) of each row but the identity."""
+    return list(zip(table.timesteps, table.rows, table.guides, strict=True))[:-1]
+
+
+def test_a_jump_scales_what_a_gradient_adds_as_it_scales_the_mean():
+    sampler = tiny_sampler()
+    table = sampler.table(solver="ddpm", steps=6)
+    longer = resampled(table, sampler.schedule, jump_length=2, resamplings=3)
+    column = COLUMNS.index("c_0")
+    of_first = {int(t): (row[column], guide) for t, row, guide in reach(table)}
+    jumped = 0
+    for t, row, guide in reach(longer):
+        mean, (of_x, of_x_start) = of_first[int(t)]
+        jumped += bool(row[column] != mean)
+        torch.testing.assert_close(guide, torch.stack((of_x * row[column] / mean, of_x_start)), rtol=1e-5, atol=1e-9)
+    assert jumped == 4 and len(longer.guides) == len(longer.rows)
