@@ -87,7 +87,7 @@ class Update(nn.Module):
         # Nothing is drawn here, so it does not matter what seed and id are.
         return Step(nn.Identity(), self.form).update(
             x, out, step, end, step, step, rows, timesteps, out_uncond, guidance, history, history2, z,
-            known, mask,
+            known, mask=mask,
         )  # fmt: skip
 
 

@@ -12,21 +12,24 @@ from fastddpm.cli.edit_options import (
     OUTPUT,
     BatchSizeOption,
     ClassesOption,
-    DeviceOption,
     EtaOption,
     FolderOption,
     GifOption,
     GridOption,
     GuidanceOption,
-    ModelArgument,
     NpzOption,
     PicturesArgument,
-    QuietOption,
     SeedOption,
     SolverOption,
     StepsOption,
 )
-from fastddpm.cli.engine_options import EngineOption, PrecisionOption
+from fastddpm.cli.engine_options import (
+    DeviceOption,
+    EngineOption,
+    ModelArgument,
+    PrecisionOption,
+    QuietOption,
+)
 from fastddpm.cli.flags import FlagOption, parse_flags
 
 if TYPE_CHECKING:
@@ -270,11 +273,11 @@ def _edit(
     """What was asked for, with the model loaded."""
     from fastddpm.cli.editing import Edit  # late, for --help: see `sample`
     from fastddpm.process.method import Method
+    from fastddpm.sampler import Sampler
 
-    method = Method(solver, steps, eta=eta)
-    return Edit.of(
-        model, parse_flags(flag), method, classes, guidance, seed, batch_size, device, engine, precision, quiet
-    )
+    flags, method = parse_flags(flag), Method(solver, steps, eta=eta)
+    sampler = Sampler.from_pretrained(model, device=device, engine=engine, precision=precision, flags=flags)
+    return Edit(sampler, model, method, classes, guidance, seed, batch_size, quiet)
 
 
 def _outputs(grid: Path | None, folder: Path | None, npz: Path | None, gif: Path | None) -> Outputs:

@@ -9,9 +9,6 @@ import typer
 
 HOW, METHOD, OUTPUT, RUN = "How to edit", "How to draw", "Where to write (several may be given)", "Running"
 
-ModelArgument = Annotated[
-    str, typer.Argument(help="A shipped checkpoint (`mnist`), a folder, a file of weights, or a name on the Hub.")
-]
 PicturesArgument = Annotated[
     list[Path], typer.Argument(help="Image files of the network's size.", metavar="PICTURE", show_default=False)
 ]
@@ -50,10 +47,4 @@ NpzOption = Annotated[Path | None, typer.Option(help="An array, uint8 [n, H, W, 
 GifOption = Annotated[Path | None, typer.Option(help="An animation of the steps (.gif).", rich_help_panel=OUTPUT)]
 BatchSizeOption = Annotated[
     int | None, typer.Option(help="Pictures that run together. [default: all; parts of 64]", rich_help_panel=RUN)
-]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]", rich_help_panel=RUN)
-]
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress bar, no closing lines.", rich_help_panel=RUN)
 ]

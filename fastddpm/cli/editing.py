@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -15,10 +15,9 @@ from torch import Tensor
 
 from fastddpm.cli.classes import class_cycle
 from fastddpm.cli.drawing import GIF_LIMIT, GRID_LIMIT, Animation, Outputs
-from fastddpm.common.terminal import say, tell
-from fastddpm.engines.choose import EngineName
+from fastddpm.cli.engine_options import tell_engine
+from fastddpm.common.terminal import say
 from fastddpm.engines.options import SampleOptions
-from fastddpm.engines.precision import Precision
 from fastddpm.files import atomic_path, check_replaceable, check_writable
 from fastddpm.images import make_grid, save_folder, save_gif, save_image, save_npz, to_uint8
 from fastddpm.process.method import Method
@@ -37,29 +36,6 @@ class Edit:
     seed: int
     batch_size: int | None
     quiet: bool
-
-    @classmethod
-    def of(
-        cls,
-        model: str,
-        flags: Mapping[str, object],
-        method: Method,
-        classes: str,
-        guidance: float,
-        seed: int,
-        batch_size: int | None,
-        device: str | None,
-        engine: EngineName,
-        precision: Precision,
-        quiet: bool,
-    ) -> Edit:
-        """Load the model.
-
-        Raises:
-            ValueError: it cannot be read, or does not fit the device.
-        """
-        sampler = Sampler.from_pretrained(model, device=device, engine=engine, precision=precision, flags=flags)
-        return cls(sampler, model, method, classes, guidance, seed, batch_size, quiet)
 
     def options(self, n: int) -> SampleOptions:
         """What `Sampler`'s edits are given for n pictures.
@@ -102,9 +78,7 @@ class Edit:
         if self.quiet:
             return
         say("\n".join(lines))
-        engine = self.sampler.engine
-        if engine.used:
-            tell(f"engine: {engine.used} ({engine.why})")
+        tell_engine(self.sampler.engine)
 
     def invert(self, pictures: list[Path], latents: Path, grid: Path | None) -> None:
         """Invert pictures, write their states, and draw them again to tell how close they come.

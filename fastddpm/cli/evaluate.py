@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from fastddpm.cli.engine_options import EngineOption, PrecisionOption
+from fastddpm.cli.engine_options import DeviceOption, EngineOption, PrecisionOption
 from fastddpm.cli.facts import facts_lines, facts_table
 from fastddpm.cli.flags import FlagOption, parse_flags
 from fastddpm.common.terminal import NARROW, say, tell
@@ -106,9 +106,7 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(help="Pictures in memory at a time. [default: 64; on a GPU 256]", rich_help_panel=RUN)
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]", rich_help_panel=RUN)
-    ] = None,
+    device: DeviceOption = None,
     engine: EngineOption = "auto",
     precision: PrecisionOption = "fp32",
     flag: FlagOption = None,

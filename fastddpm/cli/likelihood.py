@@ -7,17 +7,22 @@ from typing import Annotated
 
 import typer
 
-from fastddpm.cli.engine_options import EngineOption, PrecisionOption
+from fastddpm.cli.engine_options import (
+    DeviceOption,
+    EngineOption,
+    ModelArgument,
+    PrecisionOption,
+    QuietOption,
+    tell_engine,
+)
 from fastddpm.cli.flags import FlagOption, parse_flags
-from fastddpm.common.terminal import say, tell
+from fastddpm.common.terminal import say
 
 WHAT, HOW, RUN = "What to measure", "How to measure", "Running"
 
 
 def likelihood(
-    model: Annotated[
-        str, typer.Argument(help="A shipped checkpoint (`mnist`), a folder, a file of weights, or a name on the Hub.")
-    ],
+    model: ModelArgument,
     data: Annotated[Path, typer.Argument(help="A folder of images, an .npz, or an idx file, of the network's size.")],
     n: Annotated[
         int | None, typer.Option("--n", "-n", help="How many pictures. [default: all]", rich_help_panel=WHAT)
@@ -62,16 +67,11 @@ def likelihood(
         int | None,
         typer.Option(help="Pictures that run together. [default: 64, on a GPU 256]", rich_help_panel=RUN),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]", rich_help_panel=RUN),
-    ] = None,
+    device: DeviceOption = None,
     engine: EngineOption = "auto",
     precision: PrecisionOption = "fp32",
     flag: FlagOption = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bar, no closing lines.", rich_help_panel=RUN)
-    ] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure how likely a trained checkpoint finds pictures: bits per dimension, timestep by timestep.
 
@@ -112,5 +112,4 @@ def likelihood(
     if not quiet:
         for path in written:
             say(f"wrote {path}")
-        if sampler.engine.used:
-            tell(f"engine: {sampler.engine.used} ({sampler.engine.why})")
+        tell_engine(sampler.engine)

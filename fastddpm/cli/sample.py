@@ -7,18 +7,23 @@ from typing import Annotated, Literal
 
 import typer
 
-from fastddpm.cli.engine_options import EngineOption, PrecisionOption
+from fastddpm.cli.engine_options import (
+    DeviceOption,
+    EngineOption,
+    ModelArgument,
+    PrecisionOption,
+    QuietOption,
+    tell_engine,
+)
 from fastddpm.cli.flags import FlagOption, parse_flags
-from fastddpm.common.terminal import say, tell
+from fastddpm.common.terminal import say
 
 WHAT, METHOD, OUTPUT, RUN = "What to draw", "How to draw", "Where to write (several may be given)", "Running"
 SHARDS = "Many pictures, on any number of machines"
 
 
 def sample(
-    model: Annotated[
-        str, typer.Argument(help="A shipped checkpoint (`mnist`), a folder, a file of weights, or a name on the Hub.")
-    ],
+    model: ModelArgument,
     n: Annotated[int, typer.Option("--n", "-n", help="How many pictures.", rich_help_panel=WHAT)] = 64,
     classes: Annotated[
         str,
@@ -148,16 +153,11 @@ def sample(
             rich_help_panel=RUN,
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]", rich_help_panel=RUN),
-    ] = None,
+    device: DeviceOption = None,
     engine: EngineOption = "auto",
     precision: PrecisionOption = "fp32",
     flag: FlagOption = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bar, no closing lines.", rich_help_panel=RUN)
-    ] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Draw pictures from a trained checkpoint.
 
@@ -196,5 +196,4 @@ def sample(
     lines = sharding.run(drawing) if sharding else drawing.run(Outputs(grid, folder, npz, gif))
     if not quiet:
         say("\n".join(lines))
-        if sampler.engine.used:
-            tell(f"engine: {sampler.engine.used} ({sampler.engine.why})")
+        tell_engine(sampler.engine)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from fastddpm.cli.engine_options import DeviceOption
 from fastddpm.cli.errors import Stopped
 from fastddpm.common.progress import progress_bar
 from fastddpm.common.terminal import clean, on_terminal, say
@@ -117,9 +118,7 @@ def train(
     stop_after: Annotated[
         int | None, typer.Option(help="Stop after this many steps; run again to continue.", rich_help_panel=RUN)
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]", rich_help_panel=RUN)
-    ] = None,
+    device: DeviceOption = None,
 ) -> None:
     """Train a checkpoint on your own pictures; run the same command again to continue.
 

@@ -122,7 +122,7 @@ class Engine:
         if self.name not in ("auto", "eager", *LIBRARIES):
             raise ValueError(f"engine must be auto or eager for {what}, got {self.name}: {why}; use engine='eager'")
 
-    def settle(self, name: EngineName) -> None:
+    def keep_to(self, name: EngineName) -> None:
         """Leave off choosing: from now on all steps are made by one kind, as if it had been asked for.
 
         Args:

@@ -112,12 +112,12 @@ class Maker:
         if engine.name != "auto":
             return  # where the run that is joined has another one, that is told below
         if joined is not None:
-            engine.settle(joined)
+            engine.keep_to(joined)
         else:
             plan = self.recipe.plan
             batches = -(-plan.shard_size // self.batch_size) * len(plan)
             with patience("preparing the step"):
-                engine.settle(self._chosen(-(-batches // share)))
+                engine.keep_to(self._chosen(-(-batches // share)))
 
     def _chosen(self, batches: int) -> EngineName:
         """The engine that a sampler chooses for so many batches, by the first steps of one that is thrown away."""

@@ -113,6 +113,7 @@ class GuidedStep(Step):
         rows: Tensor,
         timesteps: Tensor,
         *more: Any,  # noqa: ANN401 - as `Step.update` types them
+        mask: Tensor | None = None,
         **named: Any,  # noqa: ANN401
     ) -> tuple[Tensor, ...]:
         """See `Step.update`; afterwards x_{t−1} and x̂_0 are moved."""
@@ -121,12 +122,12 @@ class GuidedStep(Step):
         place = self.guide.places(row, end)
         gradient = self.guide.gradient(x, self.guide.times[place])
         gradient = torch.where((row < end)[:, None, None, None], gradient, 0.0)
-        of_masked = gradient * more[-1] if self.form.masked else gradient  # what is known stays where it is
+        of_drawn = gradient if mask is None else gradient * mask  # what is known stays where it is
         of_x, of_x_start = (move[:, None, None, None] for move in self.guide.rows[place].unbind(1))
         if self.form.learned:
             of_x = of_x * _variance(out[:, x.shape[1] :].float(), rows[row])
-        changed = super().update(x, out, step, end, sample_id, seed, rows, timesteps, *more, **named)
-        changed[0].addcmul_(of_x, of_masked)
+        changed = super().update(x, out, step, end, sample_id, seed, rows, timesteps, *more, mask=mask, **named)
+        changed[0].addcmul_(of_x, of_drawn)
         if self.form.history:
             changed[2].addcmul_(of_x_start, gradient)
         return changed

@@ -196,7 +196,7 @@ class Step(nn.Module):
         return self.update(
             x, out, step, given["end"], given["sample_id"], given["seed"], given["rows"], given["timesteps"],
             out_uncond, given.get("guidance"), history, given.get("history2"), noise, given.get("known"),
-            given.get("mask"),
+            mask=given.get("mask"),
         )  # fmt: skip
 
     def ask(
@@ -252,6 +252,7 @@ class Step(nn.Module):
         history2: Tensor | None = None,
         noise: Tensor | None = None,
         known: Tensor | None = None,
+        *,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """What follows the network: x̂_0, its bound, the solver's row and the clock; see `forward`.

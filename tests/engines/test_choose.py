@@ -251,7 +251,7 @@ def test_an_engine_that_is_settled_chooses_no_more(quick):
     sampler, _ = quick
     run(sampler, steps=2)
     assert sampler.engine.used == "eager"
-    sampler.engine.settle("compiled")
+    sampler.engine.keep_to("compiled")
     run(sampler, steps=2)
     assert (sampler.engine.used, sampler.engine.why) == ("compiled", "as in the run that this one joins")
 
@@ -260,7 +260,7 @@ def test_what_settles_an_engine_on_its_own_choice_is_why_it_was_made(quick):
     sampler, _ = quick
     run(sampler, steps=2)
     why = sampler.engine.why
-    sampler.engine.settle("eager")
+    sampler.engine.keep_to("eager")
     run(sampler, steps=2)
     assert sampler.engine.why == why and "too few" in why
 
@@ -268,4 +268,4 @@ def test_what_settles_an_engine_on_its_own_choice_is_why_it_was_made(quick):
 @pytest.mark.parametrize(("name", "asked"), [("auto", "cuda_graph"), ("auto", "onnx"), ("eager", "compiled")])
 def test_an_engine_is_not_settled_on_what_was_not_to_be_chosen(name, asked):
     with pytest.raises(ValueError, match=f"engine must be {asked}, got {name} on a cpu; ask for {asked}"):
-        Engine(name, CPU).settle(asked)
+        Engine(name, CPU).keep_to(asked)
