@@ -5,8 +5,9 @@ consecutive channels and their mean μ and variance s² over channels and pixels
 
     y = (v − μ)/√(s² + ε) · weight + beta,  y ← (1 + scale) · y + shift,  y ← y · sigmoid(y)
 
-The second step is the adaptive norm of Dhariwal and Nichol (2021, sec. 3); it and the third are optional. A group of a
-picture is held in registers, so that memory is read once; where it does not fit, PyTorch's own operations are used.
+The second step is the adaptive norm of Dhariwal and Nichol (2021, sec. 3); it and the third are optional. On a GPU a
+group of a picture is held in registers, so that memory is read once; where it does not fit, PyTorch's own operations
+serve. So they do on CPUs, unless the kernel in C is asked for (`group_norm_native.py`), as it is for compiled steps.
 """
 
 import functools
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .checks import OUT_DTYPES, check_tensor
 from .dispatch import runs_triton
+from .group_norm_native import takes, threads_for
 from .group_norm_tiles import tile
 
 Mode = Literal["add", "scale_shift"]
@@ -158,18 +160,22 @@ def add_group_norm_unchecked(
     """`add_group_norm` for a network's own loop: dozens of calls a step, whose arguments fit by construction."""
     bias, residual, skip = terms
     channels, pixels = x.shape[1] + (0 if skip is None else skip.shape[1]), x.shape[2] * x.shape[3]
-    if not runs_triton(x.device.type) or tile(channels, norm.groups, pixels) is None:
+    native = takes(x, skip)
+    if not native and (not runs_triton(x.device.type) or tile(channels, norm.groups, pixels) is None):
         return add_group_norm_reference(x, norm, terms, projection, silu=silu)
-    from .group_norm_triton import add_group_norm_op
-
     row, mode, column, row_of = (None, None, 0, None) if projection is None else projection
     alone = bias is None and residual is None and skip is None and mode != "add"
     row_of = None if row_of is None else row_of.contiguous()
     x = x.contiguous(memory_format=torch.channels_last)
     residual, skip = _channels_last(residual), _channels_last(skip)
-    total, out = add_group_norm_op(
-        x, bias, row, row_of, residual, skip, *norm, column, mode == "scale_shift", silu, keep and not alone
-    )
+    arguments = (x, bias, row, row_of, residual, skip, *norm, column, mode == "scale_shift", silu, keep and not alone)
+    if native:
+        threads = threads_for(len(x) * channels * pixels)
+        total, out = torch.ops.fastddpm.add_group_norm_native(*arguments, threads)
+    else:
+        from .group_norm_triton import add_group_norm_op
+
+        total, out = add_group_norm_op(*arguments)
     return (x if alone else total), out
 
 

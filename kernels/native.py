@@ -12,9 +12,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from fastddpm.kernels.kept import cache_folder as cache_folder
 from fastddpm.kernels.kept import find, keep, sealed, unsealed
 
+SHIMS = Path(__file__).with_name("shims.h")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno")
 
 
@@ -61,11 +64,11 @@ def load_library(source: Path, functions: tuple[str, ...]) -> ctypes.CDLL | str:
     """The library, or why there is none: to find that out again would take as long as the first time."""
     why = ""
     try:
-        digest = hashlib.blake2b(source.read_bytes(), digest_size=8)
+        digest = hashlib.blake2b(source.read_bytes() + SHIMS.read_bytes(), digest_size=8)
         digest.update(" ".join((os.environ.get("CC", ""), *_FLAGS, processor())).encode())
         for path in _candidates(source, f"{source.stem}-{digest.hexdigest()}"):
             try:
-                library = ctypes.CDLL(str(path))
+                library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # compiled steps look its functions up
                 for function in functions:
                     library[function]
                 return library
@@ -85,7 +88,9 @@ def _candidates(source: Path, key: str) -> Iterator[Path]:
     if cc is None:
         raise NativeError("no C compiler; install gcc")
     new = unsealed(key, ".so")
-    command = [cc, *_FLAGS, str(source), "-o", str(new)]
+    # PyTorch's C interface is found in the library that this process has loaded, by its name.
+    torch_cpu = (f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu")
+    command = [cc, *_FLAGS, str(source), *torch_cpu, "-o", str(new)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
         raise NativeError(f"from {cc}: {(done.stderr.strip().splitlines() or ['no message'])[0]}")

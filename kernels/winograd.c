@@ -10,8 +10,11 @@
  * U[k][o / PANEL][c][o % PANEL]. C must be a multiple of LANES, O one of PANEL. Zen 4 and later and Intel's servers have
  * LANES 16, older processors 8; see the compiler's flags in winograd.py.
  */
+#include <pthread.h>
 #include <stdint.h>
-#include <string.h>
+#include <stdlib.h>
+
+#include "shims.h"
 
 #ifdef __AVX512F__
 #define LANES 16
@@ -22,6 +25,7 @@
 #endif
 #define PANEL (2 * LANES)
 #define POSITIONS 36
+#define BLOCK 36 /* tiles at a time, so that V and M stay in the caches; a multiple of ROWS */
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef float vec_u __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -51,7 +55,26 @@ static inline void store_pixel(void *y, int64_t i, vec v, int half) {
 }
 
 int winograd_lanes(void) { return LANES; }
-int winograd_rows(void) { return ROWS; }
+
+static pthread_key_t scratch_key;
+static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
+static void make_scratch_key(void) { pthread_key_create(&scratch_key, free); }
+
+/* So many floats, kept by the calling thread between calls: fresh pages would cost as much as the arithmetic. They start
+ * as zeros: rows that no tile fills are multiplied too, and must not be denormal.
+ */
+static float *scratch(int64_t size) {
+    pthread_once(&scratch_once, make_scratch_key);
+    int64_t *kept = pthread_getspecific(scratch_key);
+    if (!kept || *kept < size) {
+        free(kept);
+        kept = calloc(1, (size_t)(size * 4 + 64));
+        pthread_setspecific(scratch_key, kept);
+        if (!kept) return 0;
+        *kept = size;
+    }
+    return (float *)((char *)kept + 64);
+}
 
 /* B' applied to six values. */
 static inline void input_line(const vec *d, int stride, vec *out, int step) {
@@ -131,17 +154,19 @@ static void product(const float *restrict v, int64_t row, const float *restrict 
     }
 }
 
-/* y = conv(x) + bias.
+/* y = conv(x) + bias. Returns 0, or 1 where there is no memory for V and M.
  *
  * x [B,H,W,C] and y [B,H,W,O], bfloat16 if `half`; u [36,O/PANEL,C,PANEL], bias [O].
- * block: tiles at a time, a multiple of ROWS; v: 36*block*(C+LANES) floats; m: 36*block*(O+LANES) floats.
  * The rows of V and M are LANES longer than needed, so that they do not all fall into the same sets of the cache.
  */
-void winograd_conv(const void *x, const float *u, const float *bias, void *y, float *v, float *m, int64_t B, int64_t H,
-                   int64_t W, int64_t C, int64_t O, int64_t block, int half, int threads) {
+int winograd_conv(const void *x, const float *u, const float *bias, void *y, int64_t B, int64_t H, int64_t W, int64_t C,
+                  int64_t O, int half, int threads) {
     const int64_t th = (H + 3) / 4, tw = (W + 3) / 4, tiles = B * th * tw;
+    const int64_t block = tiles < BLOCK ? (tiles + ROWS - 1) / ROWS * ROWS : BLOCK;
     const int64_t vrow = C + LANES, mrow = O + LANES, vk = block * vrow, mk = block * mrow;
     const int64_t cs = C / LANES, os = O / LANES, panels = O / PANEL;
+    float *v = scratch(POSITIONS * (vk + mk)), *m = v + POSITIONS * vk;
+    if (!v) return 1;
 #pragma omp parallel num_threads(threads)
     for (int64_t first = 0; first < tiles; first += block) {
         const int64_t n = tiles - first < block ? tiles - first : block;
@@ -169,4 +194,13 @@ void winograd_conv(const void *x, const float *u, const float *bias, void *y, fl
                             W, O, 4 * r, 4 * q);
         }
     }
+    return 0;
+}
+
+/* ------------------------------------------------------------------ for compiled steps, without Python */
+
+int32_t aoti_torch_cpu_winograd_conv(tensor x, tensor u, tensor bias, int64_t threads, tensor *y) {
+    const int64_t *n = sizes(x), O = sizes(bias)[0];
+    if (!is_channels_last(x) || make_pictures(n[0], O, n[2], n[3], dtype(x), y)) return 1;
+    return winograd_conv(data(x), data(u), data(bias), data(*y), n[0], n[2], n[3], n[1], O, is_half(x), (int)threads);
 }

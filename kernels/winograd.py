@@ -10,34 +10,40 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastddpm.kernels.native import load
+from fastddpm.kernels.native import NativeError, load
 
 WINOGRAD_RTOL = 2e-5
 """Kernel against the exact convolution, relative to the largest |x|, for weights as PyTorch starts them: the transforms
 have factors up to 8, from the points ±2, so about 30 units in the last place."""
 
 POSITIONS = 36
+DECLARATION = """AOTITorchError aoti_torch_cpu_winograd_conv(
+    AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle bias, int64_t threads, AtenTensorHandle* y)"""
+"""How a compiled step calls the kernel."""
 _SOURCE = Path(__file__).with_name("winograd.c")
-_BLOCK = 36  # tiles at a time, so that V and M stay in the caches; a multiple of the rows of every register block
 _G = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6),
       (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))  # fmt: skip
-_scratch = threading.local()
 
 
 @functools.cache
-def _library() -> tuple[ctypes.CDLL, int, int]:
-    """The compiled kernel, its channels per vector, and its rows per register block."""
-    library = load(_SOURCE, ("winograd_conv", "winograd_lanes", "winograd_rows"))
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.winograd_conv.argtypes = [pointer] * 6 + [size] * 6 + [ctypes.c_int] * 2
-    library.winograd_conv.restype = None
-    return library, int(library.winograd_lanes()), int(library.winograd_rows())
+def _library() -> tuple[ctypes.CDLL, int]:
+    """The compiled kernel and its channels per vector."""
+    library = load(_SOURCE, ("winograd_conv", "winograd_lanes", "aoti_torch_cpu_winograd_conv"))
+    library.winograd_conv.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_int] * 2
+    return library, int(library.winograd_lanes())
+
+
+def is_there() -> bool:
+    """Whether the kernel can be compiled here; it is loaded then."""
+    try:
+        return bool(_library())
+    except NativeError:
+        return False
 
 
 def panel() -> int:
@@ -91,57 +97,29 @@ def winograd_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
     Raises:
         TypeError: x is of another type.
     """
-    return torch.as_tensor(torch.ops.fastddpm.winograd_conv(x, packed, bias))
+    x = x.contiguous(memory_format=torch.channels_last)
+    return torch.as_tensor(torch.ops.fastddpm.winograd_conv(x, packed, bias, torch.get_num_threads()))
 
 
-def _winograd_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+def _winograd_conv(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
     if x.dtype not in (torch.float32, torch.bfloat16) or packed.dtype != torch.float32 or bias.dtype != torch.float32:
         raise TypeError(f"winograd_conv: x must be float32 or bfloat16, the rest float32, got {x.dtype}; convert it")
-    library, lanes, rows = _library()
-    x = x.contiguous(memory_format=torch.channels_last)
-    (batch, channels, height, width), outputs = x.shape, bias.shape[0]
-    y = torch.empty((batch, outputs, height, width), dtype=x.dtype, memory_format=torch.channels_last)
-    tiles = batch * -(-height // 4) * -(-width // 4)
-    block = min(_BLOCK, -(-tiles // rows) * rows)
-    v_size = POSITIONS * block * (channels + lanes)
-    scratch = _workspace(v_size + POSITIONS * block * (outputs + lanes))
-    base = scratch.data_ptr()
-    library.winograd_conv(
-        x.data_ptr(),
-        packed.data_ptr(),
-        bias.data_ptr(),
-        y.data_ptr(),
-        base,
-        base + 4 * v_size,
-        batch,
-        height,
-        width,
-        channels,
-        outputs,
-        block,
-        x.dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
+    (batch, channels, height, width), y = x.shape, _fake(x, packed, bias, threads)
+    sizes = (batch, height, width, channels, bias.shape[0])
+    pointers = (tensor.data_ptr() for tensor in (x, packed, bias, y))
+    if _library()[0].winograd_conv(*pointers, *sizes, x.dtype == torch.bfloat16, threads):
+        raise MemoryError("winograd_conv: there must be memory for the transformed tiles, got none")
     return y
 
 
-def _fake(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+def _fake(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
     shape = (x.shape[0], bias.shape[0], *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 # Not `torch.library.custom_op`, whose checks on each call cost as much as a small layer.
 _ops = torch.library.Library("fastddpm", "FRAGMENT")  # type: ignore[no-untyped-call]
-_SCHEMA = "winograd_conv(Tensor x, Tensor packed, Tensor bias) -> Tensor"
+_SCHEMA = "winograd_conv(Tensor x, Tensor packed, Tensor bias, int threads) -> Tensor"
 _ops.define(_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))  # type: ignore[no-untyped-call]
 _ops.impl("winograd_conv", _winograd_conv, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("fastddpm::winograd_conv", _fake)
-
-
-def _workspace(size: int) -> Tensor:
-    """Memory for the transformed tiles, kept between calls: fresh pages would cost as much as the arithmetic."""
-    kept: Tensor | None = getattr(_scratch, "kept", None)
-    if kept is None or kept.numel() < size:
-        kept = torch.zeros(size)  # zeros: rows that no tile fills are multiplied too, and must not be denormal
-        _scratch.kept = kept
-    return kept

@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import os
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,14 +30,23 @@ from fastddpm.engines.compare import CompileError, check_step, not_one_graph
 from fastddpm.engines.fast_layers import changed_layers, measured_layers
 from fastddpm.engines.precision import processor_has_bf16
 from fastddpm.engines.runner import Runner, StepFunction, StepRunner
+from fastddpm.kernels import group_norm_native, winograd
+from fastddpm.kernels.group_norm_native import native_norms
 from fastddpm.kernels.kept import private_folder
 from fastddpm.kernels.native import processor
 from fastddpm.step.network import Network
 from fastddpm.step.step import Call, step_of
 
-OPTIONS = {"freezing": True, "cpp.min_chunk_size": 4096}
+OPTIONS = {
+    "freezing": True,
+    "cpp.min_chunk_size": 4096,
+    "aot_inductor.precompile_headers": False,
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}
 """Inductor's: weights are laid out for the processor at compile time, and a loop is shared out among threads only where
-each gets so many elements: waking them takes as long as the noise of a thousand."""
+each gets so many elements: waking them takes as long as the noise of a thousand. Headers are compiled once per step,
+not twice beforehand for the sake of later ones, and what only calls one operation after the other is not optimised:
+these two save a third of the time."""
 
 _IN_BOOK = ("rows", "timesteps", "conditions")
 _MADV_PAGEOUT = 21  # of Linux
@@ -174,15 +184,38 @@ def compile_step(call: Call, path: Path, layers: Sequence[str] | None = None) ->
         with torch.no_grad(), warnings.catch_warnings(), _own_folder():
             warnings.simplefilter("ignore")
             step = with_quick_layers(call, layers)
-            program = torch.export.export(
-                step, tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
-            )
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(OPTIONS))
+            # Which instructions there are Inductor finds out by running a compiler: meanwhile, not afterwards.
+            with _beside(torch._inductor.cpu_vec_isa.pick_vec_isa), native_norms():
+                program = torch.export.export(
+                    step, tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
+                )
+            options = {**OPTIONS, "aot_inductor.custom_ops_to_c_shims": shims()}
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
     except OSError:
         raise
     except Exception as error:  # whatever the exporter, the compiler or the C++ compiler raise
         raise not_one_graph(error) from error
     give_memory_back()
+
+
+@contextlib.contextmanager
+def _beside(function: Callable[[], object]) -> Iterator[None]:
+    """Run a function in another thread while the block runs."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def shims() -> dict[Any, list[str]]:
+    """The operations that a compiled step calls in C, with their declarations."""
+    ops = torch.ops.fastddpm
+    return {
+        ops.winograd_conv.default: [winograd.DECLARATION],
+        ops.add_group_norm_native.default: [group_norm_native.DECLARATION],
+    }
 
 
 @contextlib.contextmanager
@@ -225,6 +258,7 @@ def load_step(path: Path, key: str) -> StepFunction:
     Raises:
         CompileError: the file is no package that runs here, or there is no room to unpack it.
     """
+    winograd.is_there(), group_norm_native.is_there()  # the package looks their functions up
     try:
         # As `torch._inductor.aoti_load_package` does it, without importing the compiler; and a call through its result
         # would flatten the arguments first, which takes longer than a small update.

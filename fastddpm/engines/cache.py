@@ -50,12 +50,12 @@ def source_digest() -> str:
 
 
 def package_digest(package: Path) -> tuple[str, float]:
-    """A digest of a package's .py and .c files, without folders that no step depends on, and the latest change."""
+    """A digest of a package's .py, .c and .h files, without folders that no step depends on, and the latest change."""
     digest, changed = hashlib.blake2b(digest_size=12), 0.0
     for folder, folders, names in os.walk(package, followlinks=True):
         folders[:] = sorted(set(folders) - _NO_PART_OF_A_STEP)
         for name in sorted(names):
-            if name.endswith((".py", ".c")):
+            if name.endswith((".py", ".c", ".h")):
                 path = Path(folder, name)
                 content = path.read_bytes()
                 digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode())

@@ -1,6 +1,6 @@
-"""`UNet.body` for inference on GPUs: the same modules with fewer launches and less traffic.
+"""`UNet.body` for inference on GPUs and in steps compiled for CPUs: the same modules with fewer launches, less traffic.
 
-A U-Net's time on a GPU goes to convolutions and to passes over memory around them. Here no bias, time projection,
+A U-Net's time goes to convolutions and to passes over memory around them. Here no bias, time projection,
 residual branch or concatenation is made by itself: each is left pending until the next group norm, which adds what is
 pending on its way through the pictures (`add_group_norm`), and writes the sum where somebody else needs it.
 Convolutions of one pixel are matrix products, biases of the others are pending, and all pictures are channels-last.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastddpm.kernels.dispatch import runs_triton
 from fastddpm.kernels.group_norm import Norm, Projection, Terms, add_group_norm_unchecked
+from fastddpm.kernels.group_norm_native import is_asked
 from fastddpm.nets.blocks import Attention, Downsample, ResBlock, Stage, Upsample, resample
 from fastddpm.nets.config import UNetConfig
 
@@ -36,8 +37,9 @@ class Trunk(Protocol):
 
 
 def is_fusable(network: Trunk, x: Tensor) -> bool:
-    """Whether `fused_body` is the way to run: on a GPU with Triton, for inference, without autocast."""
-    if not runs_triton(x.device.type) or network.training or torch.is_grad_enabled():
+    """Whether `fused_body` is the way to run: with a kernel for its norms, for inference, without autocast."""
+    kind = x.device.type
+    if not (runs_triton(kind) or is_asked(kind)) or network.training or torch.is_grad_enabled():
         return False
     return not torch.is_autocast_enabled(x.device.type)
 
@@ -104,11 +106,11 @@ class _Rows:
 def fused_body(network: Trunk, x: Tensor, projections: Tensor, index: Tensor | None = None) -> Tensor:
     """What `UNet.body` computes, without gradients; see there.
 
-    It runs on any device: where no Triton kernel does, `add_group_norm` is plain PyTorch.
+    It runs on any device: where there is no kernel, `add_group_norm` is plain PyTorch.
     """
     x = x.to(network.stem.weight.dtype)
     rows = _Rows(projections.contiguous(), index)
-    h = Pending(_convolved(network.stem, 2.0 * x - 1.0 if network.config.center_input else x), network.stem.bias)
+    h = _convolved(network.stem, 2.0 * x - 1.0 if network.config.center_input else x)
     skips = [h]
     for stage in _stages(network.down):
         for block, attention in stage.pairs():
@@ -124,16 +126,18 @@ def fused_body(network: Trunk, x: Tensor, projections: Tensor, index: Tensor | N
             h = _attended(attention, _res_block(block, h.beside(skips.pop().total), rows))
         if stage.resample is not None:
             h = _resampled(stage.resample, h, rows)
-    return Pending(_convolved(network.conv_out, h.normed(network.norm_out, keep=False)), network.conv_out.bias).total
+    return _convolved(network.conv_out, h.normed(network.norm_out, keep=False)).total
 
 
 def _stages(modules: nn.ModuleList) -> list[Stage]:
     return [cast(Stage, module) for module in modules]
 
 
-def _convolved(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution without its bias; one of a single pixel is a matrix product."""
-    return F.conv2d(x, convolution.weight, None, convolution.stride, convolution.padding)
+def _convolved(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Pending:
+    """A convolution, whose bias is pending, and what is to be added to it; one that runs another way adds its own."""
+    if not isinstance(layer, nn.Conv2d):
+        return Pending(layer(x), None, residual)
+    return Pending(F.conv2d(x, layer.weight, None, layer.stride, layer.padding), layer.bias, residual)
 
 
 def _per_pixel(x: Tensor) -> Tensor:
@@ -152,11 +156,11 @@ def _res_block(module: nn.Module, h: Pending, rows: _Rows) -> Pending:
     y, x = h.normed(block.norm1), h.total
     if block.resample is not None:
         y, x = resample(y, block.resample), resample(x, block.resample)
-    hidden = Pending(_convolved(block.conv1, y), block.conv1.bias)
+    hidden = _convolved(block.conv1, y)
     y = hidden.normed(block.norm2, rows.take(block), keep=False)
     if isinstance(block.skip, nn.Conv2d):
         x = _as_pictures(F.linear(_per_pixel(x), block.skip.weight.flatten(1), block.skip.bias), x)
-    return _divided(Pending(_convolved(block.conv2, y), block.conv2.bias, x), block.scale)
+    return _divided(_convolved(block.conv2, y, x), block.scale)
 
 
 def _divided(h: Pending, scale: float) -> Pending:
@@ -178,6 +182,6 @@ def _resampled(module: nn.Module, h: Pending, rows: _Rows) -> Pending:
     if isinstance(module, ResBlock):
         return _res_block(module, h, rows)
     x, convolution = cast("Downsample | Upsample", module).before(h.total), module.conv
-    if not isinstance(convolution, nn.Conv2d):
+    if not isinstance(convolution, nn.Module) or isinstance(convolution, nn.Identity):
         return Pending(x)
-    return Pending(_convolved(convolution, x), convolution.bias)
+    return _convolved(convolution, x)

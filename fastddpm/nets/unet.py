@@ -99,7 +99,7 @@ class UNet(RowNetwork):
         labels: Tensor | None = None,
         x_self_cond: Tensor | None = None,
     ) -> Tensor:
-        """The network after the time embedding; without gradients, a GPU runs it as `fused_body`.
+        """The network after the time embedding; without gradients, GPUs and compiled steps run it as `fused_body`.
 
         Args:
             x: [B, in_channels, H, W].

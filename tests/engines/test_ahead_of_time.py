@@ -30,6 +30,17 @@ def test_compiled_draws_the_same_pictures(compiled, options):
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def test_a_compiled_step_calls_our_kernels_without_python(compiled, monkeypatch):
+    """A norm's or a convolution's way through Python would take as long as a small layer."""
+    asked = {"seed": 5, "class_labels": [0, 2, 1], "steps": 3, "output": "raw"}
+    want = compiled.sample(3, **asked)
+    for name in ("group_norm_native._loaded", "winograd._library"):
+        monkeypatch.setattr(f"fastddpm.kernels.{name}", None)
+    assert torch.equal(compiled.sample(3, **asked), want) and compiled.engine.used == "compiled"
+    package = max(cache.packages().values(), key=lambda path: path.stat().st_mtime)
+    assert b"aoti_torch_cpu_add_group_norm_native" in package.read_bytes()
+
+
 def test_large_ids_and_seeds(compiled):
     asked = {"seed": 2**63 + 5, "sample_ids": [3, 2**33, 2**64 - 1], "class_labels": [0, 2, 1], "output": "raw"}
     expected = like(compiled, "eager").sample(3, solver="ddpm", steps=6, **asked)

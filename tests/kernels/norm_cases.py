@@ -66,7 +66,7 @@ def norm_float64(case):
     v = {k: t.double().numpy() for k, t in case.items() if isinstance(t, torch.Tensor)}
     total, at = v["x"], case.get("column", 0)
     if "index" in v:
-        v["row"] = v["row"][case["index"]]
+        v["row"] = v["row"][case["index"].numpy()]
     if "bias" in v:
         total = total + v["bias"][:, None, None]
     if case.get("mode") == "add":

@@ -129,7 +129,7 @@ def test_a_sound_library_that_does_not_load_is_made_again_and_stays(cache, sourc
 
 
 def test_a_cache_that_nothing_may_be_executed_from(cache, source, builds, monkeypatch):
-    def refuse(path):
+    def refuse(path, **options):
         if Path(path).parent == cache:
             raise OSError("failed to map segment from shared object")
         return ctypes_cdll(path)

@@ -66,7 +66,7 @@ def test_what_fits():
 def test_opcheck():
     torch.library.opcheck(
         torch.ops.fastddpm.winograd_conv.default,
-        (torch.randn(1, 32, 8, 8).to(memory_format=torch.channels_last), pack(conv(32, 32).weight), torch.zeros(32)),
+        (torch.randn(1, 32, 8, 8).to(memory_format=torch.channels_last), pack(conv(32, 32).weight), torch.zeros(32), 1),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 

@@ -1,0 +1,280 @@
+/* What a residual network leaves to add, its group norm and its SiLU on CPUs; the equations stand in group_norm.py.
+ *
+ * Pictures are NHWC, float32 or bfloat16; everything between them is float32, and sums over pixels are double every
+ * CHUNK pixels. A pass makes the sums, shifted by the first pixel so that a large mean costs no digits; another one
+ * makes the result. Where there are as many pictures as threads, a picture stays in one thread's cache; else its pixels
+ * are shared out. Channels must be multiples of LANES: of x, and of what is behind it.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "shims.h"
+
+#define LANES 8 /* on every processor: many networks have no more than eight channels more than a multiple of 16 */
+#define CHUNK 32
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef float vec_u __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2)));
+
+static inline vec load(const float *p) { return *(const vec_u *)p; }
+static inline void store(float *p, vec v) { *(vec_u *)p = v; }
+
+/* LANES values from element i on: bfloat16 if `half`. */
+static inline vec load_pixel(const void *x, int64_t i, int half) {
+    if (!half) return load((const float *)x + i);
+    return (vec)(__builtin_convertvector(*(const halves *)((const uint16_t *)x + i), words) << 16);
+}
+
+static inline void store_pixel(void *y, int64_t i, vec v, int half) {
+    if (!half) {
+        store((float *)y + i, v);
+        return;
+    }
+    words bits = (words)v; /* round to nearest, ties to even; a NaN stays one */
+    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    words nan = (words)(v != v);
+    rounded = (nan & 0x7fc0) | (~nan & rounded);
+    *(halves *)((uint16_t *)y + i) = __builtin_convertvector(rounded, halves);
+}
+
+static inline float number(const void *p, int64_t i, int half) {
+    union { uint32_t bits; float value; } u;
+    if (!half) return ((const float *)p)[i];
+    u.bits = (uint32_t)((const uint16_t *)p)[i] << 16;
+    return u.value;
+}
+
+/* e^x for x <= 88: 2^n times a polynomial on |r| <= ln 2 / 2; 2 units in the last place, 0 below -87, NaN for NaN. */
+static inline vec exponential(vec x) {
+    const vec low = (vec){0} - 87.0f, high = (vec){0} + 88.0f;
+    x = (vec)(((words)(x < low) & (words)low) | (~(words)(x < low) & (words)x));
+    x = (vec)(((words)(x > high) & (words)high) | (~(words)(x > high) & (words)x));
+    const vec magic = (vec){0} + 12582912.0f; /* 1.5 * 2^23: to add and take it away rounds to a whole number */
+    const vec n = (x * 1.44269504088896341f + magic) - magic;
+    const vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    vec p = (vec){0} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const ints power = (__builtin_convertvector(n, ints) + 127) << 23;
+    return p * (vec)power;
+}
+
+/* The sum of what is to be added, wherever it lies. */
+typedef struct {
+    const void *x, *residual, *skip;
+    const float *add; /* [own] */
+    int64_t own, rest;
+    int half;
+} source;
+
+static inline vec value(const source *s, int64_t p, int64_t c) {
+    if (c >= s->own) return load_pixel(s->skip, p * s->rest + c - s->own, s->half);
+    vec v = load_pixel(s->x, p * s->own + c, s->half);
+    if (s->residual) v += load_pixel(s->residual, p * s->own + c, s->half);
+    return v + load(s->add + c);
+}
+
+/* Sums of v - shift and of its square over pixels from ... to, for each channel; writes the sum v where it is kept. */
+static void sums(const source *s, int64_t from, int64_t to, const float *shift, double *first, double *second,
+                 void *total) {
+    const int64_t C = s->own + s->rest;
+    for (int64_t c = 0; c < C; c++) first[c] = second[c] = 0;
+    for (int64_t at = from; at < to; at += CHUNK) {
+        const int64_t end = at + CHUNK < to ? at + CHUNK : to;
+        for (int64_t c = 0; c < C; c += LANES) {
+            const vec k = load(shift + c);
+            vec one = {0}, two = {0};
+            for (int64_t p = at; p < end; p++) {
+                const vec v = value(s, p, c), d = v - k;
+                if (total) store_pixel(total, p * C + c, v, s->half);
+                one += d;
+                two += d * d;
+            }
+            for (int i = 0; i < LANES; i++) {
+                first[c + i] += one[i];
+                second[c + i] += two[i];
+            }
+        }
+    }
+}
+
+/* y = (v - mean) * factor + offset, and its SiLU, of pixels from ... to. */
+static void apply(const source *s, int64_t from, int64_t to, const float *mean, const float *factor,
+                  const float *offset, int silu, void *y) {
+    const int64_t C = s->own + s->rest;
+    for (int64_t p = from; p < to; p++)
+        for (int64_t c = 0; c < C; c += LANES) {
+            vec v = (value(s, p, c) - load(mean + c)) * load(factor + c) + load(offset + c);
+            if (silu) v = v / (1.0f + exponential(-v));
+            store_pixel(y, p * C + c, v, s->half);
+        }
+}
+
+typedef struct {
+    const void *x, *bias, *row, *residual, *skip, *weight, *beta;
+    const int64_t *index;
+    void *total, *y;
+    int64_t B, P, own, rest, groups, width, rows, column;
+    double eps;
+    int scale_shift, silu, half, halves_in_norm, halves_in_row, threads;
+} job;
+
+/* A picture's row of projections; NULL where its number is none. */
+static const void *row_of(const job *j, int64_t b) {
+    const int64_t r = j->index ? j->index[b] : b;
+    if (!j->row || r < 0 || r >= j->rows) return 0;
+    return (const char *)j->row + r * j->width * (j->halves_in_row ? 2 : 4);
+}
+
+/* A row's number for a channel; NaN where the picture has no row. */
+static inline float projected(const job *j, const void *row, int64_t c) {
+    return row ? number(row, j->column + c, j->halves_in_row) : NAN;
+}
+
+static source source_of(const job *j, int64_t b, float *add, const void *row) {
+    const int64_t bytes = j->half ? 2 : 4, at = b * j->P * j->own * bytes;
+    for (int64_t c = 0; c < j->own; c++) {
+        add[c] = j->bias ? number(j->bias, c, j->half) : 0.0f;
+        if (j->row && !j->scale_shift) add[c] += projected(j, row, c);
+    }
+    source s = {(const char *)j->x + at, j->residual ? (const char *)j->residual + at : 0,
+                j->skip ? (const char *)j->skip + b * j->P * j->rest * bytes : 0, add, j->own, j->rest, j->half};
+    return s;
+}
+
+/* A picture on its way, with what is computed of it; the arrays have C entries, but for the sums [parts][2][C]. */
+typedef struct {
+    source s;
+    const void *row;
+    void *total, *y;
+    double *partial;
+    float *add, *shift, *mean, *factor, *offset;
+} picture;
+
+static int64_t bytes_for(const job *j, int64_t parts) { return (j->own + j->rest) * (5 * 4 + parts * 2 * 8); }
+
+static picture take(const job *j, int64_t b, int64_t parts, char *memory) {
+    const int64_t C = j->own + j->rest, at = b * j->P * C * (j->half ? 2 : 4);
+    double *partial = (double *)memory;
+    float *add = (float *)(partial + parts * 2 * C);
+    const void *row = row_of(j, b);
+    picture p = {source_of(j, b, add, row), row, j->total ? (char *)j->total + at : 0, (char *)j->y + at, partial, add,
+                 add + C, add + 2 * C, add + 3 * C, add + 4 * C};
+    for (int64_t c = 0; c < C; c += LANES) store(p.shift + c, value(&p.s, 0, c));
+    return p;
+}
+
+/* Mean, factor and offset of each channel from the sums, which are added up on the way; the sum is then read where it was
+ * kept. bfloat16 has rounded it, so there it is made again.
+ */
+static void finish(const job *j, picture *p, int64_t parts) {
+    const int64_t C = j->own + j->rest, size = C / j->groups;
+    const double P = (double)j->P, *first = p->partial, *second = p->partial + C;
+    for (int64_t k = 1; k < parts; k++)
+        for (int64_t i = 0; i < 2 * C; i++) p->partial[i] += p->partial[2 * k * C + i];
+    for (int64_t g = 0; g < C; g += size) {
+        double centre = 0, square = 0;
+        for (int64_t c = g; c < g + size; c++) centre += (p->shift[c] + first[c] / P) / size;
+        for (int64_t c = g; c < g + size; c++) {
+            const double away = p->shift[c] + first[c] / P - centre;
+            square += second[c] - first[c] * first[c] / P + P * away * away;
+        }
+        const double rstd = 1.0 / sqrt((square < 0 ? 0 : square) / (P * size) + j->eps);
+        for (int64_t c = g; c < g + size; c++) {
+            p->mean[c] = (float)centre;
+            p->factor[c] = (float)rstd * number(j->weight, c, j->halves_in_norm);
+            p->offset[c] = number(j->beta, c, j->halves_in_norm);
+            if (!j->row || !j->scale_shift) continue;
+            const float scale = 1.0f + projected(j, p->row, c);
+            p->factor[c] *= scale;
+            p->offset[c] = p->offset[c] * scale + projected(j, p->row, C + c);
+        }
+    }
+    if (!p->total || j->half) return;
+    for (int64_t c = 0; c < C; c++) p->add[c] = 0.0f;
+    p->s = (source){p->total, 0, 0, p->add, C, 0, 0};
+}
+
+/* The pixels of part k of a picture. */
+static void sum_part(const job *j, const picture *p, int64_t k, int64_t part) {
+    const int64_t C = j->own + j->rest, end = (k + 1) * part;
+    double *first = p->partial + 2 * k * C;
+    sums(&p->s, k * part, end < j->P ? end : j->P, p->shift, first, first + C, p->total);
+}
+
+static void apply_part(const job *j, const picture *p, int64_t k, int64_t part) {
+    const int64_t end = (k + 1) * part;
+    apply(&p->s, k * part, end < j->P ? end : j->P, p->mean, p->factor, p->offset, j->silu, p->y);
+}
+
+static void whole_pictures(const job *j, int64_t from, int64_t to, char *memory) {
+    for (int64_t b = from; b < to; b++) {
+        picture p = take(j, b, 1, memory);
+        sum_part(j, &p, 0, j->P);
+        finish(j, &p, 1);
+        apply_part(j, &p, 0, j->P);
+    }
+}
+
+static void shared_pictures(const job *j, char *memory) {
+    /* Whole chunks, so that a picture's sums are the same in any batch. */
+    const int64_t parts = j->threads, part = (j->P + parts * CHUNK - 1) / (parts * CHUNK) * CHUNK;
+    picture p;
+#pragma omp parallel num_threads(j->threads)
+    for (int64_t b = 0; b < j->B; b++) {
+#pragma omp single
+        p = take(j, b, parts, memory);
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < parts; k++) sum_part(j, &p, k, part);
+#pragma omp single
+        finish(j, &p, parts);
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < parts; k++) apply_part(j, &p, k, part);
+    }
+}
+
+/* Returns 0, or 1 where there is no memory for the sums. */
+int add_group_norm(const job *j) {
+    const int64_t threads = j->threads, whole = j->B % threads == 0, each = bytes_for(j, whole ? 1 : threads);
+    char *memory = malloc((size_t)(each * (whole ? threads : 1)));
+    if (!memory) return 1;
+    if (threads == 1) {
+        whole_pictures(j, 0, j->B, memory); /* a region of one thread would cost as much as a small picture */
+    } else if (whole) {
+        const int64_t n = j->B / threads;
+#pragma omp parallel for num_threads(j->threads) schedule(static)
+        for (int64_t k = 0; k < threads; k++) whole_pictures(j, k * n, (k + 1) * n, memory + k * each);
+    } else {
+        shared_pictures(j, memory);
+    }
+    free(memory);
+    return 0;
+}
+
+/* ------------------------------------------------------------------ for compiled steps, without Python */
+
+static const void *optional(tensor *t) { return t ? data(*t) : 0; }
+
+int32_t aoti_torch_cpu_add_group_norm_native(tensor x, tensor *bias, tensor *row, tensor *index, tensor *residual,
+                                             tensor *skip, tensor weight, tensor beta, int64_t groups, double eps,
+                                             int64_t column, int32_t scale_shift, int32_t silu, int32_t keep,
+                                             int64_t threads, tensor *total, tensor *y) {
+    const int64_t *size = sizes(x), rest = skip ? sizes(*skip)[1] : 0;
+    if (!is_channels_last(x) || (residual && !is_channels_last(*residual)) || (skip && !is_channels_last(*skip)))
+        return 1;
+    if (make_pictures(size[0], size[1] + rest, size[2], size[3], dtype(x), y)) return 1;
+    if (make_pictures(keep ? size[0] : 0, size[1] + rest, size[2], size[3], dtype(x), total)) return 1;
+    const job j = {data(x), optional(bias), optional(row), optional(residual), optional(skip), data(weight), data(beta),
+                   optional(index), keep ? data(*total) : 0, data(*y), size[0], size[2] * size[3], size[1], rest, groups,
+                   row ? sizes(*row)[1] : 0, row ? sizes(*row)[0] : 0, column, eps, scale_shift, silu, is_half(x),
+                   is_half(weight), row ? is_half(*row) : 0, (int)threads};
+    return add_group_norm(&j);
+}
