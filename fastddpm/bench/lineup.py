@@ -151,8 +151,8 @@ class Lineup:
         peer.first_s, peer.again_s, peer.how = answer["first_s"], answer["again_s"], answer["how"]
         if not packaged:
             return
-        if (peer.compile_s or 0.0) > COMPILED_S:
-            # What is timed, and whose memory counts, is a process that finds the package.
+        if (peer.compile_s or 0.0) > COMPILED_S and self.job.model:
+            # What is timed, and whose memory counts, is a process that finds the package; of `Half` none is kept.
             self.end(name)
             answer = self._one_start(name, batch, steps, until)
         peer.second_s = self._started_s - answer["again_s"]

@@ -41,12 +41,10 @@ OPTIONS = {
     "freezing": True,
     "cpp.min_chunk_size": 4096,
     "aot_inductor.precompile_headers": False,
-    "aot_inductor.compile_wrapper_opt_level": "O0",
 }
 """Inductor's: weights are laid out for the processor at compile time, and a loop is shared out among threads only where
-each gets so many elements: waking them takes as long as the noise of a thousand. Headers are compiled once per step,
-not twice beforehand for the sake of later ones, and what only calls one operation after the other is not optimised:
-these two save a third of the time."""
+each gets so many elements: waking them takes as long as the noise of a thousand. Headers are not compiled beforehand
+for the sake of later steps, which takes longer than a step's own code."""
 
 _IN_BOOK = ("rows", "timesteps", "conditions")
 _MADV_PAGEOUT = 21  # of Linux
