@@ -168,7 +168,7 @@ def _no_gpu() -> str:
     """Why there is no GPU to measure; "" if there is one."""
     import torch
 
-    from fastddpm.doctor.surroundings import why_no_gpu
+    from fastddpm.engines.no_gpu import why_no_gpu
 
     return "" if torch.cuda.is_available() else why_no_gpu() or "there is no GPU"
 

@@ -20,7 +20,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "fastddpm", "kernels", "export")
 LINKED = ("kernels", "export")
-DATA = ("py.typed", "*.c", "*.json", "*.safetensors", "*.md", "*.png")
+DATA = ("py.typed", "*.c", "*.h", "*.json", "*.safetensors", "*.md", "*.png")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

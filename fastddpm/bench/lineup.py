@@ -142,7 +142,8 @@ class Lineup:
     # ------------------------------------------------------------------ the first runs
 
     def _first_runs(self, peer: PeerResult, batch: int, steps: int, until: float) -> None:
-        name, packaged = peer.peer, peer.peer in PACKAGED and self.job.device == "cpu"
+        name = peer.peer
+        packaged = name in PACKAGED and self.job.device == "cpu" and bool(self.job.model)  # of `Half` none is kept
         if packaged:
             self.end(name)  # a process that has compiled for another batch holds what the compiler took
         answer = self._one_start(name, batch, steps, until)
@@ -151,8 +152,8 @@ class Lineup:
         peer.first_s, peer.again_s, peer.how = answer["first_s"], answer["again_s"], answer["how"]
         if not packaged:
             return
-        if (peer.compile_s or 0.0) > COMPILED_S and self.job.model:
-            # What is timed, and whose memory counts, is a process that finds the package; of `Half` none is kept.
+        if (peer.compile_s or 0.0) > COMPILED_S:
+            # What is timed, and whose memory counts, is a process that finds the package.
             self.end(name)
             answer = self._one_start(name, batch, steps, until)
         peer.second_s = self._started_s - answer["again_s"]

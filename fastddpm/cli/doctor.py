@@ -16,8 +16,6 @@ from fastddpm.common.terminal import NARROW, clean, say
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import device as Device  # noqa: N812 - a class
-
     from fastddpm.doctor.checks import Result
 
 FAILED = 1
@@ -40,8 +38,9 @@ def doctor(
     - `fastddpm doctor --device cuda:1 --json`
     """
     from fastddpm.doctor.checks import examine  # late, for --help: see `sample`
+    from fastddpm.engines.devices import pick_device
 
-    chosen = _device(device)
+    chosen = pick_device(None if device == "auto" else device)
     console = Console(stderr=True, highlight=False)
     results: list[Result] = []
     with console.status("") as status:
@@ -87,19 +86,3 @@ def summary(results: Sequence[Result]) -> str:
     if failed:
         return f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}"
     return f"all {len(results)} checks passed"
-
-
-def _device(wanted: str) -> Device:
-    """The device of this name.
-
-    Raises:
-        ValueError: it is not there; says why, where that is known.
-    """
-    from fastddpm.doctor.surroundings import why_no_gpu
-    from fastddpm.engines.devices import pick_device
-
-    try:
-        return pick_device(None if wanted == "auto" else wanted)
-    except ValueError as error:
-        why = why_no_gpu() if wanted.startswith("cuda") else ""
-        raise ValueError(f"{error}; {why}" if why else str(error)) from error

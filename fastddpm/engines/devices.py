@@ -12,6 +12,7 @@ import torch
 
 from fastddpm.engines.cache import cache_folder, no_cache, packages
 from fastddpm.engines.measured import remembered
+from fastddpm.engines.no_gpu import why_no_gpu
 from fastddpm.kernels.dispatch import runs_triton
 
 
@@ -25,7 +26,7 @@ def pick_device(device: torch.device | str | None) -> torch.device:
         The device.
 
     Raises:
-        ValueError: the name is unknown or the device is not there.
+        ValueError: the name is unknown or the device is not there; says why, where that is known.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +38,8 @@ def pick_device(device: torch.device | str | None) -> torch.device:
         raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}; see `fastddpm info`")
     count = torch.cuda.device_count() if chosen.type == "cuda" else 1
     if (chosen.index or 0) >= count:
-        raise ValueError(f"device must be there, got {device!r}, but this machine has {count} GPUs; use cpu")
+        fix = (why_no_gpu() if count == 0 else "") or "use cpu"
+        raise ValueError(f"device must be there, got {device!r}, but this machine has {count} GPUs; {fix}")
     return chosen
 
 

@@ -6,10 +6,12 @@ import types
 import pytest
 import torch
 
-from fastddpm.doctor import checks, engines, installation, kernels, surroundings
+from fastddpm.doctor import checks, engines, installation, kernels
 from fastddpm.doctor.checks import CHECKS, Check, examine
-from fastddpm.doctor.surroundings import ProblemError, about_gpu, check_device, why_no_gpu
+from fastddpm.doctor.surroundings import ProblemError, about_gpu, check_device
 from fastddpm.engines import cache as packages
+from fastddpm.engines import devices, no_gpu
+from fastddpm.engines.no_gpu import why_no_gpu
 from tests.cache_folders import cache  # noqa: F401 - a fixture
 from tests.command_line import good, refused
 
@@ -57,7 +59,7 @@ def test_unknown_devices_are_refused(fastddpm, device):
 def test_why_there_is_no_gpu_is_said_where_one_is_asked_for(fastddpm, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    monkeypatch.setattr(surroundings, "why_no_gpu", lambda: "its driver is too old")
+    monkeypatch.setattr(devices, "why_no_gpu", lambda: "its driver is too old")
     assert refused(fastddpm("doctor", "--device", "cuda"), "its driver is too old")
 
 
@@ -195,7 +197,7 @@ def world(monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.version, "hip", hip)
         paths = {"/dev/nvidia0": there and not hip, "/dev/kfd": there and bool(hip)}
-        monkeypatch.setattr(surroundings, "Path", lambda p: types.SimpleNamespace(exists=lambda: paths[p]))
+        monkeypatch.setattr(no_gpu, "Path", lambda p: types.SimpleNamespace(exists=lambda: paths[p]))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: error is None and bool(gpu))
 
         def init():
