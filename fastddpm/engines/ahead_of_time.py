@@ -182,8 +182,7 @@ def compile_step(call: Call, path: Path, layers: Sequence[str] | None = None) ->
         with torch.no_grad(), warnings.catch_warnings(), _own_folder():
             warnings.simplefilter("ignore")
             step = with_quick_layers(call, layers)
-            # Which instructions there are Inductor finds out by running a compiler: meanwhile, not afterwards.
-            with _beside(torch._inductor.cpu_vec_isa.pick_vec_isa), native_norms():
+            with _instructions_found_meanwhile(), native_norms():
                 program = torch.export.export(
                     step, tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
                 )
@@ -197,9 +196,19 @@ def compile_step(call: Call, path: Path, layers: Sequence[str] | None = None) ->
 
 
 @contextlib.contextmanager
-def _beside(function: Callable[[], object]) -> Iterator[None]:
-    """Run a function in another thread while the block runs."""
-    thread = threading.Thread(target=function, daemon=True)
+def _instructions_found_meanwhile() -> Iterator[None]:
+    """Let Inductor find out in another thread, while the block runs, which instructions there are.
+
+    It runs a compiler for that, and keeps the answer; an error comes again where the answer is used.
+    """
+
+    def find() -> None:
+        with contextlib.suppress(Exception):
+            from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+            pick_vec_isa()
+
+    thread = threading.Thread(target=find, daemon=True)
     thread.start()
     try:
         yield
