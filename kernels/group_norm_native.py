@@ -6,17 +6,15 @@ which is most of what it would do.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastddpm.kernels.native import NativeError, load
+from fastddpm.kernels.native import Choice, NativeError, load
 
 _SOURCE = Path(__file__).with_name("group_norm.c")
 LANES = 8
@@ -30,7 +28,7 @@ DECLARATION = """AOTITorchError aoti_torch_cpu_add_group_norm_native(
     double eps, int64_t column, int32_t scale_shift, int32_t silu, int32_t keep, int64_t threads,
     AtenTensorHandle* total, AtenTensorHandle* y)"""
 """How a compiled step calls the kernel."""
-_asked = threading.local()
+_choice = Choice()
 
 
 class _Job(ctypes.Structure):
@@ -46,25 +44,22 @@ class _Job(ctypes.Structure):
     ]
 
 
-@contextlib.contextmanager
-def native_norms() -> Iterator[None]:
+def native_norms() -> AbstractContextManager[None]:
     """In the block, this thread's group norms on the CPU are made in C where that can be compiled."""
-    before = getattr(_asked, "native", False)
-    _asked.native = True
-    try:
-        yield
-    finally:
-        _asked.native = before
+    return _choice.block()
 
 
 def is_there() -> bool:
     """Whether the kernel can be compiled here; it is loaded then."""
-    return _library() is not None
+    try:
+        return bool(_library())
+    except NativeError:
+        return False
 
 
 def is_asked(device_type: str) -> bool:
     """Whether norms on this kind of device are to be made in C, and can be."""
-    return device_type == "cpu" and getattr(_asked, "native", False) and is_there()
+    return device_type == "cpu" and _choice.made and is_there()
 
 
 def takes(x: Tensor, skip: Tensor | None) -> bool:
@@ -79,23 +74,11 @@ def threads_for(elements: int) -> int:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled kernel; None where it cannot be compiled, which costs time and nothing else."""
-    try:
-        library = load(_SOURCE, ("add_group_norm", "aoti_torch_cpu_add_group_norm_native"))
-    except NativeError:
-        return None
+def _library() -> ctypes.CDLL:
+    """The compiled kernel."""
+    library = load(_SOURCE, ("add_group_norm", "aoti_torch_cpu_add_group_norm_native"))
     library.add_group_norm.argtypes = [ctypes.POINTER(_Job)]
     return library
-
-
-def _loaded() -> ctypes.CDLL:
-    """The compiled kernel.
-
-    Raises:
-        NativeError: it cannot be compiled here.
-    """
-    return _library() or load(_SOURCE, ())
 
 
 def _add_group_norm(
@@ -121,7 +104,7 @@ def _add_group_norm(
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors), len(x), x.shape[2] * x.shape[3],
         x.shape[1], rest, groups, width, rows, column, eps, scale_shift, silu, *half, threads,
     )  # fmt: skip
-    if _loaded().add_group_norm(ctypes.byref(job)):
+    if _library().add_group_norm(ctypes.byref(job)):
         raise MemoryError("add_group_norm: there must be memory for the sums, got none")
     return total, y
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +19,23 @@ import torch
 from fastddpm.kernels.kept import cache_folder as cache_folder
 from fastddpm.kernels.kept import find, keep, sealed, unsealed
 
-SHIMS = Path(__file__).with_name("shims.h")
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno")
+
+
+class Choice(threading.local):
+    """Whether this thread asks for a C kernel where PyTorch's own operations would do; by itself it does not."""
+
+    made = False
+
+    @contextlib.contextmanager
+    def block(self) -> Iterator[None]:
+        """Ask for it in the block."""
+        before, self.made = self.made, True
+        try:
+            yield
+        finally:
+            self.made = before
 
 
 class NativeError(RuntimeError):
@@ -64,7 +81,7 @@ def load_library(source: Path, functions: tuple[str, ...]) -> ctypes.CDLL | str:
     """The library, or why there is none: to find that out again would take as long as the first time."""
     why = ""
     try:
-        digest = hashlib.blake2b(source.read_bytes() + SHIMS.read_bytes(), digest_size=8)
+        digest = hashlib.blake2b(b"".join(path.read_bytes() for path in (source, *HEADERS)), digest_size=8)
         digest.update(" ".join((os.environ.get("CC", ""), *_FLAGS, processor())).encode())
         for path in _candidates(source, f"{source.stem}-{digest.hexdigest()}"):
             try:

@@ -5,35 +5,27 @@ Steps whose network another library runs ask for it: their eager update would ta
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastddpm.kernels.native import NativeError, load
+from fastddpm.kernels.native import Choice, NativeError, load
 from fastddpm.kernels.philox import normals_reference
 
 _SOURCE = Path(__file__).with_name("normals.c")
-_asked = threading.local()
+_choice = Choice()
 
 
-@contextlib.contextmanager
-def native_normals() -> Iterator[None]:
+def native_normals() -> AbstractContextManager[None]:
     """In the block, this thread's normals on the CPU are made in C where that can be compiled.
 
     Nothing may be traced in it: a tracer would not see them.
     """
-    before = getattr(_asked, "native", False)
-    _asked.native = True
-    try:
-        yield
-    finally:
-        _asked.native = before
+    return _choice.block()
 
 
 def normals(seed: Tensor, sample_id: Tensor, t: Tensor, numel: int) -> Tensor:
@@ -48,7 +40,7 @@ def normals(seed: Tensor, sample_id: Tensor, t: Tensor, numel: int) -> Tensor:
     Returns:
         float32 [B, numel] on the device of `seed`, contiguous.
     """
-    library = _library() if getattr(_asked, "native", False) and seed.device.type == "cpu" else None
+    library = _library() if _choice.made and seed.device.type == "cpu" else None
     if library is None:
         return normals_reference(seed, sample_id, t, numel)
     seed, sample_id, t = seed.contiguous(), sample_id.contiguous(), t.contiguous()

@@ -8,7 +8,7 @@
  * Pictures are NHWC, float32 or bfloat16; everything between them is float32.
  * Tiles are worked through in blocks whose V and M stay in the caches. U is packed in panels:
  * U[k][o / PANEL][c][o % PANEL]. C must be a multiple of LANES, O one of PANEL. Zen 4 and later and Intel's servers have
- * LANES 16, older processors 8; see the compiler's flags in winograd.py.
+ * LANES 16, older processors 8; see the compiler's flags in native.py.
  */
 #include <pthread.h>
 #include <stdint.h>
@@ -27,32 +27,7 @@
 #define POSITIONS 36
 #define BLOCK 36 /* tiles at a time, so that V and M stay in the caches; a multiple of ROWS */
 
-typedef float vec __attribute__((vector_size(LANES * 4)));
-typedef float vec_u __attribute__((vector_size(LANES * 4), aligned(4)));
-
-static inline vec load(const float *p) { return *(const vec_u *)p; }
-static inline void store(float *p, vec v) { *(vec_u *)p = v; }
-
-typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2)));
-typedef uint32_t words __attribute__((vector_size(LANES * 4)));
-
-/* LANES values of a picture, from element i on: bfloat16 if `half`. */
-static inline vec load_pixel(const void *x, int64_t i, int half) {
-    if (!half) return load((const float *)x + i);
-    return (vec)(__builtin_convertvector(*(const halves *)((const uint16_t *)x + i), words) << 16);
-}
-
-static inline void store_pixel(void *y, int64_t i, vec v, int half) {
-    if (!half) {
-        store((float *)y + i, v);
-        return;
-    }
-    words bits = (words)v; /* round to nearest, ties to even; a NaN stays one */
-    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    words nan = (words)(v != v);
-    rounded = (nan & 0x7fc0) | (~nan & rounded);
-    *(halves *)((uint16_t *)y + i) = __builtin_convertvector(rounded, halves);
-}
+#include "vectors.h"
 
 int winograd_lanes(void) { return LANES; }
 

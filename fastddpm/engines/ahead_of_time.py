@@ -13,7 +13,6 @@ import dataclasses
 import gc
 import os
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -182,7 +181,7 @@ def compile_step(call: Call, path: Path, layers: Sequence[str] | None = None) ->
         with torch.no_grad(), warnings.catch_warnings(), _own_folder():
             warnings.simplefilter("ignore")
             step = with_quick_layers(call, layers)
-            with _instructions_found_meanwhile(), native_norms():
+            with native_norms():
                 program = torch.export.export(
                     step, tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
                 )
@@ -193,27 +192,6 @@ def compile_step(call: Call, path: Path, layers: Sequence[str] | None = None) ->
     except Exception as error:  # whatever the exporter, the compiler or the C++ compiler raise
         raise not_one_graph(error) from error
     give_memory_back()
-
-
-@contextlib.contextmanager
-def _instructions_found_meanwhile() -> Iterator[None]:
-    """Let Inductor find out in another thread, while the block runs, which instructions there are.
-
-    It runs a compiler for that, and keeps the answer; an error comes again where the answer is used.
-    """
-
-    def find() -> None:
-        with contextlib.suppress(Exception):
-            from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-            pick_vec_isa()
-
-    thread = threading.Thread(target=find, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
 
 
 def shims() -> dict[Any, list[str]]:

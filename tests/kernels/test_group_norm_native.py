@@ -61,10 +61,10 @@ def test_silu_at_its_ends():
 
 
 def test_a_picture_is_the_same_in_any_batch():
-    case = norm_case((5, 32, 40, 31), 8, TERMS["everything, add"])
+    case = norm_case((4, 32, 40, 31), 8, TERMS["everything, add"])
     with threads(2):
         together = call(**case)[1]
-        for i in range(5):
+        for i in range(4):
             one = {k: v[i : i + 1] if k in ("x", "residual", "skip", "row") else v for k, v in case.items()}
             assert torch.equal(call(**one)[1][0], together[i])
 
