@@ -1,7 +1,8 @@
 """All that a GPU can tell in one go: `python -m benchmarks.gpu OUT`, which `benchmarks/gpu.sh` calls.
 
-Sections run one after the other, each in a process of its own with a time limit of its own; one that fails or takes too
-long stops no other. Nothing has to be installed but PyTorch and what this package imports.
+Each section runs in a process of its own with a time limit; one that fails or takes too long stops no other. Those that
+time nothing run side by side, then the others one after the other. Nothing has to be installed but PyTorch and what
+this package imports.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from fastddpm.kernels.kept import cache_folder
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 6.0
 SHARES = {
-    "doctor": 0.16, "tests": 0.18, "compile": 0.24, "ceiling": 0.04, "kernels": 0.10, "cifar10": 0.14,
-    "celebahq256": 0.09, "trace": 0.05,
+    "doctor": 0.10, "tests": 0.12, "compile": 0.14, "ceiling": 0.04, "kernels": 0.10, "cifar10": 0.26,
+    "celebahq256": 0.18, "trace": 0.06,
 }  # fmt: skip
 """Sections in their order, and the part of the whole time that each may take; what one leaves over is the next's."""
+SIDE_BY_SIDE = ("doctor", "tests", "compile")
+"""Those that time nothing: they run at once, each in the time of all of them."""
 FAILED = 1
 GRACE_S = 5.0
+POLL_S = 0.05
 _TAIL = 2000
 
 
@@ -70,14 +74,23 @@ def run(chosen: Sequence[str], out: Path, minutes: float, dry: bool) -> list[Out
     """
     out.mkdir(parents=True, exist_ok=True)
     kept, end = limits(chosen, minutes), time.monotonic() + 60 * minutes
-    outcomes = []
-    for i, name in enumerate(chosen):
-        seconds = max(end - time.monotonic() - sum(kept[later] for later in chosen[i + 1 :]), GRACE_S)
-        print(f"{name}: up to {seconds:.0f} s", flush=True)
-        outcome = run_section(command(name, out, seconds, dry), name, out, seconds)
-        print(f"{name}: {'ok' if outcome.ok else 'FAILED'}, {outcome.seconds:.0f} s: {outcome.says}", flush=True)
-        outcomes.append(outcome)
+    outcomes, begun = list[Outcome](), 0
+    for stage in stages(chosen):
+        begun += len(stage)
+        seconds = max(end - time.monotonic() - sum(kept[later] for later in chosen[begun:]), GRACE_S)
+        print(f"{', '.join(stage)}: up to {seconds:.0f} s", flush=True)
+        commands = {name: command(name, out, seconds, dry) for name in stage}
+        for outcome in run_stage(commands, out, seconds):
+            word = "ok" if outcome.ok else "FAILED"
+            print(f"{outcome.section}: {word}, {outcome.seconds:.0f} s: {outcome.says}", flush=True)
+            outcomes.append(outcome)
     return outcomes
+
+
+def stages(chosen: Sequence[str]) -> list[list[str]]:
+    """The sections that run at once, stage by stage."""
+    together = [name for name in chosen if name in SIDE_BY_SIDE]
+    return [*([together] if together else []), *([name] for name in chosen if name not in SIDE_BY_SIDE)]
 
 
 def command(name: str, out: Path, seconds: float, dry: bool) -> list[str]:
@@ -86,37 +99,50 @@ def command(name: str, out: Path, seconds: float, dry: bool) -> list[str]:
     return [*words, "--dry"] if dry else words
 
 
-def run_section(words: Sequence[str], name: str, out: Path, seconds: float) -> Outcome:
-    """Run a section's command; it and all that it has started end with the time."""
+def run_stage(commands: Mapping[str, Sequence[str]], out: Path, seconds: float) -> list[Outcome]:
+    """Run sections' commands at once; they and all that they have started end with the time."""
+    began, spent = time.monotonic(), dict[str, float]()
+    processes = dict[str, subprocess.Popen[bytes]]()
+    try:
+        for name, words in commands.items():
+            processes[name] = _started(words, name, out)
+        while len(spent) < len(processes) and time.monotonic() - began < seconds:
+            for name in [name for name in processes if name not in spent and processes[name].poll() is not None]:
+                spent[name] = time.monotonic() - began
+            time.sleep(POLL_S)
+    finally:
+        for process in processes.values():
+            _end(process)
+    codes = {name: processes[name].returncode if name in spent else None for name in processes}
+    return [_outcome(name, out, code, spent.get(name, seconds)) for name, code in codes.items()]
+
+
+def _started(words: Sequence[str], name: str, out: Path) -> subprocess.Popen[bytes]:
     for kind in ("json", "txt", "log"):
         (out / f"{name}.{kind}").unlink(missing_ok=True)
-    began = time.monotonic()
     with open(out / f"{name}.log", "wb") as log:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
         )
-        try:
-            code: int | None = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _end(process)
-    spent = time.monotonic() - began
+
+
+def _outcome(name: str, out: Path, code: int | None, spent: float) -> Outcome:
     found = _read(out / f"{name}.json")
     says = str(found.get("says", ""))
     if code is None:
         so_far = f"; by then: {says}" if says else ""
-        return Outcome(name, False, spent, f"stopped after the {seconds:.0f} s that it may take{so_far}")
+        return Outcome(name, False, spent, f"stopped after the {spent:.0f} s that it may take{so_far}")
     if code == 0 and found:
         return Outcome(name, bool(found.get("ok")), spent, says)
     return Outcome(name, False, spent, f"exit code {code}: {_last_line(out / f'{name}.log')}")
 
 
 def environment() -> Mapping[str, str]:
-    """The tree on PYTHONPATH, and one folder for what compilers keep, so that sections find it of each other."""
+    """The tree on PYTHONPATH, few threads for each of many compilers, and one folder for what they keep."""
     kept = cache_folder()
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
-    chosen = {"TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor"), "TRITON_CACHE_DIR": str(kept / "triton")}
+    chosen = {"TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor"), "TRITON_CACHE_DIR": str(kept / "triton"),
+              "TORCHINDUCTOR_COMPILE_THREADS": "2"}  # fmt: skip
     return {**chosen, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 

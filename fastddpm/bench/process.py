@@ -1,4 +1,4 @@
-"""Workers from the parent's side: in processes of their own, or, where pools of threads do not matter, in this one."""
+"""Workers from the parent's side: in processes of their own, or, for one alone, in this one."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class WorkerProcess:
 
 
 class LocalWorker:
-    """A worker in this very process: for GPUs, where starting a process for each peer takes longer than measuring it.
+    """A worker in this very process, for one that is alone in it.
 
     Args:
         peer: the peer's name.

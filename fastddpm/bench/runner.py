@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -110,31 +111,23 @@ class WorkloadRun:
             self.workload, folder, threads=settings.threads, device=settings.device, steps_only=settings.steps_only,
             dry=settings.dry,
         )  # fmt: skip
-        with Lineup(job, folder, settings, environment, self.say) as lineup:
+        # The pool outlives its lineup: workers end with the thread that started them.
+        pool = concurrent.futures.ThreadPoolExecutor(settings.side_by_side)
+        with pool, Lineup(job, folder, settings, environment, self.say) as lineup:
+            map_ = pool.map if settings.side_by_side > 1 else map
             for i, (batch, steps) in enumerate(zip(self.workload.batches, self.workload.steps, strict=True)):
                 later = len(self.workload.batches) - i - 1
                 one = BatchResult(batch, steps, peers=[PeerResult(n, precision_of(n)) for n in self.workload.everyone])
                 self.result.batches.append(one)
-                self._measure_batch(lineup, one, self.ahead_s + later * _cold_s(self.workload, settings))
+                ahead_s = self.ahead_s + later * _cold_s(self.workload, settings)
+                self.say(batch, "", "peers get ready")
+                lineup.open_limits()
+                list(map_(functools.partial(self._make_ready, lineup, one, ahead_s), one.peers))
+                self._measure_batch(lineup, one, ahead_s)
                 on_result(self.result, one)
         return self.result
 
     def _measure_batch(self, lineup: Lineup, one: BatchResult, ahead_s: float) -> None:
-        lineup.open_limits()
-        for peer in one.peers:
-            # In miniature slowness does not matter, and everything is to run once.
-            peer.note = "" if self.settings.dry else cannot(peer.peer, self.settings.device)
-            if peer.note:
-                self.say(one.batch, peer.peer, peer.note)
-                continue
-            seconds = self.allowed(peer.peer, ahead_s + self.settings.rounds_s)
-            if seconds > 0:
-                lineup.make_ready(peer, one.batch, one.steps, seconds)
-                if peer.ready_s is not None:
-                    self.pace.learn(peer.peer, peer.ready_s)
-            else:
-                peer.note = NO_TIME
-                self.say(one.batch, peer.peer, NO_TIME)
         lineup.judge(one)
         self.result.flop = self.result.flop or lineup.flops("reference", *self.workload.everyone)
         self.result.lucidrains_flop = self.result.lucidrains_flop or lineup.flops("lucidrains")
@@ -146,6 +139,21 @@ class WorkloadRun:
         if self.settings.over_steps and is_first and self.workload.model:
             extras.over_steps(lineup, one, self.settings.over_steps, spare)
         self._summarise(one, peaks)
+
+    def _make_ready(self, lineup: Lineup, one: BatchResult, ahead_s: float, peer: PeerResult) -> None:
+        # In miniature slowness does not matter, and everything is to run once.
+        peer.note = "" if self.settings.dry else cannot(peer.peer, self.settings.device)
+        if peer.note:
+            self.say(one.batch, peer.peer, peer.note)
+            return
+        seconds = self.allowed(peer.peer, ahead_s + self.settings.rounds_s)
+        if seconds > 0:
+            lineup.make_ready(peer, one.batch, one.steps, seconds)
+            if peer.ready_s is not None:
+                self.pace.learn(peer.peer, peer.ready_s)
+        else:
+            peer.note = NO_TIME
+            self.say(one.batch, peer.peer, NO_TIME)
 
     def allowed(self, name: str, ahead_s: float) -> float:
         """Seconds in which a peer may get ready; 0 if it is left out.

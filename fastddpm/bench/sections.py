@@ -28,6 +28,8 @@ from fastddpm.sampler import Sampler
 
 MINUTES = 5.0
 ROUNDS = 9
+SHARED_BY = 4
+"""So many processes have a core at a time, of all that get ready: each begins with reading, and ends with waiting."""
 TRACED = {"batch": 16, "steps": 50}
 _DRY_UNET = {
     "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": [8], "layers_per_block": 1,
@@ -121,7 +123,7 @@ def measure_steps(
 ) -> StepsFound:
     """A step of each network in all engines and precisions, beside the others.
 
-    All peers share this process: what is compiled anew is compiled here, unless `compile_ahead` has filled the caches.
+    Peers get ready side by side; what is compiled anew is compiled then, unless `compile_ahead` has filled the caches.
 
     Args:
         device: "cpu" or "cuda".
@@ -157,8 +159,8 @@ def compilations(dry: bool = False) -> list[tuple[str, str, int]]:
     return [
         (workload.name, peer, batch)
         for workload in networks(dry)
-        for peer in workload.peers
         for batch in workload.batches
+        for peer in workload.peers
         if peer in COMPILES
     ]
 
@@ -166,7 +168,8 @@ def compilations(dry: bool = False) -> list[tuple[str, str, int]]:
 def compile_ahead(device: str, network: str, peer: str, batch: int, dry: bool = False) -> CompiledAhead:
     """Fill the compilers' caches with one of `compilations`."""
     (workload,) = (workload for workload in networks(dry) if workload.name == network)
-    steps, settings = workload.steps[workload.batches.index(batch)], _settings(device, dry)
+    steps = workload.steps[workload.batches.index(batch)]
+    settings = dataclasses.replace(_settings(device, dry), local=True)
     result = PeerResult(peer, precision_of(peer))
     with tempfile.TemporaryDirectory(prefix="fastddpm-bench-") as scratch:
         job = make_job(workload, Path(scratch), threads=settings.threads, device=device, steps_only=True, dry=dry)
@@ -199,7 +202,8 @@ def take_apart(device: str, folder: Path, dry: bool = False) -> dict[str, object
 
 
 def _settings(device: str, dry: bool, minutes: float = MINUTES) -> Settings:
+    cores = torch.get_num_threads()
     return Settings(
-        60 * minutes, 3 if dry else ROUNDS, torch.get_num_threads(), device, rounds_s=20.0, looks=False, local=True,
-        steps_only=True, dry=dry,
+        60 * minutes, 3 if dry else ROUNDS, max(1, cores // SHARED_BY), device, rounds_s=15.0, looks=False,
+        side_by_side=cores, steps_only=True, dry=dry,
     )  # fmt: skip

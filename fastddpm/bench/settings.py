@@ -26,7 +26,8 @@ class Settings:
         cold: whether compilers start with empty caches, so that compile times are those of a first use.
         looks: whether memory and the time outside the network are measured too.
         over_steps: numbers of steps whose whole runs are timed, for a checkpoint's smallest batch.
-        local: whether all peers share this process, one after the other: for GPUs.
+        local: whether all peers share this process: for one alone.
+        side_by_side: how many peers may get ready at once: on GPUs, where compiling leaves most cores idle.
         steps_only: as in `Job`.
         dry: as in `Job`.
     """
@@ -41,6 +42,7 @@ class Settings:
     looks: bool = True
     over_steps: tuple[int, ...] = ()
     local: bool = False
+    side_by_side: int = 1
     steps_only: bool = False
     dry: bool = False
 

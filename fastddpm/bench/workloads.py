@@ -97,8 +97,8 @@ QUICK = (
                         peers=("reference", "fastddpm-eager", "diffusers", "onnxruntime", "fastddpm-compiled")),
 )  # fmt: skip
 ON_GPU = (
-    dataclasses.replace(_CIFAR10_NET, batches=(1, 16, 128, 512), steps=(50, 50, 20, 10), peers=GPU_PEERS, more=()),
-    dataclasses.replace(_CELEBAHQ_NET, batches=(1, 8, 32), steps=(50, 20, 10), peers=GPU_PEERS, more=()),
+    dataclasses.replace(_CIFAR10_NET, batches=(1, 16, 128, 512), steps=(20, 20, 10, 10), peers=GPU_PEERS, more=()),
+    dataclasses.replace(_CELEBAHQ_NET, batches=(1, 8, 32), steps=(20, 10, 10), peers=GPU_PEERS, more=()),
 )
 QUICK_ON_GPU = (dataclasses.replace(ON_GPU[0], batches=(1, 128), steps=(50, 20)),)
 NAMES = tuple(workload.name for workload in FULL)
