@@ -45,12 +45,14 @@ class Section:
         out: the folder for results.
         seconds: that it may take.
         dry: whether it runs in miniature on the CPU.
+        chosen: all sections of the run.
     """
 
     name: str
     out: Path
     seconds: float
     dry: bool
+    chosen: Sequence[str] = tuple(SHARES)
 
     @property
     def device(self) -> str:
@@ -110,7 +112,7 @@ def marked_files() -> tuple[str, ...]:
 
 def compile_all(section: Section) -> None:
     """Fill Inductor's cache with what the benchmarks need, in processes side by side."""
-    end, done, wanted = time.monotonic() + section.seconds, list[dict[str, Any]](), compilations(section.dry)
+    end, done, wanted = time.monotonic() + section.seconds, list[dict[str, Any]](), compilations(section.dry, section.chosen)
 
     def one(arguments: tuple[str, str, int]) -> dict[str, Any]:
         network, peer, batch = arguments
@@ -143,11 +145,12 @@ def compile_all(section: Section) -> None:
             keep()
 
 
-def compilations(dry: bool) -> list[tuple[str, str, int]]:
+def compilations(dry: bool, chosen: Sequence[str] = tuple(SHARES)) -> list[tuple[str, str, int]]:
     """What is compiled ahead: graphs hold what the compiled engine compiles, so one of the two is enough."""
     from fastddpm.bench import sections
 
     found = [entry for entry in sections.compilations(dry) if not entry[1].startswith("fastddpm-graph")]
+    found = [entry for entry in found if dry or entry[0] in chosen]
     if importlib.util.find_spec("diffusers") is None:
         found = [entry for entry in found if not entry[1].startswith("diffusers")]
     return found[:2] if dry else found
@@ -219,8 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("seconds", type=float)
     parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--of", default=",".join(SHARES))
     given = parser.parse_args(arguments)
-    RUN[given.name](Section(given.name, given.out, given.seconds, given.dry))
+    RUN[given.name](Section(given.name, given.out, given.seconds, given.dry, given.of.split(",")))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,14 @@ if __name__ != "fastddpm.kernels":
     # Under a second name every op would be registered a second time, and nothing would say so.
     raise ImportError(f"kernels: must be imported as fastddpm.kernels, got {__name__}; import fastddpm.kernels")
 
+import sys
+from importlib.util import find_spec
+
+_found = find_spec("kernels")
+if _found is not None and _found.origin == __file__.replace("/fastddpm/kernels/", "/kernels/"):
+    # Beside this package's own tree its folder is the first of that name: transformers must not take it for the Hub's.
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+
 from .p_sample import COLUMNS, p_sample, p_sample_reference
 from .philox import X_T_COUNTER, normals_reference, philox4x32_reference
 from .q_sample import q_sample, q_sample_reference

@@ -20,7 +20,6 @@ from torch import Tensor
 from .checks import OUT_DTYPES, check_tensor
 from .dispatch import runs_triton
 from .group_norm_native import takes, threads_for
-from .group_norm_tiles import tile
 
 Mode = Literal["add", "scale_shift"]
 
@@ -126,8 +125,8 @@ def add_group_norm(
 ) -> tuple[Tensor, Tensor]:
     """The sum of what is given, and its group norm, with the equations above; not differentiable on GPUs.
 
-    On a GPU one launch does all of it, if a group of a picture has at most `MOST_ELEMENTS` elements; the arithmetic is
-    then float32, whatever the tensors are. The results are channels-last there.
+    On a GPU one launch does all of it, two where a picture is large (see `group_norm_tiles`); the arithmetic is float32,
+    whatever the tensors are. The results are channels-last there.
 
     Args:
         x: float32, bfloat16 or float16 [B, C, H, W], best channels-last.
@@ -161,7 +160,7 @@ def add_group_norm_unchecked(
     bias, residual, skip = terms
     channels, pixels = x.shape[1] + (0 if skip is None else skip.shape[1]), x.shape[2] * x.shape[3]
     native = takes(x, skip)
-    if not native and (not runs_triton(x.device.type) or tile(channels, norm.groups, pixels) is None):
+    if not native and not runs_triton(x.device.type):
         return add_group_norm_reference(x, norm, terms, projection, silu=silu)
     row, mode, column, row_of = (None, None, 0, None) if projection is None else projection
     alone = bias is None and residual is None and skip is None and mode != "add"

@@ -1,5 +1,7 @@
 """How group norms are cut into tiles: what one program of the kernel takes."""
 
+from typing import NamedTuple
+
 MOST_ELEMENTS = 16384
 """Elements of one program's tile, padding included, beyond which a group does not fit into registers without spills."""
 
@@ -36,3 +38,46 @@ def tile(channels: int, groups: int, pixels: int) -> tuple[int, int] | None:
 def warps_for(elements: int, lanes: int = 32) -> int:
     """Warps for a tile of so many elements; `lanes` is 64 on AMD's GPUs."""
     return min(max(elements // (_PER_THREAD * lanes), 128 // lanes), 512 // lanes)
+
+
+class Plan(NamedTuple):
+    """What one program of the kernel takes.
+
+    Attributes:
+        together: groups.
+        width: their channels, padded to a power of two.
+        rows: pixels of a tile, a power of two.
+        tiles: that it goes through, one after the other.
+        splits: programs that share a group; where it is 1, one launch does all.
+        warps: of a program.
+    """
+
+    together: int
+    width: int
+    rows: int
+    tiles: int
+    splits: int
+    warps: int
+
+
+def plan_for(batch: int, channels: int, groups: int, pixels: int, lanes: int = 32) -> Plan:
+    """The plan of a norm."""
+    found = tile(channels, groups, pixels)
+    if found is not None:
+        together, width = found
+        rows = next_power(pixels)
+        return Plan(together, width, rows, 1, 1, warps_for(width * rows, lanes))
+    return split_plan(channels, groups, pixels)
+
+
+def split_plan(channels: int, groups: int, pixels: int, wide: int = 64, elements: int = 8192, most: int = 64,
+               warps: int = 8) -> Plan:
+    """The plan of a norm whose groups are shared out."""
+    size, together = channels // groups, 1
+    while groups % (2 * together) == 0 and together * size < wide:
+        together *= 2
+    width = next_power(together * size)
+    rows = max(1, min(elements // width, next_power(pixels)))
+    parts = -(-pixels // rows)
+    tiles = -(-parts // most)
+    return Plan(together, width, rows, tiles, -(-parts // tiles), warps)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from .common_triton import jit, launcher, tl
-from .group_norm_tiles import next_power, tile, warps_for
+from .group_norm_tiles import next_power, plan_for
 
 
 @jit
@@ -13,6 +13,36 @@ def _over_groups(value: tl.tensor, member: tl.tensor) -> tl.tensor:
     """Each channel's value replaced by the sum over its group."""
     groups = tl.sum(tl.where(member, value[:, None], 0.0), axis=0)
     return tl.sum(tl.where(member, groups[None, :], 0.0), axis=1)
+
+
+@jit
+def _summed(
+    x: tl.tensor,
+    residual: tl.tensor,
+    skip: tl.tensor,
+    added: tl.tensor,
+    line: tl.tensor,
+    p: tl.tensor,
+    c: tl.tensor,
+    inside: tl.tensor,
+    own: tl.tensor,
+    channels: tl.tensor,
+) -> tl.tensor:
+    """The sum at pixels p and channels c of the picture that begins at pixel `line`, float32; 0 where not inside."""
+    present, first, e = inside, line * tl.cast(channels, tl.uint32).to(tl.int64), p[:, None] * channels + c[None, :]
+    if skip is not None:
+        present = inside & (c < own)[None, :]
+        first = line * tl.cast(own, tl.uint32).to(tl.int64)
+        e = p[:, None] * own + c[None, :]
+    v = tl.load(x + first + e, mask=present, other=0.0).to(tl.float32)
+    if residual is not None:
+        v += tl.load(residual + first + e, mask=present, other=0.0).to(tl.float32)
+    if skip is not None:
+        rest = channels - own
+        theirs = skip + line * tl.cast(rest, tl.uint32).to(tl.int64)
+        e = p[:, None] * rest + (c - own)[None, :]
+        v += tl.load(theirs + e, mask=inside & (c >= own)[None, :], other=0.0).to(tl.float32)
+    return tl.where(inside, v + added[None, :], 0.0)
 
 
 @jit
@@ -25,6 +55,7 @@ def _add_group_norm_kernel(
     skip: tl.tensor,
     weight: tl.tensor,
     beta: tl.tensor,
+    moments: tl.tensor,
     total: tl.tensor,
     out: tl.tensor,
     pixels: tl.tensor,
@@ -40,30 +71,28 @@ def _add_group_norm_kernel(
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     PIXELS: tl.constexpr,
+    TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ) -> None:
-    """Program (b, j) normalises groups j·GROUPS ... of picture b; optional pointers are None where unused."""
-    b = tl.program_id(0)
+    """Program (j, s, b) has pixels s·TILES·PIXELS ... of groups j·GROUPS ... of picture b.
+
+    Where SPLITS is 1 it has all of them, in registers, and writes `total` and `out`. Otherwise two launches share the
+    work: one without `out` writes each program's mean and sum of squares, and `total`; one with it reads them.
+    Optional pointers are None where unused.
+    """
+    j, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lane = tl.arange(0, WIDTH)
-    c = tl.program_id(1) * (GROUP * GROUPS) + lane
+    c = j * (GROUP * GROUPS) + lane
     real = lane < GROUP * GROUPS
-    p = tl.arange(0, PIXELS)
-    inside = (p < pixels)[:, None] & real[None, :]
+    member = (lane // GROUP)[:, None] == tl.arange(0, GROUPS)[None, :]
     # Unsigned, so that the products are one wide multiplication each.
     line = tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(pixels, tl.uint32).to(tl.int64)
     first = line * tl.cast(channels, tl.uint32).to(tl.int64)
-    e = p[:, None] * channels + c[None, :]
 
-    mine, own_first, own_e = real, first, e
-    if skip is not None:
-        mine = real & (c < own)
-        own_first = line * tl.cast(own, tl.uint32).to(tl.int64)
-        own_e = p[:, None] * own + c[None, :]
-    present = inside & mine[None, :]
-    v = tl.load(x + own_first + own_e, mask=present, other=0.0).to(tl.float32)
-    if residual is not None:
-        v += tl.load(residual + own_first + own_e, mask=present, other=0.0).to(tl.float32)
+    mine = real & (c < own)
+    added = tl.zeros((WIDTH,), tl.float32)
     if bias is not None:
-        v += tl.load(bias + c, mask=mine, other=0.0).to(tl.float32)[None, :]
+        added += tl.load(bias + c, mask=mine, other=0.0).to(tl.float32)
     known, poison = True, 0.0
     if row is not None:
         r = tl.cast(b, tl.uint32).to(tl.int64)
@@ -74,32 +103,81 @@ def _add_group_norm_kernel(
         row += r * tl.cast(row_width, tl.uint32).to(tl.int64) + column
         poison = tl.where(known, 0.0, float("nan"))
         if not SCALE_SHIFT:
-            v += tl.load(row + c, mask=mine & known, other=0.0).to(tl.float32)[None, :]
-    if skip is not None:
-        rest = channels - own
-        theirs = skip + line * tl.cast(rest, tl.uint32).to(tl.int64)
-        e_skip = p[:, None] * rest + (c - own)[None, :]
-        v += tl.load(theirs + e_skip, mask=inside & (c >= own)[None, :], other=0.0).to(tl.float32)
-    if total is not None:
-        tl.store(total + first + e, v, mask=inside)
+            added += tl.load(row + c, mask=mine & known, other=0.0).to(tl.float32)
 
-    member = (lane // GROUP)[:, None] == tl.arange(0, GROUPS)[None, :]
-    share = 1.0 / (pixels * GROUP).to(tl.float32)
-    mean = _over_groups(tl.sum(tl.where(inside, v, 0.0), axis=0), member) * share
-    v = tl.where(inside, v - mean[None, :], 0.0)
-    variance = _over_groups(tl.sum(v * v, axis=0), member) * share
-    # Inductor passes numbers as float64, which must not spread.
-    a = tl.rsqrt(variance + tl.cast(eps, tl.float32)) * tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
-    d = tl.load(beta + c, mask=real, other=0.0).to(tl.float32)
-    if SCALE_SHIFT:
-        scale = 1.0 + tl.load(row + c, mask=real & known, other=0.0).to(tl.float32)
-        a *= scale
-        d = tl.fma(d, scale, tl.load(row + channels + c, mask=real & known, other=0.0).to(tl.float32))
-    d += poison
+    if SPLITS == 1:
+        p = tl.arange(0, PIXELS)
+        inside = (p < pixels)[:, None] & real[None, :]
+        v = _summed(x, residual, skip, added, line, p, c, inside, own, channels)
+        e = p[:, None] * channels + c[None, :]
+        if total is not None:
+            tl.store(total + first + e, v, mask=inside)
+        share = 1.0 / (pixels * GROUP)
+        mean = _over_groups(tl.sum(v, axis=0), member) * share
+        v = tl.where(inside, v - mean[None, :], 0.0)
+        variance = _over_groups(tl.sum(v * v, axis=0), member) * share
+    elif out is None:
+        # Each channel's mean and sum of squares about it, tile after tile (Chan et al. 1979), then each group's.
+        count, mean, squares = 0.0, tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+        for i in range(TILES):
+            p = (s * TILES + i) * PIXELS + tl.arange(0, PIXELS)
+            inside = (p < pixels)[:, None] & real[None, :]
+            v = _summed(x, residual, skip, added, line, p, c, inside, own, channels)
+            if total is not None:
+                tl.store(total + first + (p[:, None] * channels + c[None, :]), v, mask=inside)
+            more = tl.sum((p < pixels).to(tl.float32), axis=0)
+            theirs = tl.sum(v, axis=0) / tl.maximum(more, 1.0)
+            v = tl.where(inside, v - theirs[None, :], 0.0)
+            part = more / tl.maximum(count + more, 1.0)
+            squares += tl.sum(v * v, axis=0) + (theirs - mean) * (theirs - mean) * (count * part)
+            mean += (theirs - mean) * part
+            count += more
+        groups = tl.sum(tl.where(member, mean[:, None], 0.0), axis=0) / GROUP
+        mean -= tl.sum(tl.where(member, groups[None, :], 0.0), axis=1)
+        squares += count * mean * mean
+        at = ((b * (channels // GROUP) + j * GROUPS).to(tl.int64) + tl.arange(0, GROUPS)) * (2 * SPLITS) + s
+        tl.store(moments + at, groups)
+        tl.store(moments + at + SPLITS, tl.sum(tl.where(member, squares[:, None], 0.0), axis=0))
+    else:
+        at = ((b * (channels // GROUP) + j * GROUPS).to(tl.int64) + tl.arange(0, GROUPS)) * (2 * SPLITS)
+        part = tl.arange(0, SPLITS)
+        counts = tl.minimum(tl.maximum(pixels - part * (TILES * PIXELS), 0), TILES * PIXELS).to(tl.float32)[None, :]
+        means = tl.load(moments + (at[:, None] + part[None, :]), mask=counts > 0, other=0.0)
+        squares = tl.load(moments + (at[:, None] + SPLITS + part[None, :]), mask=counts > 0, other=0.0)
+        of_group = tl.sum(counts * means, axis=1) / pixels
+        far = means - of_group[:, None]
+        spread = tl.sum(squares + counts * far * far * GROUP, axis=1) / (pixels * GROUP)
+        mean = tl.sum(tl.where(member, of_group[None, :], 0.0), axis=1)
+        variance = tl.sum(tl.where(member, spread[None, :], 0.0), axis=1)
+
+    if out is not None:
+        # Inductor passes numbers as float64, which must not spread.
+        a = tl.rsqrt(variance + tl.cast(eps, tl.float32)) * tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
+        d = tl.load(beta + c, mask=real, other=0.0).to(tl.float32)
+        if SCALE_SHIFT:
+            scale = 1.0 + tl.load(row + c, mask=real & known, other=0.0).to(tl.float32)
+            a *= scale
+            d = tl.fma(d, scale, tl.load(row + channels + c, mask=real & known, other=0.0).to(tl.float32))
+        d += poison
+        if SPLITS == 1:
+            _write(out + first, e, v, a, d, inside, SILU)
+        else:
+            for i in range(TILES):
+                p = (s * TILES + i) * PIXELS + tl.arange(0, PIXELS)
+                inside = (p < pixels)[:, None] & real[None, :]
+                v = _summed(x, residual, skip, added - mean, line, p, c, inside, own, channels)
+                _write(out + first, p[:, None] * channels + c[None, :], v, a, d, inside, SILU)
+
+
+@jit
+def _write(
+    out: tl.tensor, e: tl.tensor, v: tl.tensor, a: tl.tensor, d: tl.tensor, inside: tl.tensor, SILU: tl.constexpr
+) -> None:
+    """Write a·v + d, or its SiLU."""
     y = tl.fma(v, tl.broadcast_to(a[None, :], v.shape), tl.broadcast_to(d[None, :], v.shape))
     if SILU:
         y = y * tl.sigmoid(y)
-    tl.store(out + first + e, y, mask=inside)
+    tl.store(out + e, y, mask=inside)
 
 
 @triton_op("fastddpm::add_group_norm", mutates_args=())
@@ -125,32 +203,26 @@ def add_group_norm_op(
     # In this form Inductor sees buffers; of `empty` with a memory format it makes a kernel that fills them.
     out = x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
     total = x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2) if keep else x.new_empty(0)
-    together, wide = tile(channels, groups, pixels) or (1, 1)
-    rows = next_power(pixels)
-    launcher(_add_group_norm_kernel)[(batch, groups // together)](
-        x,
-        bias,
-        row,
-        index,
-        residual,
-        skip,
-        weight,
-        beta,
-        total if keep else None,
-        out,
-        pixels,
-        own,
-        channels,
-        0 if row is None else row.shape[1],
-        column,
-        0 if row is None else row.shape[0],
-        eps,
-        SCALE_SHIFT=scale_shift,
-        SILU=silu,
-        GROUP=channels // groups,
-        GROUPS=together,
-        WIDTH=wide,
-        PIXELS=rows,
-        num_warps=warps_for(wide * rows, 64 if torch.version.hip else 32),
+    plan = plan_for(batch, channels, groups, pixels)
+    arguments = (
+        x, bias, row, index, residual, skip, weight, beta, pixels, own, channels, 0 if row is None else row.shape[1], column,
+        0 if row is None else row.shape[0], eps
     )
+    launch(plan, arguments, groups, total if keep else None, out, scale_shift, silu)
     return total, out
+
+
+def launch(plan, arguments, groups, total, out, scale_shift, silu):
+    tensors, numbers = arguments[:8], arguments[8:]
+    x, pixels, channels = arguments[0], numbers[0], numbers[2]
+    batch = x.shape[0]
+    grid = (groups // plan.together, plan.splits, batch)
+    options = dict(SCALE_SHIFT=scale_shift, SILU=silu, GROUP=channels // groups, GROUPS=plan.together, WIDTH=plan.width,
+        PIXELS=plan.rows, TILES=plan.tiles, SPLITS=next_power(plan.splits), num_warps=plan.warps)
+    kernel = launcher(_add_group_norm_kernel)
+    if plan.splits == 1:
+        kernel[grid](*tensors, None, total, out, *numbers, **options)
+        return
+    moments = x.new_empty((batch, groups, 2, next_power(plan.splits)), dtype=torch.float32)
+    kernel[grid](*tensors, moments, total, None, *numbers, **options)
+    kernel[grid](*tensors, moments, None, out, *numbers, **options)

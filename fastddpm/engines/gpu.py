@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -76,9 +77,13 @@ def compile_in_place(step: Step | LikelihoodStep, arguments: list[Tensor], backe
     compiled: StepFunction = torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
     try:
         # Steps of other batches and forms share their Python code with this one; to compile it is no recompilation.
-        with torch._dynamo.config.patch(
-            error_on_recompile=False, recompile_limit=_MANY, accumulated_recompile_limit=_MANY
+        with (
+            torch._dynamo.config.patch(
+                error_on_recompile=False, recompile_limit=_MANY, accumulated_recompile_limit=_MANY
+            ),
+            warnings.catch_warnings(),
         ):
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # what `precision` is for
             compiled(*arguments)
     except Exception as error:  # whatever the compiler raises
         raise not_one_graph(error) from error
