@@ -31,6 +31,7 @@ SHARES = {
 """Sections in their order, and the part of the whole time that each may take; what one leaves over is the next's."""
 SIDE_BY_SIDE = ("doctor", "tests", "compile")
 """Those that time nothing: they run at once, each in the time of all of them."""
+PRECISIONS = "tf32,bf16"
 FAILED = 1
 GRACE_S = 5.0
 POLL_S = 0.05
@@ -60,7 +61,9 @@ def limits(chosen: Sequence[str], minutes: float) -> dict[str, float]:
     return {name: 60 * minutes * SHARES[name] / total for name in chosen}
 
 
-def run(chosen: Sequence[str], out: Path, minutes: float, dry: bool) -> list[Outcome]:
+def run(
+    chosen: Sequence[str], out: Path, minutes: float, dry: bool, precisions: str = PRECISIONS
+) -> list[Outcome]:
     """Run sections one after the other and print a line for each.
 
     Args:
@@ -68,6 +71,7 @@ def run(chosen: Sequence[str], out: Path, minutes: float, dry: bool) -> list[Out
         out: a folder; each section writes NAME.json and NAME.txt there, and its messages go to NAME.log.
         minutes: for all of them.
         dry: whether they run in miniature on the CPU.
+        precisions: of the networks that are timed, with commas, besides the textbook's float32.
 
     Returns:
         How each ended.
@@ -79,7 +83,7 @@ def run(chosen: Sequence[str], out: Path, minutes: float, dry: bool) -> list[Out
         begun += len(stage)
         seconds = max(end - time.monotonic() - sum(kept[later] for later in chosen[begun:]), GRACE_S)
         print(f"{', '.join(stage)}: up to {seconds:.0f} s", flush=True)
-        commands = {name: command(name, out, seconds, dry, chosen) for name in stage}
+        commands = {name: command(name, out, seconds, dry, chosen, precisions) for name in stage}
         for outcome in run_stage(commands, out, seconds):
             word = "ok" if outcome.ok else "FAILED"
             print(f"{outcome.section}: {word}, {outcome.seconds:.0f} s: {outcome.says}", flush=True)
@@ -93,10 +97,10 @@ def stages(chosen: Sequence[str]) -> list[list[str]]:
     return [*([together] if together else []), *([name] for name in chosen if name not in SIDE_BY_SIDE)]
 
 
-def command(name: str, out: Path, seconds: float, dry: bool, chosen: Sequence[str]) -> list[str]:
+def command(name: str, out: Path, seconds: float, dry: bool, chosen: Sequence[str], precisions: str) -> list[str]:
     """The command that runs a section, one of those that are chosen."""
     words = [sys.executable, "-m", "benchmarks.gpu_section", name, str(out), f"{max(seconds - GRACE_S, 1):.1f}"]
-    words += ["--of", ",".join(chosen)]
+    words += ["--of", ",".join(chosen), "--precisions", precisions]
     return [*words, "--dry"] if dry else words
 
 
@@ -169,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", metavar="SECTIONS", default=",".join(SHARES), help="with commas; default: %(default)s"
     )
+    parser.add_argument("--precisions", default=PRECISIONS, help="of the steps, with commas; default: %(default)s")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of them; default: %(default)g")
     parser.add_argument("--dry", action="store_true", help="run in miniature on the CPU: the figures say nothing")
     given = parser.parse_args(arguments)
@@ -183,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if why:
             parser.error(f"{why}; --dry runs in miniature on the CPU")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the section would go on without us
-    outcomes = run([name for name in SHARES if name in chosen], given.out.absolute(), given.minutes, given.dry)
+    outcomes = run([name for name in SHARES if name in chosen], given.out.absolute(), given.minutes, given.dry, given.precisions)
     table = report(outcomes)
     write(given.out / "summary.json", json.dumps([dataclasses.asdict(one) for one in outcomes], indent=2))
     write(given.out / "summary.txt", table)

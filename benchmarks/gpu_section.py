@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import ROOT, SHARES, write
+from benchmarks.gpu import PRECISIONS, ROOT, SHARES, write
 
 PROCESSES = {"tests": 8, "compile": 12}
 """That test or compile at once."""
@@ -46,6 +46,7 @@ class Section:
         seconds: that it may take.
         dry: whether it runs in miniature on the CPU.
         chosen: all sections of the run.
+        precisions: of the networks that are timed.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Section:
     seconds: float
     dry: bool
     chosen: Sequence[str] = tuple(SHARES)
+    precisions: Sequence[str] = tuple(PRECISIONS.split(","))
 
     @property
     def device(self) -> str:
@@ -112,7 +114,7 @@ def marked_files() -> tuple[str, ...]:
 
 def compile_all(section: Section) -> None:
     """Fill Inductor's cache with what the benchmarks need, in processes side by side."""
-    end, done, wanted = time.monotonic() + section.seconds, list[dict[str, Any]](), compilations(section.dry, section.chosen)
+    end, done, wanted = time.monotonic() + section.seconds, list[dict[str, Any]](), compilations(section.dry, section.chosen, section.precisions)
 
     def one(arguments: tuple[str, str, int]) -> dict[str, Any]:
         network, peer, batch = arguments
@@ -145,11 +147,13 @@ def compile_all(section: Section) -> None:
             keep()
 
 
-def compilations(dry: bool, chosen: Sequence[str] = tuple(SHARES)) -> list[tuple[str, str, int]]:
+def compilations(
+    dry: bool, chosen: Sequence[str] = tuple(SHARES), precisions: Sequence[str] = tuple(PRECISIONS.split(","))
+) -> list[tuple[str, str, int]]:
     """What is compiled ahead: graphs hold what the compiled engine compiles, so one of the two is enough."""
     from fastddpm.bench import sections
 
-    found = [entry for entry in sections.compilations(dry) if not entry[1].startswith("fastddpm-graph")]
+    found = [entry for entry in sections.compilations(dry, precisions) if not entry[1].startswith("fastddpm-graph")]
     found = [entry for entry in found if dry or entry[0] in chosen]
     if importlib.util.find_spec("diffusers") is None:
         found = [entry for entry in found if not entry[1].startswith("diffusers")]
@@ -189,10 +193,10 @@ def steps(section: Section) -> None:
         text = "\n".join((found["text"], *left_out, ""))
         section.keep(done and timed > 0, says, text, **{key: value for key, value in found.items() if key != "text"})
 
-    minutes = 0.8 * section.seconds / 60
     found = sections.measure_steps(
-        section.device, section.dry, minutes, [name], _say, on_batch=lambda so_far: keep(so_far, False)
-    )
+        section.device, section.dry, 0.9 * section.seconds / 60, [name], _say, lambda so_far: keep(so_far, False),
+        section.precisions,
+    )  # fmt: skip
     keep(found, True)
 
 
@@ -223,8 +227,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("seconds", type=float)
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--of", default=",".join(SHARES))
+    parser.add_argument("--precisions", default=PRECISIONS)
     given = parser.parse_args(arguments)
-    RUN[given.name](Section(given.name, given.out, given.seconds, given.dry, given.of.split(",")))
+    RUN[given.name](Section(given.name, given.out, given.seconds, given.dry, given.of.split(","), given.precisions.split(",")))
 
 
 if __name__ == "__main__":

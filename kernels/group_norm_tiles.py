@@ -1,43 +1,18 @@
-"""How group norms are cut into tiles: what one program of the kernel takes."""
+"""How group norms are cut into tiles: what one program of the kernel takes.
+
+The numbers were chosen by measuring on an H200; what they follow from is in the comments.
+"""
 
 from typing import NamedTuple
 
-MOST_ELEMENTS = 16384
-"""Elements of one program's tile, padding included, beyond which a group does not fit into registers without spills."""
+MOST_ELEMENTS = 32768
+"""Elements of a tile, padding included, that fit into the registers of the largest program."""
 
-_WIDE = 32  # channels next to each other in memory from which on accesses are as wide as they get
-_PER_THREAD = 32
-
-
-def next_power(n: int) -> int:
-    """The next power of two."""
-    return 1 << (n - 1).bit_length()
-
-
-def tile(channels: int, groups: int, pixels: int) -> tuple[int, int] | None:
-    """How many groups one program takes and how many channels wide its tile is, or None where one group is too much.
-
-    Args:
-        channels: of a picture.
-        groups: that its channels are in.
-        pixels: H·W.
-    """
-    size, rows, together = channels // groups, next_power(pixels), 1
-    if next_power(size) * rows > MOST_ELEMENTS:
-        return None
-    # Neighbouring groups in one program make wide accesses, as long as enough programs are left.
-    while (
-        groups % (2 * together) == 0
-        and together * size < _WIDE
-        and next_power(2 * together * size) * rows <= MOST_ELEMENTS
-    ):
-        together *= 2
-    return together, next_power(together * size)
-
-
-def warps_for(elements: int, lanes: int = 32) -> int:
-    """Warps for a tile of so many elements; `lanes` is 64 on AMD's GPUs."""
-    return min(max(elements // (_PER_THREAD * lanes), 128 // lanes), 512 // lanes)
+PER_THREAD = 32
+_ENOUGH = 128  # programs, about one for each of a large GPU's multiprocessors: below, narrower tiles are quicker
+_VECTOR = 8  # channels of 16 bits in the widest access
+_WIDE = 32  # channels next to each other, from which on memory is used well
+_SPLIT_WIDE, _SPLIT_ELEMENTS, _SPLIT_PROGRAMS, _MOST_SPLITS = 64, 8192, 512, 128
 
 
 class Plan(NamedTuple):
@@ -49,7 +24,6 @@ class Plan(NamedTuple):
         rows: pixels of a tile, a power of two.
         tiles: that it goes through, one after the other.
         splits: programs that share a group; where it is 1, one launch does all.
-        warps: of a program.
     """
 
     together: int
@@ -57,27 +31,51 @@ class Plan(NamedTuple):
     rows: int
     tiles: int
     splits: int
-    warps: int
+
+    def warps(self, lanes: int = 32) -> int:
+        """Of a program; `lanes` is 64 on AMD's GPUs."""
+        return min(max(self.width * self.rows // (PER_THREAD * lanes), 128 // lanes), 1024 // lanes)
+
+    def is_full(self, group: int, pixels: int) -> bool:
+        """Whether no tile has elements that are not there."""
+        return self.width == self.together * group and pixels == self.rows * self.tiles * self.splits
 
 
-def plan_for(batch: int, channels: int, groups: int, pixels: int, lanes: int = 32) -> Plan:
-    """The plan of a norm."""
-    found = tile(channels, groups, pixels)
-    if found is not None:
-        together, width = found
-        rows = next_power(pixels)
-        return Plan(together, width, rows, 1, 1, warps_for(width * rows, lanes))
-    return split_plan(channels, groups, pixels)
+def next_power(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length()
 
 
-def split_plan(channels: int, groups: int, pixels: int, wide: int = 64, elements: int = 8192, most: int = 64,
-               warps: int = 8) -> Plan:
-    """The plan of a norm whose groups are shared out."""
-    size, together = channels // groups, 1
-    while groups % (2 * together) == 0 and together * size < wide:
+def plan_for(batch: int, channels: int, groups: int, pixels: int) -> Plan:
+    """The plan of a norm.
+
+    Args:
+        batch: pictures.
+        channels: of a picture.
+        groups: that its channels are in.
+        pixels: H·W.
+    """
+    size, rows, together = channels // groups, next_power(pixels), 1
+    while groups % (2 * together) == 0:
+        wide = next_power(2 * together * size)
+        elements, programs = wide * rows, batch * groups // (2 * together)
+        if wide > _VECTOR and (programs < _ENOUGH or elements > MOST_ELEMENTS or (wide > _WIDE and elements > 4096)):
+            break
         together *= 2
     width = next_power(together * size)
-    rows = max(1, min(elements // width, next_power(pixels)))
+    if width * rows > (MOST_ELEMENTS if width >= _WIDE else MOST_ELEMENTS // 2):
+        return split_plan(batch, channels, groups, pixels)
+    return Plan(together, width, rows, 1, 1)
+
+
+def split_plan(batch: int, channels: int, groups: int, pixels: int) -> Plan:
+    """The plan of a norm whose groups are shared out among programs."""
+    size, together = channels // groups, 1
+    while groups % (2 * together) == 0 and together * size < _SPLIT_WIDE:
+        together *= 2
+    width = next_power(together * size)
+    rows = max(1, min(_SPLIT_ELEMENTS // width, next_power(pixels)))
     parts = -(-pixels // rows)
+    most = min(max(_SPLIT_PROGRAMS * together // (batch * groups), 16), _MOST_SPLITS)
     tiles = -(-parts // most)
-    return Plan(together, width, rows, tiles, -(-parts // tiles), warps)
+    return Plan(together, width, rows, tiles, -(-parts // tiles))

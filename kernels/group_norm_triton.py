@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from .common_triton import jit, launcher, tl
+from .common_triton import ON_INTERPRETER, approximations, jit, launcher, libdevice, tl
 from .group_norm_tiles import next_power, plan_for
 
 
@@ -27,6 +27,7 @@ def _summed(
     inside: tl.tensor,
     own: tl.tensor,
     channels: tl.tensor,
+    FULL: tl.constexpr,
 ) -> tl.tensor:
     """The sum at pixels p and channels c of the picture that begins at pixel `line`, float32; 0 where not inside."""
     present, first, e = inside, line * tl.cast(channels, tl.uint32).to(tl.int64), p[:, None] * channels + c[None, :]
@@ -34,15 +35,27 @@ def _summed(
         present = inside & (c < own)[None, :]
         first = line * tl.cast(own, tl.uint32).to(tl.int64)
         e = p[:, None] * own + c[None, :]
-    v = tl.load(x + first + e, mask=present, other=0.0).to(tl.float32)
+    if FULL and skip is None:
+        v = tl.load(x + first + e).to(tl.float32)
+    else:
+        v = tl.load(x + first + e, mask=present, other=0.0).to(tl.float32)
     if residual is not None:
-        v += tl.load(residual + first + e, mask=present, other=0.0).to(tl.float32)
+        if FULL and skip is None:
+            v += tl.load(residual + first + e).to(tl.float32)
+        else:
+            v += tl.load(residual + first + e, mask=present, other=0.0).to(tl.float32)
     if skip is not None:
         rest = channels - own
         theirs = skip + line * tl.cast(rest, tl.uint32).to(tl.int64)
         e = p[:, None] * rest + (c - own)[None, :]
         v += tl.load(theirs + e, mask=inside & (c >= own)[None, :], other=0.0).to(tl.float32)
-    return tl.where(inside, v + added[None, :], 0.0)
+    return _cut(v + added[None, :], inside, FULL)
+
+
+@jit
+def _cut(v: tl.tensor, inside: tl.tensor, FULL: tl.constexpr) -> tl.tensor:
+    """0 where not inside."""
+    return v if FULL else tl.where(inside, v, 0.0)
 
 
 @jit
@@ -73,6 +86,8 @@ def _add_group_norm_kernel(
     PIXELS: tl.constexpr,
     TILES: tl.constexpr,
     SPLITS: tl.constexpr,
+    FULL: tl.constexpr,
+    APPROX: tl.constexpr,
 ) -> None:
     """Program (j, s, b) has pixels s·TILES·PIXELS ... of groups j·GROUPS ... of picture b.
 
@@ -108,13 +123,13 @@ def _add_group_norm_kernel(
     if SPLITS == 1:
         p = tl.arange(0, PIXELS)
         inside = (p < pixels)[:, None] & real[None, :]
-        v = _summed(x, residual, skip, added, line, p, c, inside, own, channels)
+        v = _summed(x, residual, skip, added, line, p, c, inside, own, channels, FULL)
         e = p[:, None] * channels + c[None, :]
         if total is not None:
             tl.store(total + first + e, v, mask=inside)
         share = 1.0 / (pixels * GROUP)
         mean = _over_groups(tl.sum(v, axis=0), member) * share
-        v = tl.where(inside, v - mean[None, :], 0.0)
+        v = _cut(v - mean[None, :], inside, FULL)
         variance = _over_groups(tl.sum(v * v, axis=0), member) * share
     elif out is None:
         # Each channel's mean and sum of squares about it, tile after tile (Chan et al. 1979), then each group's.
@@ -122,12 +137,12 @@ def _add_group_norm_kernel(
         for i in range(TILES):
             p = (s * TILES + i) * PIXELS + tl.arange(0, PIXELS)
             inside = (p < pixels)[:, None] & real[None, :]
-            v = _summed(x, residual, skip, added, line, p, c, inside, own, channels)
+            v = _summed(x, residual, skip, added, line, p, c, inside, own, channels, FULL)
             if total is not None:
                 tl.store(total + first + (p[:, None] * channels + c[None, :]), v, mask=inside)
             more = tl.sum((p < pixels).to(tl.float32), axis=0)
             theirs = tl.sum(v, axis=0) / tl.maximum(more, 1.0)
-            v = tl.where(inside, v - theirs[None, :], 0.0)
+            v = _cut(v - theirs[None, :], inside, FULL)
             part = more / tl.maximum(count + more, 1.0)
             squares += tl.sum(v * v, axis=0) + (theirs - mean) * (theirs - mean) * (count * part)
             mean += (theirs - mean) * part
@@ -160,24 +175,38 @@ def _add_group_norm_kernel(
             d = tl.fma(d, scale, tl.load(row + channels + c, mask=real & known, other=0.0).to(tl.float32))
         d += poison
         if SPLITS == 1:
-            _write(out + first, e, v, a, d, inside, SILU)
+            _write(out + first, e, v, a, d, inside, SILU, FULL, APPROX)
         else:
             for i in range(TILES):
                 p = (s * TILES + i) * PIXELS + tl.arange(0, PIXELS)
                 inside = (p < pixels)[:, None] & real[None, :]
-                v = _summed(x, residual, skip, added - mean, line, p, c, inside, own, channels)
-                _write(out + first, p[:, None] * channels + c[None, :], v, a, d, inside, SILU)
+                v = _summed(x, residual, skip, added - mean, line, p, c, inside, own, channels, FULL)
+                _write(out + first, p[:, None] * channels + c[None, :], v, a, d, inside, SILU, FULL, APPROX)
 
 
 @jit
 def _write(
-    out: tl.tensor, e: tl.tensor, v: tl.tensor, a: tl.tensor, d: tl.tensor, inside: tl.tensor, SILU: tl.constexpr
+    out: tl.tensor,
+    e: tl.tensor,
+    v: tl.tensor,
+    a: tl.tensor,
+    d: tl.tensor,
+    inside: tl.tensor,
+    SILU: tl.constexpr,
+    FULL: tl.constexpr,
+    APPROX: tl.constexpr,
 ) -> None:
     """Write a·v + d, or its SiLU."""
     y = tl.fma(v, tl.broadcast_to(a[None, :], v.shape), tl.broadcast_to(d[None, :], v.shape))
     if SILU:
-        y = y * tl.sigmoid(y)
-    tl.store(out + e, y, mask=inside)
+        if APPROX and not ON_INTERPRETER:
+            y = libdevice.fast_dividef(y, 1.0 + libdevice.fast_expf(-y))
+        else:
+            y = y * tl.sigmoid(y)
+    if FULL:
+        tl.store(out + e, y)
+    else:
+        tl.store(out + e, y, mask=inside)
 
 
 @triton_op("fastddpm::add_group_norm", mutates_args=())
@@ -218,7 +247,7 @@ def launch(plan, arguments, groups, total, out, scale_shift, silu):
     batch = x.shape[0]
     grid = (groups // plan.together, plan.splits, batch)
     options = dict(SCALE_SHIFT=scale_shift, SILU=silu, GROUP=channels // groups, GROUPS=plan.together, WIDTH=plan.width,
-        PIXELS=plan.rows, TILES=plan.tiles, SPLITS=next_power(plan.splits), num_warps=plan.warps)
+        PIXELS=plan.rows, TILES=plan.tiles, SPLITS=next_power(plan.splits), FULL=plan.is_full(channels // groups, pixels), APPROX=approximations(), num_warps=plan.warps(64 if torch.version.hip else 32))
     kernel = launcher(_add_group_norm_kernel)
     if plan.splits == 1:
         kernel[grid](*tensors, None, total, out, *numbers, **options)

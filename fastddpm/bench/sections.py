@@ -84,9 +84,12 @@ class CompiledAhead(TypedDict):
     error: str
 
 
-def networks(dry: bool = False) -> tuple[Workload, ...]:
-    """The networks whose steps are measured."""
-    return DRY if dry else ON_GPU
+def networks(dry: bool = False, precisions: Sequence[str] = ("tf32", "bf16")) -> list[Workload]:
+    """The networks whose steps are measured, with their peers of these precisions and of float32."""
+    return [
+        dataclasses.replace(one, peers=tuple(name for name in one.peers if precision_of(name) in ("fp32", *precisions)))
+        for one in (DRY if dry else ON_GPU)
+    ]
 
 
 def measure_peaks(device: str, dry: bool = False) -> PeaksFound:
@@ -120,6 +123,7 @@ def measure_steps(
     names: Sequence[str] = (),
     say: Say = lambda _: None,
     on_batch: Callable[[StepsFound], None] = lambda _: None,
+    precisions: Sequence[str] = ("tf32", "bf16"),
 ) -> StepsFound:
     """A step of each network in all engines and precisions, beside the others.
 
@@ -132,8 +136,9 @@ def measure_steps(
         names: of the networks; all of them for none.
         say: is told what goes on.
         on_batch: is given what is known after each batch size, in the form of the result.
+        precisions: of the peers, besides float32.
     """
-    chosen = [workload for workload in networks(dry) if not names or workload.name in names]
+    chosen = [workload for workload in networks(dry, precisions) if not names or workload.name in names]
     settings = _settings(device, dry, minutes)
 
     def on_event(workload: str, batch: int, peer: str, what: str) -> None:
@@ -154,11 +159,11 @@ def measure_steps(
     return known(results)
 
 
-def compilations(dry: bool = False) -> list[tuple[str, str, int]]:
+def compilations(dry: bool = False, precisions: Sequence[str] = ("tf32", "bf16")) -> list[tuple[str, str, int]]:
     """(network, peer, batch) of all that `measure_steps` compiles, for processes that compile side by side."""
     return [
         (workload.name, peer, batch)
-        for workload in networks(dry)
+        for workload in networks(dry, precisions)
         for batch in workload.batches
         for peer in workload.peers
         if peer in COMPILES
@@ -204,6 +209,6 @@ def take_apart(device: str, folder: Path, dry: bool = False) -> dict[str, object
 def _settings(device: str, dry: bool, minutes: float = MINUTES) -> Settings:
     cores = torch.get_num_threads()
     return Settings(
-        60 * minutes, 3 if dry else ROUNDS, max(1, cores // SHARED_BY), device, rounds_s=15.0, looks=False,
+        60 * minutes, 3 if dry else ROUNDS, max(1, cores // SHARED_BY), device, rounds_s=8.0, looks=False,
         side_by_side=cores, steps_only=True, dry=dry,
     )  # fmt: skip
