@@ -61,9 +61,7 @@ def limits(chosen: Sequence[str], minutes: float) -> dict[str, float]:
     return {name: 60 * minutes * SHARES[name] / total for name in chosen}
 
 
-def run(
-    chosen: Sequence[str], out: Path, minutes: float, dry: bool, precisions: str = PRECISIONS
-) -> list[Outcome]:
+def run(chosen: Sequence[str], out: Path, minutes: float, dry: bool, precisions: str = PRECISIONS) -> list[Outcome]:
     """Run sections one after the other and print a line for each.
 
     Args:
@@ -188,7 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if why:
             parser.error(f"{why}; --dry runs in miniature on the CPU")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the section would go on without us
-    outcomes = run([name for name in SHARES if name in chosen], given.out.absolute(), given.minutes, given.dry, given.precisions)
+    outcomes = run(
+        [name for name in SHARES if name in chosen], given.out.absolute(), given.minutes, given.dry, given.precisions
+    )
     table = report(outcomes)
     write(given.out / "summary.json", json.dumps([dataclasses.asdict(one) for one in outcomes], indent=2))
     write(given.out / "summary.txt", table)

@@ -114,7 +114,11 @@ def marked_files() -> tuple[str, ...]:
 
 def compile_all(section: Section) -> None:
     """Fill Inductor's cache with what the benchmarks need, in processes side by side."""
-    end, done, wanted = time.monotonic() + section.seconds, list[dict[str, Any]](), compilations(section.dry, section.chosen, section.precisions)
+    end, done, wanted = (
+        time.monotonic() + section.seconds,
+        list[dict[str, Any]](),
+        compilations(section.dry, section.chosen, section.precisions),
+    )
 
     def one(arguments: tuple[str, str, int]) -> dict[str, Any]:
         network, peer, batch = arguments
@@ -229,7 +233,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--of", default=",".join(SHARES))
     parser.add_argument("--precisions", default=PRECISIONS)
     given = parser.parse_args(arguments)
-    RUN[given.name](Section(given.name, given.out, given.seconds, given.dry, given.of.split(","), given.precisions.split(",")))
+    RUN[given.name](
+        Section(given.name, given.out, given.seconds, given.dry, given.of.split(","), given.precisions.split(","))
+    )
 
 
 if __name__ == "__main__":

@@ -8,16 +8,14 @@ On CPU tensors, and where Triton is not installed, the ops run their references.
 Triton and registers it: `torch.ops.fastddpm.p_sample` is there from then on.
 """
 
-if __name__ != "fastddpm.kernels":
-    # Under a second name every op would be registered a second time, and nothing would say so.
-    raise ImportError(f"kernels: must be imported as fastddpm.kernels, got {__name__}; import fastddpm.kernels")
-
 import sys
 from importlib.util import find_spec
 
-_found = find_spec("kernels")
-if _found is not None and _found.origin == __file__.replace("/fastddpm/kernels/", "/kernels/"):
-    # Beside this package's own tree its folder is the first of that name: transformers must not take it for the Hub's.
+if __name__ != "fastddpm.kernels":
+    # Under a second name every op would be registered a second time, and nothing would say so.
+    raise ImportError(f"kernels: must be imported as fastddpm.kernels, got {__name__}; import fastddpm.kernels")
+if (_first := find_spec("kernels")) and _first.origin == __file__.replace("/fastddpm/kernels/", "/kernels/"):
+    # Where this tree is on the path, its folder is not the package of that name that transformers looks for.
     sys.modules["kernels"] = None  # type: ignore[assignment]
 
 from .p_sample import COLUMNS, p_sample, p_sample_reference

@@ -125,8 +125,8 @@ def add_group_norm(
 ) -> tuple[Tensor, Tensor]:
     """The sum of what is given, and its group norm, with the equations above; not differentiable on GPUs.
 
-    On a GPU one launch does all of it, two where a picture is large (see `group_norm_tiles`); the arithmetic is float32,
-    whatever the tensors are. The results are channels-last there.
+    On a GPU one launch does all of it, two where a picture is large (see `group_norm_tiles`); the arithmetic is then
+    float32, whatever the tensors are. The results are channels-last there.
 
     Args:
         x: float32, bfloat16 or float16 [B, C, H, W], best channels-last.

@@ -1,12 +1,9 @@
-"""How group norms are cut into tiles: what one program of the kernel takes.
-
-The numbers were chosen by measuring on an H200; what they follow from is in the comments.
-"""
+"""How group norms are cut into tiles: what one program of the kernel takes. The numbers were measured on an H200."""
 
 from typing import NamedTuple
 
-MOST_ELEMENTS = 32768
-"""Elements of a tile, padding included, that fit into the registers of the largest program."""
+MOST_ELEMENTS = 16384
+"""Elements of a tile, padding included, that fit into a program's registers without spills."""
 
 PER_THREAD = 32
 _ENOUGH = 128  # programs, about one for each of a large GPU's multiprocessors: below, narrower tiles are quicker
@@ -34,7 +31,7 @@ class Plan(NamedTuple):
 
     def warps(self, lanes: int = 32) -> int:
         """Of a program; `lanes` is 64 on AMD's GPUs."""
-        return min(max(self.width * self.rows // (PER_THREAD * lanes), 128 // lanes), 1024 // lanes)
+        return min(max(self.width * self.rows // (PER_THREAD * lanes), 128 // lanes), 512 // lanes)
 
     def is_full(self, group: int, pixels: int) -> bool:
         """Whether no tile has elements that are not there."""
@@ -63,7 +60,7 @@ def plan_for(batch: int, channels: int, groups: int, pixels: int) -> Plan:
             break
         together *= 2
     width = next_power(together * size)
-    if width * rows > (MOST_ELEMENTS if width >= _WIDE else MOST_ELEMENTS // 2):
+    if width * rows > MOST_ELEMENTS:
         return split_plan(batch, channels, groups, pixels)
     return Plan(together, width, rows, 1, 1)
 

@@ -233,25 +233,21 @@ def add_group_norm_op(
     out = x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
     total = x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2) if keep else x.new_empty(0)
     plan = plan_for(batch, channels, groups, pixels)
-    arguments = (
-        x, bias, row, index, residual, skip, weight, beta, pixels, own, channels, 0 if row is None else row.shape[1], column,
-        0 if row is None else row.shape[0], eps
-    )
-    launch(plan, arguments, groups, total if keep else None, out, scale_shift, silu)
+    splits = next_power(plan.splits)
+    kernel = launcher(_add_group_norm_kernel)[(groups // plan.together, plan.splits, batch)]
+    tensors = (x, bias, row, index, residual, skip, weight, beta)
+    numbers = (pixels, own, channels, *((0, column, 0) if row is None else (row.shape[1], column, row.shape[0])), eps)
+    options = {
+        "SCALE_SHIFT": scale_shift, "SILU": silu, "GROUP": channels // groups, "GROUPS": plan.together,
+        "WIDTH": plan.width, "PIXELS": plan.rows, "TILES": plan.tiles, "SPLITS": splits,
+        "FULL": plan.is_full(channels // groups, pixels), "APPROX": approximations(),
+        "num_warps": plan.warps(64 if torch.version.hip else 32),
+    }  # fmt: skip
+    written = total if keep else None
+    if splits == 1:
+        kernel(*tensors, None, written, out, *numbers, **options)
+        return total, out
+    moments = x.new_empty((batch, groups, 2, splits), dtype=torch.float32)
+    kernel(*tensors, moments, written, None, *numbers, **options)
+    kernel(*tensors, moments, None, out, *numbers, **options)
     return total, out
-
-
-def launch(plan, arguments, groups, total, out, scale_shift, silu):
-    tensors, numbers = arguments[:8], arguments[8:]
-    x, pixels, channels = arguments[0], numbers[0], numbers[2]
-    batch = x.shape[0]
-    grid = (groups // plan.together, plan.splits, batch)
-    options = dict(SCALE_SHIFT=scale_shift, SILU=silu, GROUP=channels // groups, GROUPS=plan.together, WIDTH=plan.width,
-        PIXELS=plan.rows, TILES=plan.tiles, SPLITS=next_power(plan.splits), FULL=plan.is_full(channels // groups, pixels), APPROX=approximations(), num_warps=plan.warps(64 if torch.version.hip else 32))
-    kernel = launcher(_add_group_norm_kernel)
-    if plan.splits == 1:
-        kernel[grid](*tensors, None, total, out, *numbers, **options)
-        return
-    moments = x.new_empty((batch, groups, 2, next_power(plan.splits)), dtype=torch.float32)
-    kernel[grid](*tensors, moments, total, None, *numbers, **options)
-    kernel[grid](*tensors, moments, None, out, *numbers, **options)

@@ -87,9 +87,7 @@ COMMANDS = {
 def run(out, monkeypatch, minutes):
     monkeypatch.setattr(gpu, "SHARES", {"doctor": 0.2, "tests": 0.2, "kernels": 0.2, "trace": 0.4})
     monkeypatch.setattr(gpu, "GRACE_S", 0.5)
-    monkeypatch.setattr(
-        gpu, "command", lambda name, out, *_: [sys.executable, "-S", "-c", COMMANDS[name], str(out)]
-    )
+    monkeypatch.setattr(gpu, "command", lambda name, out, *_: [sys.executable, "-S", "-c", COMMANDS[name], str(out)])
     return gpu.run(list(COMMANDS), out, minutes, dry=True)
 
 

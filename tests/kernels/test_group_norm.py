@@ -2,13 +2,12 @@
 
 import functools
 import re
-import sys
 
 import pytest
 import torch
 
 from fastddpm.kernels.group_norm import add_group_norm_reference
-from fastddpm.kernels.group_norm_tiles import MOST_ELEMENTS, next_power, tile, warps_for
+from fastddpm.kernels.group_norm_tiles import MOST_ELEMENTS, Plan, next_power, plan_for
 from fastddpm.kernels.machine_code import read_amdgcn, read_cubin
 from fastddpm.nets.fused_body import Pending, fused_body, is_fusable
 from tests.kernels.cases import pretend_on_gpu
@@ -56,35 +55,20 @@ def test_op_on_a_pretended_gpu():
     torch.library.opcheck(torch.ops.fastddpm.add_group_norm.default, arguments, test_utils=tests)
 
 
-def test_pictures_too_large_for_registers_take_pytorch_on_gpus():
-    assert tile(128, 32, 256 * 256) is None
-    fakes = {k: pretend_on_gpu(torch.zeros(s, device="meta")) for k, s in [("x", (1, 8, 256, 256)), ("weight", 8)]}
-    called = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "fastddpm.kernels.group_norm_triton", None)  # importing it would raise
-        patch.setattr(
-            "fastddpm.kernels.group_norm.add_group_norm_reference",
-            lambda *a, **k: called.append("reference") or (a[0], a[0]),
-        )
-        call(**fakes, beta=fakes["weight"], groups=4, eps=1e-5)
-    assert called == ["reference"]
-
-
 @pytest.mark.parametrize("channels", [32, 96, 256, 384, 1024])
-@pytest.mark.parametrize("side", [1, 7, 16, 28, 128])
+@pytest.mark.parametrize("side", [1, 7, 16, 28, 100, 256])
 @pytest.mark.parametrize("groups", [1, 8, 32])
-def test_tiles_hold_whole_groups(channels, side, groups):
-    plan = tile(channels, groups, side * side)
-    alone = next_power(channels // groups) * next_power(side * side)
-    if plan is None:
-        assert alone > MOST_ELEMENTS
-        return
-    together, wide = plan
-    assert groups % together == 0 and wide == next_power(together * channels // groups)
-    elements = wide * next_power(side * side)
-    assert elements <= MOST_ELEMENTS
-    assert 4 <= warps_for(elements) <= 16 and 2 <= warps_for(elements, 64) <= 8
-    assert elements / (32 * warps_for(elements)) <= 32
+@pytest.mark.parametrize("batch", [1, 16, 512])
+def test_plans_hold_whole_groups_and_every_pixel(batch, channels, side, groups):
+    plan, pixels = plan_for(batch, channels, groups, side * side), side * side
+    assert groups % plan.together == 0 and plan.width == next_power(plan.together * channels // groups)
+    assert plan.width * plan.rows <= MOST_ELEMENTS
+    assert plan.rows * plan.tiles * (plan.splits - 1) < pixels <= plan.rows * plan.tiles * plan.splits
+    assert plan.splits == 1 and plan.tiles == 1 or plan.splits <= 128
+    assert 4 <= plan.warps() <= 16 and 2 <= plan.warps(64) <= 8
+    assert plan.is_full(channels // groups, pixels) == (
+        plan.width * plan.rows * plan.tiles * plan.splits == plan.together * channels // groups * pixels
+    )
 
 
 def _wrong(change, error, match):
@@ -131,13 +115,20 @@ AOT = {
     "two halves": ((256, 256), 32, 256, ("residual", "skip")),
     "coarsest level": ((256, 256), 32, 16, ("residual", "skip")),
     "the largest tile": ((128, 0), 32, 4096, ("residual",)),
+    "shared out": ((128, 0), 32, 256 * 256, ("residual",)),
     "MNIST": ((32, 0), 8, 784, ("scale_shift",)),
 }
 
 
+def aot_plan(name) -> Plan:
+    """The plan of one of them, in a large batch."""
+    (own, more), groups, pixels, _ = AOT[name]
+    return plan_for(512, own + more, groups, pixels)
+
+
 @functools.cache
-def compiled(name, target, dtype="bf16"):
-    """Registers, stack bytes and machine instructions of one kernel."""
+def compiled(name, target, dtype="bf16", writes=True):
+    """Machine instructions, registers, stack bytes of one kernel; of the first of two where it `writes` no result."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -146,14 +137,21 @@ def compiled(name, target, dtype="bf16"):
     (own, more), groups, pixels, terms = AOT[name]
     cuda, channels = target.startswith("sm_"), own + more
     gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
-    together, wide = tile(channels, groups, pixels)
+    plan = aot_plan(name)
     types = dict.fromkeys(("x", "bias", "residual", "skip", "weight", "beta", "total", "out"), f"*{dtype}")
-    types |= {"row": "*fp32", "index": "*i64", "eps": "fp32"}
+    types |= {"row": "*fp32", "index": "*i64", "eps": "fp32", "moments": "*fp32"}
     numbers = {"pixels": pixels, "own": own, "channels": channels, "row_width": 4992, "column": 128, "rows": 1001}
-    constants = {"SCALE_SHIFT": "scale_shift" in terms, "SILU": True, "GROUP": channels // groups, "GROUPS": together}
-    constants |= {"WIDTH": wide, "PIXELS": next_power(pixels)}
+    constants = {
+        "SCALE_SHIFT": "scale_shift" in terms,
+        "SILU": True,
+        "GROUP": channels // groups,
+        "GROUPS": plan.together,
+    }
+    constants |= {"WIDTH": plan.width, "PIXELS": plan.rows, "TILES": plan.tiles, "SPLITS": next_power(plan.splits)}
+    constants |= {"FULL": plan.is_full(channels // groups, pixels), "APPROX": cuda}
     timed = "add" in terms or "scale_shift" in terms
     given = {"row": timed, "index": timed, "residual": "residual" in terms, "skip": more > 0, "total": not timed}
+    given |= {"moments": plan.splits > 1, "out": writes}
     constants |= {argument: None for argument, there in given.items() if not there}
     types |= dict.fromkeys(numbers, "i32")
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
@@ -163,8 +161,7 @@ def compiled(name, target, dtype="bf16"):
         if signature[name].startswith("*") or numbers.get(name, 1) % 16 == 0
     }
     source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
-    warps = warps_for(wide * next_power(pixels), gpu.warp_size)
-    asm = triton.compile(source, target=gpu, options={"num_warps": warps}).asm
+    asm = triton.compile(source, target=gpu, options={"num_warps": plan.warps(gpu.warp_size)}).asm
     instructions, registers, spill = read_cubin(asm["cubin"]) if cuda else read_amdgcn(asm["amdgcn"])
     return instructions, registers, spill
 
@@ -179,6 +176,7 @@ ELSEWHERE = ("finest level", "three to one, twelve channels to a group", "scale-
 def test_no_spills(name, target):
     pytest.importorskip("triton")
     assert compiled(name, target)[2] == 0
+    assert aot_plan(name).splits == 1 or compiled(name, target, writes=False)[2] == 0
 
 
 def test_float32_does_not_spill():
@@ -192,8 +190,8 @@ def test_pictures_are_read_once_in_wide_accesses(name):
     pytest.importorskip("triton")
     (own, more), groups, pixels, terms = AOT[name]
     instructions, _, _ = compiled(name, "sm_90")
-    _, wide = tile(own + more, groups, pixels)
-    per_thread = wide * pixels // (32 * warps_for(wide * pixels))
+    plan = aot_plan(name)
+    per_thread = plan.width * pixels // (32 * plan.warps())
     loads = sum("LDG.E.128" in line for line in instructions)
     stores = sum("STG.E.128" in line for line in instructions)
     pictures = 1 + ("residual" in terms) + (more > 0)

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastddpm.kernels import group_norm
+from fastddpm.kernels import group_norm, group_norm_triton
 from fastddpm.kernels.group_norm import add_group_norm_reference
+from fastddpm.kernels.group_norm_tiles import Plan
 from fastddpm.kernels.group_norm_triton import add_group_norm_op
 from tests.kernels.norm_cases import TERMS, call, check_norm, norm_case, norm_float64
 from tests.nets.test_unet import inputs, make
@@ -21,7 +22,8 @@ SHAPES = [
     pytest.param((3, 20, 2, 2), 4, 0, id="five channels to a group"),
     pytest.param((2, 16, 4, 4), 2, 8, id="twelve channels to a group, of two sources"),
     pytest.param((2, 40, 2, 3), 5, 20, id="five groups"),
-    pytest.param((1, 8, 64, 64), 4, 0, id="64 x 64"),
+    pytest.param((1, 8, 64, 64), 4, 0, id="64 x 64, shared out"),
+    pytest.param((1, 6, 90, 100), 3, 0, id="90 x 100, shared out"),
 ]
 
 
@@ -51,6 +53,14 @@ def test_types(terms, dtype):
 def test_shapes(shape, groups, skip, terms):
     wanted = TERMS[terms] if skip else tuple(term for term in TERMS[terms] if term != "skip")
     check_norm(norm_case(shape, groups, wanted, skip_channels=skip))
+
+
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS.keys())
+@pytest.mark.parametrize("plan", [Plan(2, 16, 16, 1, 9), Plan(1, 8, 16, 3, 3), Plan(4, 32, 64, 2, 2)], ids=str)
+def test_groups_are_shared_out(monkeypatch, plan, terms):
+    """Several tiles to a program, the last one partly or not at all there."""
+    monkeypatch.setattr(group_norm_triton, "plan_for", lambda *_: plan)
+    check_norm(norm_case((2, 24, 9, 15), 4, terms))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
