@@ -73,6 +73,6 @@ def split_plan(batch: int, channels: int, groups: int, pixels: int) -> Plan:
     width = next_power(together * size)
     rows = max(1, min(_SPLIT_ELEMENTS // width, next_power(pixels)))
     parts = -(-pixels // rows)
-    most = min(max(_SPLIT_PROGRAMS * together // (batch * groups), 16), _MOST_SPLITS)
+    most = min(max(_SPLIT_PROGRAMS * together // max(batch * groups, 1), 16), _MOST_SPLITS)
     tiles = -(-parts // most)
     return Plan(together, width, rows, tiles, -(-parts // tiles))

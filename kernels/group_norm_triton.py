@@ -95,7 +95,10 @@ def _add_group_norm_kernel(
     work: one without `out` writes each program's mean and sum of squares, and `total`; one with it reads them.
     Optional pointers are None where unused.
     """
-    j, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # One number for all three, neighbouring groups next to each other: a grid's other sizes end at 65535.
+    chunks, splits = channels // (GROUP * GROUPS), tl.cdiv(pixels, TILES * PIXELS)
+    number = tl.program_id(0)
+    j, s, b = number % chunks, number // chunks % splits, number // (chunks * splits)
     lane = tl.arange(0, WIDTH)
     c = j * (GROUP * GROUPS) + lane
     real = lane < GROUP * GROUPS
@@ -234,7 +237,7 @@ def add_group_norm_op(
     total = x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2) if keep else x.new_empty(0)
     plan = plan_for(batch, channels, groups, pixels)
     splits = next_power(plan.splits)
-    kernel = launcher(_add_group_norm_kernel)[(groups // plan.together, plan.splits, batch)]
+    kernel = launcher(_add_group_norm_kernel)[(groups // plan.together * plan.splits * batch,)]
     tensors = (x, bias, row, index, residual, skip, weight, beta)
     numbers = (pixels, own, channels, *((0, column, 0) if row is None else (row.shape[1], column, row.shape[0])), eps)
     options = {
