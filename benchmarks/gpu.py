@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastddpm.bench.entrants import LOW
 from fastddpm.files import atomic_path
 from fastddpm.kernels.kept import cache_folder
 
@@ -31,7 +32,7 @@ SHARES = {
 """Sections in their order, and the part of the whole time that each may take; what one leaves over is the next's."""
 SIDE_BY_SIDE = ("doctor", "tests", "compile")
 """Those that time nothing: they run at once, each in the time of all of them."""
-PRECISIONS = "tf32,bf16"
+PRECISIONS = ",".join(LOW)
 FAILED = 1
 GRACE_S = 5.0
 POLL_S = 0.05

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import PRECISIONS, ROOT, SHARES, write
+from fastddpm.bench.entrants import LOW
 
 PROCESSES = {"tests": 8, "compile": 12}
 """That test or compile at once."""
@@ -54,7 +55,7 @@ class Section:
     seconds: float
     dry: bool
     chosen: Sequence[str] = tuple(SHARES)
-    precisions: Sequence[str] = tuple(PRECISIONS.split(","))
+    precisions: Sequence[str] = LOW
 
     @property
     def device(self) -> str:
@@ -152,7 +153,7 @@ def compile_all(section: Section) -> None:
 
 
 def compilations(
-    dry: bool, chosen: Sequence[str] = tuple(SHARES), precisions: Sequence[str] = tuple(PRECISIONS.split(","))
+    dry: bool, chosen: Sequence[str] = tuple(SHARES), precisions: Sequence[str] = LOW
 ) -> list[tuple[str, str, int]]:
     """What is compiled ahead: graphs hold what the compiled engine compiles, so one of the two is enough."""
     from fastddpm.bench import sections

@@ -5,10 +5,11 @@ from typing import NamedTuple
 MOST_ELEMENTS = 16384
 """Elements of a tile, padding included, that fit into a program's registers without spills."""
 
-PER_THREAD = 32
+_PER_THREAD = 32
 _ENOUGH = 128  # programs, about one for each of a large GPU's multiprocessors: below, narrower tiles are quicker
 _VECTOR = 8  # channels of 16 bits in the widest access
 _WIDE = 32  # channels next to each other, from which on memory is used well
+# Of groups that are shared out: channels and elements of a tile, programs that are wanted, most that share a group.
 _SPLIT_WIDE, _SPLIT_ELEMENTS, _SPLIT_PROGRAMS, _MOST_SPLITS = 64, 8192, 512, 128
 
 
@@ -31,7 +32,7 @@ class Plan(NamedTuple):
 
     def warps(self, lanes: int = 32) -> int:
         """Of a program; `lanes` is 64 on AMD's GPUs."""
-        return min(max(self.width * self.rows // (PER_THREAD * lanes), 128 // lanes), 512 // lanes)
+        return min(max(self.width * self.rows // (_PER_THREAD * lanes), 128 // lanes), 512 // lanes)
 
     def is_full(self, group: int, pixels: int) -> bool:
         """Whether no tile has elements that are not there."""

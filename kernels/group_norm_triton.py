@@ -16,6 +16,12 @@ def _over_groups(value: tl.tensor, member: tl.tensor) -> tl.tensor:
 
 
 @jit
+def _load(at: tl.tensor, present: tl.tensor, FULL: tl.constexpr) -> tl.tensor:
+    """Values as float32; 0 where they are not present, which is nowhere where the tile is full."""
+    return tl.load(at).to(tl.float32) if FULL else tl.load(at, mask=present, other=0.0).to(tl.float32)
+
+
+@jit
 def _summed(
     x: tl.tensor,
     residual: tl.tensor,
@@ -35,20 +41,14 @@ def _summed(
         present = inside & (c < own)[None, :]
         first = line * tl.cast(own, tl.uint32).to(tl.int64)
         e = p[:, None] * own + c[None, :]
-    if FULL and skip is None:
-        v = tl.load(x + first + e).to(tl.float32)
-    else:
-        v = tl.load(x + first + e, mask=present, other=0.0).to(tl.float32)
+    v = _load(x + first + e, present, FULL and skip is None)
     if residual is not None:
-        if FULL and skip is None:
-            v += tl.load(residual + first + e).to(tl.float32)
-        else:
-            v += tl.load(residual + first + e, mask=present, other=0.0).to(tl.float32)
+        v += _load(residual + first + e, present, FULL and skip is None)
     if skip is not None:
         rest = channels - own
         theirs = skip + line * tl.cast(rest, tl.uint32).to(tl.int64)
         e = p[:, None] * rest + (c - own)[None, :]
-        v += tl.load(theirs + e, mask=inside & (c >= own)[None, :], other=0.0).to(tl.float32)
+        v += _load(theirs + e, inside & (c >= own)[None, :], False)
     return _cut(v + added[None, :], inside, FULL)
 
 

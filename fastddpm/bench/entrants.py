@@ -13,7 +13,8 @@ _ENGINES = {
 }
 OWN = ("fastddpm-eager", "fastddpm-compiled")
 """Ours that run on CPUs without another library."""
-_LOW = ("bf16", "tf32")
+LOW = ("bf16", "tf32")
+"""Precisions of networks besides float32."""
 
 PEERS: dict[str, tuple[str, str, tuple[str | None, ...]]] = {
     "reference": ("peers", "ReferencePeer", ("fp32",)),
@@ -47,10 +48,10 @@ LABELS = {
 for _name, _engine in _ENGINES.items():
     PEERS[f"fastddpm-{_name}"] = ("peers", "EnginePeer", (_engine, "fp32"))
     LABELS[f"fastddpm-{_name}"] = f"fastddpm, {_engine.replace('_', ' ')}"
-    for _low in _LOW:
+    for _low in LOW:
         PEERS[f"fastddpm-{_name}-{_low}"] = ("peers", "EnginePeer", (_engine, _low))
         LABELS[f"fastddpm-{_name}-{_low}"] = f"{LABELS[f'fastddpm-{_name}']}, {_low}"
-for _low in _LOW:
+for _low in LOW:
     PEERS[f"diffusers-{_low}"] = ("foreign", "DiffusersPeer", (_low, None))
     LABELS[f"diffusers-{_low}"] = f"diffusers DDPMPipeline, {_low}"
     PEERS[f"diffusers-reduced-{_low}"] = ("foreign", "DiffusersPeer", (_low, "reduce-overhead"))
@@ -73,7 +74,7 @@ def cannot(name: str, device: str) -> str:
 
 def precision_of(name: str) -> str:
     """The precision of a peer's network."""
-    return next((low for low in _LOW if name.endswith(f"-{low}")), "fp32")
+    return next((low for low in LOW if name.endswith(f"-{low}")), "fp32")
 
 
 def is_ours(name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 import torch
 
 from fastddpm.bench import cases, kernels, profiling, report, runner, summary
-from fastddpm.bench.entrants import COMPILES, precision_of
+from fastddpm.bench.entrants import COMPILES, LOW, precision_of
 from fastddpm.bench.figures import PeerResult, WorkloadResult, as_json
 from fastddpm.bench.hardware import describe
 from fastddpm.bench.job import make_job
@@ -84,7 +84,7 @@ class CompiledAhead(TypedDict):
     error: str
 
 
-def networks(dry: bool = False, precisions: Sequence[str] = ("tf32", "bf16")) -> list[Workload]:
+def networks(dry: bool = False, precisions: Sequence[str] = LOW) -> list[Workload]:
     """The networks whose steps are measured, with their peers of these precisions and of float32."""
     return [
         dataclasses.replace(one, peers=tuple(name for name in one.peers if precision_of(name) in ("fp32", *precisions)))
@@ -123,7 +123,7 @@ def measure_steps(
     names: Sequence[str] = (),
     say: Say = lambda _: None,
     on_batch: Callable[[StepsFound], None] = lambda _: None,
-    precisions: Sequence[str] = ("tf32", "bf16"),
+    precisions: Sequence[str] = LOW,
 ) -> StepsFound:
     """A step of each network in all engines and precisions, beside the others.
 
@@ -159,7 +159,7 @@ def measure_steps(
     return known(results)
 
 
-def compilations(dry: bool = False, precisions: Sequence[str] = ("tf32", "bf16")) -> list[tuple[str, str, int]]:
+def compilations(dry: bool = False, precisions: Sequence[str] = LOW) -> list[tuple[str, str, int]]:
     """(network, peer, batch) of all that `measure_steps` compiles, for processes that compile side by side."""
     return [
         (workload.name, peer, batch)
