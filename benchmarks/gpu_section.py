@@ -55,7 +55,7 @@ class Section:
     seconds: float
     dry: bool
     chosen: Sequence[str] = tuple(SHARES)
-    precisions: Sequence[str] = LOW
+    precisions: Sequence[str] = tuple(PRECISIONS.split(","))
 
     @property
     def device(self) -> str:
@@ -155,14 +155,14 @@ def compile_all(section: Section) -> None:
 def compilations(
     dry: bool, chosen: Sequence[str] = tuple(SHARES), precisions: Sequence[str] = LOW
 ) -> list[tuple[str, str, int]]:
-    """What is compiled ahead: graphs hold what the compiled engine compiles, so one of the two is enough."""
+    """What is compiled ahead, the dear ones first: graphs hold what the compiled engine compiles, so one is enough."""
     from fastddpm.bench import sections
 
     found = [entry for entry in sections.compilations(dry, precisions) if not entry[1].startswith("fastddpm-graph")]
     found = [entry for entry in found if dry or entry[0] in chosen]
     if importlib.util.find_spec("diffusers") is None:
         found = [entry for entry in found if not entry[1].startswith("diffusers")]
-    return found[:2] if dry else found
+    return found[:2] if dry else sorted(found, key=lambda entry: entry[0])  # celebahq256 before cifar10
 
 
 def ceiling(section: Section) -> None:
@@ -177,10 +177,12 @@ def kernels(section: Section) -> None:
     """The kernels beside what they replace."""
     from fastddpm.bench import sections
 
-    found = sections.measure_kernels(section.device, section.dry, _say)
-    failed, count = found["failed"], len(found["cases"])
-    says = f"{count} cases" + (f", {len(failed)} failed: {failed[0]}" if failed else "")
-    section.keep(not failed and count > 0, says, **found)
+    def keep(found: sections.KernelsFound, done: bool) -> None:
+        failed, count = found["failed"], len(found["cases"])
+        says = f"{count} cases" + (f", {len(failed)} failed: {failed[0]}" if failed else "")
+        section.keep(done and not failed and count > 0, says, **found)
+
+    keep(sections.measure_kernels(section.device, section.dry, _say, lambda so_far: keep(so_far, False)), True)
 
 
 def steps(section: Section) -> None:

@@ -93,6 +93,15 @@ def test_digits_are_what_was_asked(mnist, run):
     assert int((seen == asked).sum()) >= 97 and int((seen == (asked + 1) % 10).sum()) <= 3
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["eager", "cuda_graph"])
+def test_a_gpu_draws_the_cpus_digits(mnist, engine):
+    """By the default run, in float32, to two of the 255 levels: one is what two orders of summation come to."""
+    on_gpu = Sampler.from_pretrained("mnist", device="cuda", engine=engine, precision="fp32")
+    got, expected = (sampler.sample(16, output="uint8") for sampler in (on_gpu, mnist))
+    assert int((got.cpu().int() - expected.int()).abs().max()) <= 2
+
+
 def test_a_folder_of_the_same_name_does_not_hide_it(tmp_path, monkeypatch):
     """People keep MNIST itself in a folder called mnist."""
     (tmp_path / "mnist").mkdir()

@@ -102,18 +102,24 @@ def measure_peaks(device: str, dry: bool = False) -> PeaksFound:
     return {"device": device, "copy_gb_s": copy, "product_gflop_s": found, "text": text}
 
 
-def measure_kernels(device: str, dry: bool = False, say: Say = lambda _: None) -> KernelsFound:
-    """The kernels beside what they replace; one that fails stops no other."""
-    copy = Peaks(device, dry).copy()
-    found, failed = [], []
+def measure_kernels(
+    device: str, dry: bool = False, say: Say = lambda _: None, on_case: Callable[[KernelsFound], None] = lambda _: None
+) -> KernelsFound:
+    """The kernels beside what they replace; one that fails stops no other, and `on_case` is given what is known."""
+    copy, found, failed = Peaks(device, dry).copy(), list[cases.CaseResult](), list[str]()
+
+    def known() -> KernelsFound:
+        text = f"copy {copy:.0f} GB/s\n\n{cases.table(found)}" + "".join(f"\nfailed: {line}" for line in failed)
+        return {"device": device, "copy_gb_s": copy, "cases": found, "failed": failed, "text": text}
+
     for name, make in kernels.makers(device, dry).items():
         say(name)
         try:
             found.append(cases.measure(make(), device, cases.Effort.of(device, dry), copy))
         except Exception as error:  # whatever a compiler or a driver raises is a line in the report
             failed.append(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-    text = f"copy {copy:.0f} GB/s\n\n{cases.table(found)}" + "".join(f"\nfailed: {line}" for line in failed)
-    return {"device": device, "copy_gb_s": copy, "cases": found, "failed": failed, "text": text}
+        on_case(known())
+    return known()
 
 
 def measure_steps(
