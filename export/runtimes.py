@@ -100,7 +100,8 @@ class OnnxRuntime:
         options.intra_op_num_threads = threads
         # Its threads may spin between the operators of a call, and must not when it is over: PyTorch's work then.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        on_gpu = next(iter(feeds.values())).device.type == "cuda"
+        options.add_free_dimension_override_by_name("batch", len(feeds["x"]))  # or shapes are computed in each call
+        on_gpu = feeds["x"].device.type == "cuda"
         providers = ["CUDAExecutionProvider"] if on_gpu else []
         with _refused(self.name):
             session = ort.InferenceSession(str(path), options, providers=[*providers, "CPUExecutionProvider"])

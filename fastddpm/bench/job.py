@@ -48,6 +48,7 @@ class Job(Record):
         steps_only: whether a timed run is the steps alone, and not the call as users make it, which also makes the
             start and hands out pictures. So on GPUs, where a run of few steps must stand for one of many.
         dry: whether compilers only trace: for tests of this machinery.
+        batches: the batch sizes that will be asked for.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Job(Record):
     device: str = "cpu"
     steps_only: bool = False
     dry: bool = False
+    batches: tuple[int, ...] = (1,)
 
     def without_network(self) -> Job:
         """The same shapes around a network that costs nothing."""
@@ -104,7 +106,8 @@ def make_job(
     Raises:
         CheckpointError: the checkpoint cannot be read.
     """
-    update = Job("", {}, (3, 32, 32), 1000, None, "", "", None, str(folder), threads, device, steps_only, dry)
+    update = Job("", {}, (3, 32, 32), 1000, None, "", "", None, str(folder), threads, device, steps_only, dry,
+                 workload.batches)  # fmt: skip
     if workload.is_update:
         return update
     model, flags = workload.model, workload.flags
