@@ -63,7 +63,7 @@ types: $(TEST) ## mypy, strict
 bench: $(TEST) ## measure beside the peers, 20 minutes; tables, JSON and plots go to benchmarks/results
 	@$(BIN)/fastddpm bench --out $(RESULTS)
 
-gpu: ## all that a GPU can tell, in 6 minutes, from .venv if it is there; results go to benchmarks/results/gpu
+gpu: ## all that a GPU can tell, in 10 minutes, from .venv if it is there; results go to benchmarks/results/gpu
 	@benchmarks/gpu.sh $(RESULTS)/gpu
 
 train: $(BASE) ## train on MNIST: make train DATA=<folder with the idx files>

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastddpm.bench.workloads import Workload
     from fastddpm.engines.choose import EngineName
 
-PICTURES = {"full": 10_000, "quick": 1_000}
+PICTURES = {"full": 5_000, "quick": 1_000}
 MEMORY_S = 90.0
 LEFT_OUT = 1
 """The exit code where --strict finds that somebody was left out."""
