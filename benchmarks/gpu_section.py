@@ -190,7 +190,7 @@ def steps(section: Section) -> None:
     from fastddpm.bench import sections
 
     place = [workload.name for workload in sections.networks()].index(section.name)
-    name = sections.networks(section.dry)[place].name
+    chosen = sections.networks(section.dry, section.precisions)[place : place + 1]
 
     def keep(found: sections.StepsFound, done: bool) -> None:
         left_out = found["left_out"]
@@ -201,9 +201,8 @@ def steps(section: Section) -> None:
         section.keep(done and timed > 0, says, text, **{key: value for key, value in found.items() if key != "text"})
 
     found = sections.measure_steps(
-        section.device, section.dry, 0.9 * section.seconds / 60, [name], _say, lambda so_far: keep(so_far, False),
-        section.precisions,
-    )  # fmt: skip
+        section.device, chosen, section.dry, 0.9 * section.seconds / 60, _say, lambda so_far: keep(so_far, False)
+    )
     keep(found, True)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -144,7 +145,7 @@ def encode_png(picture: Tensor) -> bytes:
     return _encoded(_image(picture), "PNG")
 
 
-def decode_png(content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def decode_png(content: bytes) -> NDArray[np.uint8]:
     """What `encode_png` encoded, as uint8 [H, W, C].
 
     Raises:

@@ -124,12 +124,11 @@ def measure_kernels(
 
 def measure_steps(
     device: str,
+    chosen: Sequence[Workload],
     dry: bool = False,
     minutes: float = MINUTES,
-    names: Sequence[str] = (),
     say: Say = lambda _: None,
     on_batch: Callable[[StepsFound], None] = lambda _: None,
-    precisions: Sequence[str] = LOW,
 ) -> StepsFound:
     """A step of each network in all engines and precisions, beside the others.
 
@@ -137,14 +136,12 @@ def measure_steps(
 
     Args:
         device: "cpu" or "cuda".
-        dry: a tiny network.
+        chosen: some of `networks`.
+        dry: whether they are tiny.
         minutes: what has not begun by then is left out, with a line.
-        names: of the networks; all of them for none.
         say: is told what goes on.
         on_batch: is given what is known after each batch size, in the form of the result.
-        precisions: of the peers, besides float32.
     """
-    chosen = [workload for workload in networks(dry, precisions) if not names or workload.name in names]
     settings = _settings(device, dry, minutes)
 
     def on_event(workload: str, batch: int, peer: str, what: str) -> None:

@@ -87,9 +87,9 @@ _MNIST = Workload("mnist", "the shipped 28×28 model", (1, 16, 64), (20, 10, 4),
                   lucidrains=_MNIST_UNET, cold_s=110)  # fmt: skip
 _CIFAR10_NET = Workload("cifar10", "the U-Net of google/ddpm-cifar10-32, random weights", (1, 8), (5, 2), _CORE, _MORE,
                         unet={**_GOOGLE, **_CIFAR10}, lucidrains=_CIFAR10_UNET, cold_s=170)  # fmt: skip
-_CELEBAHQ_NET = Workload("celebahq256", "the U-Net of google/ddpm-celebahq-256, random weights", (1,), (2,), _CORE[1:],
+_CELEBAHQ_NET = Workload("celebahq256", "the U-Net of google/ddpm-celebahq-256, random weights", (1,), (1,), _CORE[1:],
                          ("openvino-bf16", "fastddpm-compiled-bf16", "fastddpm-openvino"),
-                         unet={**_GOOGLE, **_CELEBAHQ}, variance="fixed_small", cold_s=330)  # fmt: skip
+                         unet={**_GOOGLE, **_CELEBAHQ}, variance="fixed_small", cold_s=360)  # fmt: skip
 
 FULL = (_CIFAR10_NET, _MNIST, _UPDATE, _CELEBAHQ_NET)
 QUICK = (

@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +64,7 @@ class Layer:
         return self.other_ms < _MARGIN * self.usual_ms
 
 
-def measured_layers(network: nn.Module, run: Callable[[nn.Module], Any]) -> list[Layer]:
+def measured_layers(network: nn.Module, run: Callable[[nn.Module], object]) -> list[Layer]:
     """The layers that could run either way, with what they take for one batch size.
 
     Args:
@@ -141,7 +140,7 @@ def _note(shapes: dict[str, tuple[int, ...]], name: str) -> Callable[[nn.Module,
 def _measure(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> list[Layer]:
     """Time all layers one after the other, as in a step, so that the weights are as cold as they are there."""
     inputs: dict[tuple[object, ...], Tensor] = {}
-    ways: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
+    ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
     for name, shape in shapes.items():
         layer = network.get_submodule(name)
         if isinstance(layer, Attention):
@@ -173,13 +172,13 @@ def _example(inputs: dict[tuple[object, ...], Tensor], shape: tuple[int, ...], d
     return inputs[shape, dtype]
 
 
-def _both_attentions(layer: Attention, qkv: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _both_attentions(layer: Attention, qkv: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
     other = _other(layer)
     assert isinstance(other, Attention)
     return lambda: layer.mixed(qkv), lambda: other.mixed(qkv)
 
 
-def _both_convolutions(conv: nn.Conv2d, x: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _both_convolutions(conv: nn.Conv2d, x: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
     """The direct one as compiled code calls it, with weights in the processor's own layout."""
     same, one = [1, 1], [1, 1]
     packed = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), same, one, one, 1, list(x.shape))

@@ -255,7 +255,7 @@ def test_a_case_that_fails_stops_no_other(monkeypatch):
 def test_steps_section(monkeypatch):
     """Ours in two precisions, diffusers, diffusers under torch.compile and the textbook, in one process."""
     pytest.importorskip("diffusers")
-    found = plain(sections.measure_steps("cpu", dry=True))
+    found = plain(sections.measure_steps("cpu", sections.networks(dry=True), dry=True))
     for one in found["networks"][0]["batches"]:
         timed = {peer["peer"] for peer in one["peers"] if peer["seconds"]}
         assert timed == set(sections.DRY[0].peers) - {"fastddpm-graph-bf16"} and one["rounds"] == 3
