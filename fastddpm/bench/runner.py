@@ -18,8 +18,10 @@ from fastddpm.bench.settings import Deadline, Settings
 from fastddpm.bench.timing import in_turn
 from fastddpm.bench.workloads import Workload
 
+LEAST_ROUNDS = 3
+"""That are made in any case."""
 LEAST_ROUNDS_S = 10.0
-"""Rounds are not cut below this, however late it is; three are made in any case."""
+"""More rounds are not cut below this, however late it is."""
 NO_TIME = "left out: no time was left for it; --minutes gives more"
 
 OnEvent = Callable[[str, int, str, str], None]
@@ -146,7 +148,8 @@ class WorkloadRun:
         if peer.note:
             self.say(one.batch, peer.peer, peer.note)
             return
-        seconds = self.allowed(peer.peer, ahead_s + self.settings.rounds_s)
+        rounds_s = LEAST_ROUNDS * sum(other.again_s or 0.0 for other in one.peers)
+        seconds = self.allowed(peer.peer, ahead_s + self.settings.rounds_s, rounds_s)
         if seconds > 0:
             lineup.make_ready(peer, one.batch, one.steps, seconds)
             if peer.ready_s is not None:
@@ -155,13 +158,14 @@ class WorkloadRun:
             peer.note = NO_TIME
             self.say(one.batch, peer.peer, NO_TIME)
 
-    def allowed(self, name: str, ahead_s: float) -> float:
+    def allowed(self, name: str, ahead_s: float, rounds_s: float = 0.0) -> float:
         """Seconds in which a peer may get ready; 0 if it is left out.
 
-        Those that always take part may have all that is left, the others what is spare.
+        Those that always take part may have all that is left but for the rounds of those that are ready, which take
+        `rounds_s`; the others what is spare.
         """
         if name not in self.workload.more:
-            return max(0.0, min(self.settings.allowance_s, self.deadline.left))
+            return max(0.0, min(self.settings.allowance_s, self.deadline.left - rounds_s))
         spare = self._spare(ahead_s)
         return min(self.settings.allowance_s, spare) if spare >= self.pace.factor * estimate(name) else 0.0
 
@@ -190,7 +194,7 @@ class WorkloadRun:
                 return None
 
         measures = {name: functools.partial(measure, peer) for name, peer in timed.items()}
-        taken = in_turn(measures, self.settings.rounds, seconds=within_s, before=measure_limits)
+        taken = in_turn(measures, self.settings.rounds, seconds=within_s, least=LEAST_ROUNDS, before=measure_limits)
         for name, seconds in taken.items():
             timed[name].seconds = seconds
         one.rounds = max((len(seconds) for seconds in taken.values()), default=0)

@@ -301,6 +301,7 @@ def test_who_is_not_needed_takes_part_where_time_is_left(model, asked, seconds, 
 def test_who_always_takes_part_may_have_all_that_is_left(model):
     run = runner.WorkloadRun(workload(model, "reference", more=("openvino",)), settings(), Deadline(100.0))
     assert run.allowed("reference", ahead_s=95.0) == pytest.approx(100.0, abs=1.0)
+    assert run.allowed("reference", ahead_s=95.0, rounds_s=30.0) == pytest.approx(70.0, abs=1.0)
     assert run.allowed("openvino", ahead_s=95.0) == 0.0
     assert run.allowed("openvino", ahead_s=30.0) == pytest.approx(70.0, abs=1.0)
     hurried = runner.WorkloadRun(workload(model, "reference"), settings(allowance_s=2.0), Deadline(100.0))
