@@ -246,7 +246,7 @@ def test_table_of_a_cpu():
     assert summary.cpu_rows(results) == [
         ("shipped digits (1.9 M), fp32, 1 picture", "500", "1500", "1000 (ONNX Runtime)", "3.00×", "2.00×"),
         ("the same, 8 pictures", "250", "1500 in fp32", "100 (OpenVINO)", "6.00×", "0.40×"),
-        ("the update alone, noise made inside, 1×3×32×32", "0.5", "2 (`DDPMScheduler.step`)", "", "4.00×", ""),
+        ("the update alone, noise made inside, 1×3×32×32", "0.5 (eager)", "2 (`DDPMScheduler.step`)", "", "4.00×", ""),
     ]
     lines = summary.text(results, MACHINE, "cpu").splitlines()
     assert len({line.count("|") for line in lines[:-2]}) == 1 and lines[-2] == ""
