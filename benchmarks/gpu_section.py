@@ -115,11 +115,8 @@ def marked_files() -> tuple[str, ...]:
 
 def compile_all(section: Section) -> None:
     """Fill Inductor's cache with what the benchmarks need, in processes side by side."""
-    end, done, wanted = (
-        time.monotonic() + section.seconds,
-        list[dict[str, Any]](),
-        compilations(section.dry, section.chosen, section.precisions),
-    )
+    end, done = time.monotonic() + section.seconds, list[dict[str, Any]]()
+    wanted = compilations(section.dry, section.chosen, section.precisions)
 
     def one(arguments: tuple[str, str, int]) -> dict[str, Any]:
         network, peer, batch = arguments

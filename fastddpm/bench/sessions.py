@@ -102,8 +102,7 @@ class SessionPeer(Peer):
             raise MissingError(job.why_no_folder)
         self.scheduler = diffusers.DDPMScheduler.from_pretrained(job.folder, subfolder="scheduler")
         began = time.perf_counter()
-        for batch in job.batches:
-            exported(job, batch)
+        exported(job, job.batches[0])
         self.export_s = time.perf_counter() - began
 
     def prepare(self, batch: int, steps: int) -> None:
