@@ -79,7 +79,7 @@ class Library:
             weights: the digest of the network's weights as they are now.
         """
         self.name = runtime.name
-        self._runtime, self._precision, self._weights = runtime, precision, weights
+        self.runtime, self._precision, self._weights = runtime, precision, weights
         self._served: dict[str, Served] = {}
         self._open_s = 0.0
 
@@ -92,7 +92,7 @@ class Library:
         any_solver = call.with_form(call.step.form.for_packages())
         return cache.key_of(
             self._weights()[:8],
-            library=[self.name, version(self._runtime.package), self._precision],
+            library=[self.name, version(self.runtime.package), self._precision],
             shape=list(call.state.x.shape),
             form=repr(any_solver.step.form),
             network=_network(call).identity(),
@@ -156,7 +156,7 @@ class Library:
         def open_body(feeds: Feeds) -> Opened:
             with body_file(_in_float32(network), feeds, weights) as path:
                 began = time.perf_counter()
-                opened = self._runtime.open(path, feeds, precision=self._precision, threads=threads)
+                opened = self.runtime.open(path, feeds, precision=self._precision, threads=threads)
                 self._open_s += time.perf_counter() - began
                 return opened
 

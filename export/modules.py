@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.images import to_unit
+from fastddpm.kernels.operands import Operands
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
 from fastddpm.step.network import as_network
@@ -54,7 +55,9 @@ class Ask(nn.Module):
         condition: Tensor | None = None,
     ) -> Tensor:
         """The raw output for x [B, C, H, W], step [B], y [B], the last estimate of x_0 and what stands behind x."""
-        return self.step.ask(x, step, torch.as_tensor(self.conditions), y, None, history, condition)[0]
+        told = {"labels": y, "history": history, "condition": condition}
+        given = {name: value for name, value in told.items() if value is not None}
+        return self.step.ask({"x": x, "step": step, "conditions": torch.as_tensor(self.conditions), **given})[0]
 
 
 class Update(nn.Module):
@@ -69,26 +72,14 @@ class Update(nn.Module):
         self.register_buffer("end", torch.tensor([table.S]))
 
     def forward(
-        self,
-        x: Tensor,
-        out: Tensor,
-        step: Tensor,
-        out_uncond: Tensor | None = None,
-        guidance: Tensor | None = None,
-        history: Tensor | None = None,
-        history2: Tensor | None = None,
-        noise: Tensor | None = None,
-        known: Tensor | None = None,
-        mask: Tensor | None = None,
+        self, x: Tensor, out: Tensor, step: Tensor, noise: Tensor | None = None, **more: Tensor
     ) -> tuple[Tensor, ...]:
-        """The update; noise, known and mask are float32 [B, C, H, W]."""
+        """The update; noise is float32 [B, C, H, W], and `more` are other fields of `Operands` by name."""
         rows, timesteps, end = (torch.as_tensor(tensor) for tensor in (self.rows, self.timesteps, self.end))
         z = None if noise is None else noise[None]
         # Nothing is drawn here, so it does not matter what seed and id are.
-        return Step(nn.Identity(), self.form).update(
-            x, out, step, end, step, step, rows, timesteps, out_uncond, guidance, history, history2, z,
-            known, mask=mask,
-        )  # fmt: skip
+        given = Operands(x, out, rows, timesteps, step, end, step, step, z, **more)
+        return Step(nn.Identity(), self.form).update(given)
 
 
 class Pictures(nn.Module):

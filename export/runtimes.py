@@ -103,7 +103,7 @@ class OnnxRuntime:
         options.add_free_dimension_override_by_name("batch", len(feeds["x"]))  # or shapes are computed in each call
         on_gpu = feeds["x"].device.type == "cuda"
         providers = ["CUDAExecutionProvider"] if on_gpu else []
-        with _refused(self.name):
+        with refused(self.name):
             session = ort.InferenceSession(str(path), options, providers=[*providers, "CPUExecutionProvider"])
             return _OnnxBody(session, feeds)
 
@@ -147,7 +147,7 @@ class OpenVino:
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": "NO",
         }
-        with _refused(self.name):
+        with refused(self.name):
             model = _core().read_model(str(path))
             model.reshape({name: list(value.shape) for name, value in feeds.items() if name in _inputs(model)})
             return _OpenVinoBody(_core().compile_model(model, "CPU", settings), feeds)
@@ -180,7 +180,7 @@ def _core() -> Any:  # noqa: ANN401 - a class without types
 
 
 @contextlib.contextmanager
-def _refused(name: str) -> Iterator[None]:
+def refused(name: str) -> Iterator[None]:
     """In the block, whatever a library raises is a CompileError of one line."""
     try:
         yield

@@ -122,7 +122,7 @@ class OnnxSession:
             known = ", ".join(SessionOptions.__annotations__)
             raise TypeError(f"OnnxSession: options must be among {known}, got {', '.join(unknown)}; mend the name")
         self.path, wanted = Path(path), _Options(**options)
-        ort = _runtime()
+        ort = import_onnxruntime()
         if provider not in get_args(Provider):
             raise ValueError(f"OnnxSession: provider must be auto, cpu, cuda or tensorrt, got {provider!r}; pick one")
         if not self.path.is_file():
@@ -199,7 +199,7 @@ class OnnxSession:
 
     def buffer(self, name: str, batch: int) -> onnxruntime.OrtValue:
         """Room for an input, or for the output `name`_next that becomes it, on the session's device."""
-        ort = _runtime()
+        ort = import_onnxruntime()
         return ort.OrtValue.ortvalue_from_numpy(self.zeros(name, batch), self.device, 0)
 
     def zeros(self, name: str, batch: int) -> np.ndarray:
@@ -239,7 +239,8 @@ class OnnxSession:
         self.provider = chosen
 
 
-def _runtime() -> ModuleType:
+def import_onnxruntime() -> ModuleType:
+    """ONNX Runtime; raises ImportError, saying how to install it, where it is not."""
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.engines.loop import Course
-from fastddpm.export.session import OnnxSession, _runtime
+from fastddpm.export.session import OnnxSession, import_onnxruntime
 from fastddpm.process.noise import normals
 from fastddpm.step.state import State
 from fastddpm.step.step import CHANGED
@@ -54,7 +54,7 @@ class StepLoop:
 
     def _run_options(self, turn: int) -> object:
         """Each binding has its own addresses and so its own captured graph."""
-        options = _runtime().RunOptions()
+        options = import_onnxruntime().RunOptions()
         options.log_severity_level = 4
         if self.session.cuda_graph:
             options.add_run_config_entry("gpu_graph_id", str(turn + 1))

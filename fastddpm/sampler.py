@@ -316,7 +316,7 @@ class Sampler(Editor, Measurer):
             FloatingPointError: the samples ran into NaN or infinity; says at which step.
         """
         check_output(output)
-        return self._drawn(self._plan(n, options), output)
+        return self.drawn(self._plan(n, options), output)
 
     def stream(self, n: int, *, output: Output = "unit", **options: Unpack[SampleOptions]) -> Iterator[Batch]:
         """Draw n samples and hand them over batch by batch, as they are finished; arguments as in `sample`.
@@ -347,7 +347,7 @@ class Sampler(Editor, Measurer):
             guides_of(table)
         return Plan(table, request, run)
 
-    def _drawn(self, plan: Plan, output: Output) -> Tensor | list[Image]:
+    def drawn(self, plan: Plan, output: Output) -> Tensor | list[Image]:
         """The pictures of a plan, as `sample` has them."""
         check_noise(plan.run.noise, plan.table.S, len(plan.request.ids), self.spec.shape)
         drawn = [batch.pictures for batch in self._streamed(plan, "raw")]

@@ -204,8 +204,8 @@ def missed_bars(variant: Variant, measured: Compiled) -> list[str]:
 
 def _arguments(variant: Variant) -> tuple["JITFunction", dict[str, str], dict[str, object]]:
     """The kernel, its pointer and integer arguments' types, and its constants but for the target's."""
-    from .p_sample_triton import _p_sample_kernel
-    from .q_sample_triton import _q_sample_kernel
+    from .p_sample_triton import p_sample_kernel
+    from .q_sample_triton import q_sample_kernel
 
     if variant.kernel == "p_sample":
         types = _POINTERS | {"out": f"*{variant.dtype}", "numel": "i32", "noise_rows": "i32"}
@@ -219,10 +219,10 @@ def _arguments(variant: Variant) -> tuple["JITFunction", dict[str, str], dict[st
         given |= {"noise"} if variant.noise == "supplied" else set()
         types["out_uncond"] = types["out"]
         optional = {"noise", "out_uncond", "guidance", "history", "history2", "bound", "known", "mask"}
-        return _p_sample_kernel, types, constants | dict.fromkeys(optional - given)
+        return p_sample_kernel, types, constants | dict.fromkeys(optional - given)
     types = _POINTERS | {"x_start": f"*{variant.dtype}", "numel": "i32", "steps": "i32"}
     unused = ("eps",) if variant.noise == "made" else ("seed", "sample_id")
-    return _q_sample_kernel, types, {"DOMAIN": TRAINING} | dict.fromkeys(unused)
+    return q_sample_kernel, types, {"DOMAIN": TRAINING} | dict.fromkeys(unused)
 
 
 def compile_variant(

@@ -52,7 +52,7 @@ def native_norms() -> AbstractContextManager[None]:
 def is_there() -> bool:
     """Whether the kernel can be compiled here; it is loaded then."""
     try:
-        return bool(_library())
+        return bool(loaded())
     except NativeError:
         return False
 
@@ -74,7 +74,7 @@ def threads_for(elements: int) -> int:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
     """The compiled kernel."""
     library = load(_SOURCE, ("add_group_norm", "aoti_torch_cpu_add_group_norm_native"))
     library.add_group_norm.argtypes = [ctypes.POINTER(_Job)]
@@ -104,7 +104,7 @@ def _add_group_norm(
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors), len(x), x.shape[2] * x.shape[3],
         x.shape[1], rest, groups, width, rows, column, eps, scale_shift, silu, *half, threads,
     )  # fmt: skip
-    if _library().add_group_norm(ctypes.byref(job)):
+    if loaded().add_group_norm(ctypes.byref(job)):
         raise MemoryError("add_group_norm: there must be memory for the sums, got none")
     return total, y
 

@@ -59,7 +59,7 @@ def _cut(v: tl.tensor, inside: tl.tensor, FULL: tl.constexpr) -> tl.tensor:
 
 
 @jit
-def _add_group_norm_kernel(
+def add_group_norm_kernel(
     x: tl.tensor,
     bias: tl.tensor,
     row: tl.tensor,
@@ -237,7 +237,7 @@ def add_group_norm_op(
     total = x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2) if keep else x.new_empty(0)
     plan = plan_for(batch, channels, groups, pixels)
     splits = next_power(plan.splits)
-    kernel = launcher(_add_group_norm_kernel)[(groups // plan.together * plan.splits * batch,)]
+    kernel = launcher(add_group_norm_kernel)[(groups // plan.together * plan.splits * batch,)]
     tensors = (x, bias, row, index, residual, skip, weight, beta)
     numbers = (pixels, own, channels, *((0, column, 0) if row is None else (row.shape[1], column, row.shape[0])), eps)
     options = {

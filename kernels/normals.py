@@ -40,7 +40,7 @@ def normals(seed: Tensor, sample_id: Tensor, t: Tensor, numel: int) -> Tensor:
     Returns:
         float32 [B, numel] on the device of `seed`, contiguous.
     """
-    library = _library() if _choice.made and seed.device.type == "cpu" else None
+    library = loaded() if _choice.made and seed.device.type == "cpu" else None
     if library is None:
         return normals_reference(seed, sample_id, t, numel)
     seed, sample_id, t = seed.contiguous(), sample_id.contiguous(), t.contiguous()
@@ -51,7 +51,7 @@ def normals(seed: Tensor, sample_id: Tensor, t: Tensor, numel: int) -> Tensor:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def loaded() -> ctypes.CDLL | None:
     """The compiled kernel; None where it cannot be compiled, which costs time and nothing else."""
     try:
         library = load(_SOURCE, ("normals",))

@@ -5,8 +5,8 @@ import math
 from torch import Tensor
 from torch.library import triton_op
 
-from .checks import COLUMNS
 from .common_triton import GROUPS, approximations, jit, launcher, load_two_quads, num_warps, tl
+from .operands import COLUMNS
 from .philox_triton import MINUS_2_LN_2, normal_quad
 
 _WIDTH = tl.constexpr(len(COLUMNS))
@@ -54,7 +54,7 @@ def _update(
 
 
 @jit
-def _p_sample_kernel(
+def p_sample_kernel(
     x: tl.tensor,
     out: tl.tensor,
     table: tl.tensor,
@@ -203,14 +203,14 @@ def p_sample_op(
     guidance: Tensor | None,
     history: Tensor | None,
     history2: Tensor | None,
-    bound: Tensor | None,
     known: Tensor | None,
     mask: Tensor | None,
+    bound: Tensor | None,
     stochastic: bool,
 ) -> None:
-    """`p_sample` on a GPU: `x` and histories are written; every tensor is contiguous, and nothing is validated."""
+    """`p_sample` on a GPU, with the fields of `Operands` in their order: contiguous, and nothing is validated."""
     batch, numel = x.shape[0], x.shape[1] * x.shape[2] * x.shape[3]
-    launcher(_p_sample_kernel)[(batch, -(-numel // (8 * GROUPS)))](
+    launcher(p_sample_kernel)[(batch, -(-numel // (8 * GROUPS)))](
         x,
         out,
         table,

@@ -32,7 +32,7 @@ def _noised(
 
 
 @jit
-def _q_sample_kernel(
+def q_sample_kernel(
     x_start: tl.tensor,
     t: tl.tensor,
     signals: tl.tensor,
@@ -111,7 +111,7 @@ def q_sample_op(
     eps_out = x_t.new_empty(0) if eps is not None else torch.empty_like(x_t)
     batch, numel = x_start.shape[0], x_start.shape[1] * x_start.shape[2] * x_start.shape[3]
     owned = 16 if x_start.dtype == torch.uint8 else 8
-    launcher(_q_sample_kernel)[(batch, -(-numel // (owned * GROUPS)))](
+    launcher(q_sample_kernel)[(batch, -(-numel // (owned * GROUPS)))](
         x_start,
         t,
         sqrt_alphas_cumprod,

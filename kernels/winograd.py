@@ -31,7 +31,7 @@ _G = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24,
 
 
 @functools.cache
-def _library() -> tuple[ctypes.CDLL, int]:
+def loaded() -> tuple[ctypes.CDLL, int]:
     """The compiled kernel and its channels per vector."""
     library = load(_SOURCE, ("winograd_conv", "winograd_lanes", "aoti_torch_cpu_winograd_conv"))
     library.winograd_conv.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_int] * 2
@@ -41,7 +41,7 @@ def _library() -> tuple[ctypes.CDLL, int]:
 def is_there() -> bool:
     """Whether the kernel can be compiled here; it is loaded then."""
     try:
-        return bool(_library())
+        return bool(loaded())
     except NativeError:
         return False
 
@@ -52,7 +52,7 @@ def panel() -> int:
     Raises:
         NativeError: the kernel cannot be compiled here.
     """
-    return 2 * _library()[1]
+    return 2 * loaded()[1]
 
 
 def fits(channels_in: int, channels_out: int) -> bool:
@@ -61,7 +61,7 @@ def fits(channels_in: int, channels_out: int) -> bool:
     Raises:
         NativeError: the kernel cannot be compiled here.
     """
-    return channels_in % _library()[1] == 0 and channels_out % panel() == 0
+    return channels_in % loaded()[1] == 0 and channels_out % panel() == 0
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def _winograd_conv(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Ten
     (batch, channels, height, width), y = x.shape, _fake(x, packed, bias, threads)
     sizes = (batch, height, width, channels, bias.shape[0])
     pointers = (tensor.data_ptr() for tensor in (x, packed, bias, y))
-    if _library()[0].winograd_conv(*pointers, *sizes, x.dtype == torch.bfloat16, threads):
+    if loaded()[0].winograd_conv(*pointers, *sizes, x.dtype == torch.bfloat16, threads):
         raise MemoryError("winograd_conv: there must be memory for the transformed tiles, got none")
     return y
 

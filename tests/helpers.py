@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastddpm.kernels.operands import Operands
 from fastddpm.kernels.p_sample import p_sample_reference
 from fastddpm.process.reference import Model
 from fastddpm.process.table import StepTable, dynamic_bound
@@ -53,9 +54,10 @@ def run_table(table: StepTable, model: Model, x_T: Tensor, z: Tensor | None = No
         out = model(x, table.timesteps[step])
         bound = None if table.threshold is None else dynamic_bound(x, out, table.rows[step], table.threshold)
         noise = None if z is None else z[i : i + 1].float()
-        x, *past = p_sample_reference(
-            x, out, table.rows, table.timesteps, step, end, ids, seeds, noise=noise, bound=bound,
-            stochastic=table.uses_noise, **dict(zip(("history", "history2"), histories, strict=False)),
+        past = dict(zip(("history", "history2"), histories, strict=False))
+        given = Operands(
+            x, out, table.rows, table.timesteps, step, end, ids, seeds, noise=noise, bound=bound, **past
         )  # fmt: skip
-        histories = past[: table.history]
+        x, *histories = p_sample_reference(given, stochastic=table.uses_noise)
+        histories = histories[: table.history]
     return x

@@ -13,7 +13,7 @@ import typer.main
 import yaml
 
 import fastddpm
-from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.kernels.operands import COLUMNS
 from tests.pages import PAGES, ROOT, Block, blocks, run_command, run_python, save_mnist
 
 PYTHON = [block for page in PAGES for block in blocks(page, "python")]

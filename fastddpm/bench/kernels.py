@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastddpm.bench.cases import LOW_TOLERANCE, OTHERS_TOLERANCE, Case, Contender, compiled
 from fastddpm.bench.twins import import_diffusers
-from fastddpm.kernels import normals_reference, p_sample, q_sample
+from fastddpm.kernels import Draw, Operands, normals_reference, p_sample, q_sample
 from fastddpm.kernels.group_norm import Norm, Terms, add_group_norm
 from fastddpm.process.ddpm import ddpm_table
 from fastddpm.process.schedule import NoiseSchedule
@@ -127,7 +127,7 @@ class _Update:
         noise = self.zs[i][None] if self.given else None
         rows, timesteps = self.table.rows, self.table.timesteps
         samples = (self.step, self.end, self.ids, self.seed)
-        p_sample(self.states[i], self.outs[i], rows, timesteps, *samples, noise=noise)
+        p_sample(Operands(self.states[i], self.outs[i], rows, timesteps, *samples, noise=noise))
         return self.states[i]
 
     def noise(self, i: int) -> Tensor:
@@ -194,14 +194,14 @@ def noising_case(shape: tuple[int, ...], noise_given: bool, uint8: bool, device:
     epses = _randn(shape, device, count, 0)
     xs = [((x + 4) * 30).clamp(0, 255).to(torch.uint8) if uint8 else x for x in _randn(shape, device, count, 1)]
     schedule = NoiseSchedule.linear(T, dtype=torch.float32)
-    signal, spread = (a.to(device) for a in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod))
+    signal, spread = alphas = schedule.levels(device)
     ids, seed = torch.arange(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)
     t = torch.arange(B, device=device) * 37 % T
 
     def ours(i: int) -> Tensor:
         if noise_given:
-            return q_sample(xs[i], t, signal, spread, eps=epses[i])[0]
-        return q_sample(xs[i], t, signal, spread, seed=seed, sample_id=ids)[0]
+            return q_sample(xs[i], t, alphas, epses[i])[0]
+        return q_sample(xs[i], t, alphas, Draw(seed, ids))[0]
 
     def drawn(x: Tensor) -> tuple[Tensor, Tensor]:
         eps = torch.randn(x.shape, device=x.device)

@@ -68,7 +68,7 @@ class LikelihoodRun:
             folder.begin()
         try:
             with self._bar(missing):
-                measured = self._measured(missing, labels)
+                measured = self.measured(missing, labels)
                 return functools.reduce(operator.add, self._found(parts, there, measured, folder))
         except KeyboardInterrupt:
             raise Stopped("; the same command continues" if folder is not None else "") from None
@@ -126,7 +126,7 @@ class LikelihoodRun:
                 folder.keep(part[0], sums)
             yield sums
 
-    def _measured(self, missing: Sequence[Part], labels: Tensor | None) -> Iterator[Likelihood]:
+    def measured(self, missing: Sequence[Part], labels: Tensor | None) -> Iterator[Likelihood]:
         """Measure the batches that are missing, each when it is asked for."""
         if not missing:
             return iter(())

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from fastddpm.bench.cases import LOW_TOLERANCE
 from fastddpm.doctor.surroundings import ProblemError
-from fastddpm.kernels import COLUMNS, normals_reference, p_sample, philox4x32_reference, q_sample
+from fastddpm.kernels import (
+    COLUMNS,
+    Alphas,
+    Draw,
+    Operands,
+    normals_reference,
+    p_sample,
+    philox4x32_reference,
+    q_sample,
+)
 from fastddpm.kernels.checks import OUT_DTYPES
 from fastddpm.kernels.group_norm import GROUP_NORM_RTOL, Norm, Projection, Terms, add_group_norm
 from fastddpm.kernels.group_norm_native import native_norms
@@ -56,11 +65,7 @@ def check_p_sample(device: torch.device) -> str:
             case = {key: value for key, value in _update_case(dtype, full).items() if key != left_out}
             want, size = _update_float64(case)
             given = {key: value.to(device) for key, value in case.items()}
-            p_sample(
-                *(given[name] for name in _ALWAYS), out_uncond=given.get("out_uncond"), guidance=given.get("guidance"),
-                history=given.get("history"), history2=given.get("history2"), bound=given.get("bound"),
-                known=given.get("known"), mask=given.get("mask"),
-            )  # fmt: skip
+            p_sample(Operands(**given))
             what = f"p_sample, {_name(dtype)}, {name}"
             worst = max(worst, worst_error(given["x"], want, P_SAMPLE_RTOL * size + NORMALS_ATOL, what))
     return _passed(worst, OUT_DTYPES)
@@ -79,9 +84,9 @@ def check_q_sample(device: torch.device) -> str:
         exact = x.double() / 127.5 - 1 if dtype == torch.uint8 else x.double()
         for given in (True, False):
             eps = torch.randn(SHAPE, generator=generator) if given else made
-            supplied, numbers = (eps.to(device), None) if given else (None, ids.to(device))
-            positional = (x.to(device), t.to(device), *(table.to(device) for table in tables))
-            got, _ = q_sample(*positional, eps=supplied, seed=numbers, sample_id=numbers)
+            noise = eps.to(device) if given else Draw(ids.to(device), ids.to(device))
+            alphas = Alphas(*(table.to(device) for table in tables))
+            got, _ = q_sample(x.to(device), t.to(device), alphas, noise)
             # The map of bytes to [-1, 1] rounds too, by up to a unit of 1.
             size = (signal * exact).abs() + (spread * eps).abs() + signal
             what = f"q_sample, {_name(dtype)}, noise {'given' if given else 'made'}"

@@ -41,7 +41,7 @@ class Editor(abc.ABC):
     device: torch.device
 
     @abc.abstractmethod
-    def _drawn(self, plan: Plan, output: Output) -> Tensor | list[Image]:
+    def drawn(self, plan: Plan, output: Output) -> Tensor | list[Image]:
         """What comes of a plan."""
 
     def pictures(self, images: Pictures) -> Tensor:
@@ -85,7 +85,7 @@ class Editor(abc.ABC):
         """
         check_output(output)
         method, run = split_options(options)
-        return self._drawn(self._planner.img2img(images, strength, method, run), output)
+        return self.drawn(self.planner.img2img(images, strength, method, run), output)
 
     def inpaint(
         self,
@@ -128,8 +128,8 @@ class Editor(abc.ABC):
         """
         check_output(output)
         method, run = split_options(options)
-        plan = self._planner.inpaint(images, mask, fill, jump_length, resamplings, method, run)
-        return self._drawn(plan, output)
+        plan = self.planner.inpaint(images, mask, fill, jump_length, resamplings, method, run)
+        return self.drawn(plan, output)
 
     def invert(self, images: Pictures, **options: Unpack[SampleOptions]) -> Tensor:
         """The noise x_T from which DDIM draws given pictures (Song et al. 2021, sec. 4.3): its steps, walked upwards.
@@ -152,7 +152,7 @@ class Editor(abc.ABC):
             FloatingPointError: the samples ran into NaN or infinity.
         """
         method, run = split_options(options)
-        return cast(Tensor, self._drawn(self._planner.invert(images, method, run), "raw"))
+        return cast(Tensor, self.drawn(self.planner.invert(images, method, run), "raw"))
 
     def interpolate(
         self,
@@ -195,13 +195,14 @@ class Editor(abc.ABC):
         check_output(output)
         check_choice("interpolate", "path", path, ("noise", "slerp"))
         method, run = split_options(options)
-        planner = self._planner
+        planner = self.planner
         if path == "noise":
-            return self._drawn(planner.between(a, b, n, 0.5 if level is None else level, method, run), output)
+            return self.drawn(planner.between(a, b, n, 0.5 if level is None else level, method, run), output)
         level = 1.0 if level is None else level
-        inverted = self._drawn(planner.inverted_ends(a, b, level, method, run), "raw")
-        return self._drawn(planner.along(cast(Tensor, inverted), n, level, method, run), output)
+        inverted = self.drawn(planner.inverted_ends(a, b, level, method, run), "raw")
+        return self.drawn(planner.along(cast(Tensor, inverted), n, level, method, run), output)
 
     @property
-    def _planner(self) -> Planner:
+    def planner(self) -> Planner:
+        """Makes the plans of edits."""
         return Planner(self.spec, self.schedule, self.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastddpm.common.arguments import whole
 from fastddpm.editing.masks import Part, from_mask
 from fastddpm.kernels.philox import START
-from fastddpm.kernels.q_sample import q_sample
+from fastddpm.kernels.q_sample import Draw, q_sample
 from fastddpm.pictures.inputs import Picture, Pictures, from_pictures
 from fastddpm.process.inversion import inversion_table
 from fastddpm.process.method import Method
@@ -185,17 +185,9 @@ class Planner:
         eps = request.x_T
         if eps is None and isinstance(run.noise, torch.Generator):
             eps = torch.randn(pictures.shape, generator=run.noise, device=run.noise.device)
-        own = {"seed": torch.full_like(request.ids, seed_bits(run.seed)), "sample_id": request.ids}
-        given = own if eps is None else {"eps": eps.to("cpu", torch.float32)}
-        schedule = self.schedule
-        x_t, _ = q_sample(
-            pictures,
-            table.timesteps[:1].expand(n),
-            schedule.sqrt_alphas_cumprod.float(),
-            schedule.sqrt_one_minus_alphas_cumprod.float(),
-            **given,
-            domain=START,
-        )
+        own = Draw(torch.full_like(request.ids, seed_bits(run.seed)), request.ids, START)
+        noise = own if eps is None else eps.to("cpu", torch.float32)
+        x_t, _ = q_sample(pictures, table.timesteps[:1].expand(n), self.schedule.levels(), noise)
         return Plan(table, dataclasses.replace(request, x_T=x_t), run)
 
 

@@ -11,14 +11,12 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
-import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +25,14 @@ from fastddpm.common.wording import first_line
 from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError, check_step, not_one_graph
 from fastddpm.engines.fast_layers import changed_layers, measured_layers
+from fastddpm.engines.inductor import OPTIONS, compile_program, own_folder
 from fastddpm.engines.precision import processor_has_bf16
 from fastddpm.engines.runner import Runner, StepFunction, StepRunner
 from fastddpm.kernels import group_norm_native, winograd
 from fastddpm.kernels.group_norm_native import native_norms
-from fastddpm.kernels.kept import private_folder
 from fastddpm.kernels.native import processor
 from fastddpm.step.network import Network
 from fastddpm.step.step import Call, step_of
-
-OPTIONS = {
-    "freezing": True,
-    "cpp.min_chunk_size": 4096,
-    "aot_inductor.precompile_headers": False,
-}
-"""Inductor's: weights are laid out for the processor at compile time, and a loop is shared out among threads only where
-each gets so many elements: waking them takes as long as the noise of a thousand. Headers are not compiled beforehand
-for the sake of later steps, which takes longer than a step's own code."""
 
 _IN_BOOK = ("rows", "timesteps", "conditions")
 _MADV_PAGEOUT = 21  # of Linux
@@ -63,7 +52,7 @@ class AheadOfTime:
             layers: the layers that run the other way (see `fastddpm.engines.fast_layers`); None measures them.
         """
         self._weights, self._layers = weights, layers
-        self._steps: dict[str, StepFunction] = {}
+        self.steps: dict[str, StepFunction] = {}
 
     def formed(self, call: Call) -> Call:
         """The call that a package serves; see `for_packages` of its form."""
@@ -94,12 +83,12 @@ class AheadOfTime:
 
     def is_ready(self, call: Call) -> bool:
         """Whether the step is loaded."""
-        return self.key(call) in self._steps
+        return self.key(call) in self.steps
 
     def is_there(self, call: Call) -> bool:
         """Whether the step can, as far as is known, be had without compiling."""
         key = self.key(call)
-        return key in self._steps or (self.is_kept(call) and key in cache.packages())
+        return key in self.steps or (self.is_kept(call) and key in cache.packages())
 
     def prepare(self, call: Call, on_compile: Callable[[bool], None]) -> float | None:
         """Have the step loaded, compiled first where there is no package.
@@ -116,7 +105,7 @@ class AheadOfTime:
             OSError: the package cannot be written.
         """
         key = self.key(call)
-        if key in self._steps:
+        if key in self.steps:
             return None
         _check_processor(call)
         began, made = time.perf_counter(), []
@@ -133,18 +122,18 @@ class AheadOfTime:
                 path = cache.find_or_make(key, make, keep=self.is_kept(call))
         finally:
             on_compile(False)
-        self._steps[key] = made[0] if made else load_step(path, key)
+        self.steps[key] = made[0] if made else load_step(path, key)
         if not self.is_kept(call):
             path.unlink(missing_ok=True)
         return time.perf_counter() - began if made else None
 
     def runner(self, call: Call) -> Runner:
         """Drives a call whose step is ready."""
-        return StepRunner(self._steps[self.key(call)], call)
+        return StepRunner(self.steps[self.key(call)], call)
 
     def forget(self, call: Call) -> None:
         """Let go of a package that is loaded; on disk it stays."""
-        self._steps.pop(self.key(call), None)
+        self.steps.pop(self.key(call), None)
 
 
 def _network(call: Call) -> Network:
@@ -178,37 +167,19 @@ def compile_step(call: Call, path: Path, layers: Sequence[str] | None = None) ->
     shapes = tuple({0: rows} if name in _IN_BOOK else None for name in call.step.names)
     # Exporting runs the step on fake tensors, so the samples stay as they are.
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _own_folder():
+        with torch.no_grad(), warnings.catch_warnings(), own_folder():
             warnings.simplefilter("ignore")
             step = with_quick_layers(call, layers)
             with native_norms():
                 program = torch.export.export(
                     step, tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
                 )
-            options = {**OPTIONS, "aot_inductor.custom_ops_to_c_shims": shims()}
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+            compile_program(program, path)
     except OSError:
         raise
     except Exception as error:  # whatever the exporter, the compiler or the C++ compiler raise
         raise not_one_graph(error) from error
     give_memory_back()
-
-
-def shims() -> dict[Any, list[str]]:
-    """The operations that a compiled step calls in C, with their declarations."""
-    ops = torch.ops.fastddpm
-    return {
-        ops.winograd_conv.default: [winograd.DECLARATION],
-        ops.add_group_norm_native.default: [group_norm_native.DECLARATION],
-    }
-
-
-@contextlib.contextmanager
-def _own_folder() -> Iterator[None]:
-    """Let the compiler work where nobody else can write: by itself it takes a folder that anybody could make first."""
-    with mock.patch.dict(os.environ):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folder() / "inductor"))
-        yield
 
 
 def with_quick_layers(call: Call, layers: Sequence[str] | None = None) -> nn.Module:

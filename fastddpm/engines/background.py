@@ -108,14 +108,14 @@ class Job:
             OSError: it cannot be started.
         """
         self.key = order.key
-        self._folder = private_folder() / f"background-{uuid.uuid4().hex[:8]}"
-        self._folder.mkdir()
-        path = self._folder / "order"
+        self.folder = private_folder() / f"background-{uuid.uuid4().hex[:8]}"
+        self.folder.mkdir()
+        path = self.folder / "order"
         torch.save(order, path)
-        environment = {**os.environ, "TMPDIR": str(self._folder), "PYTHONPATH": _import_path()}
+        environment = {**os.environ, "TMPDIR": str(self.folder), "PYTHONPATH": _import_path()}
         # A session of its own: Ctrl-C is for the run, which then ends this process.
-        with (self._folder / _ERRORS).open("wb") as errors:
-            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+        with (self.folder / _ERRORS).open("wb") as errors:
+            self.process: subprocess.Popen[bytes] | None = subprocess.Popen(
                 command(path), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
                 env=environment, start_new_session=True,
             )  # fmt: skip
@@ -124,11 +124,11 @@ class Job:
 
     def is_done(self) -> bool:
         """Whether the process has ended; its files are gone then."""
-        if self._process is not None and self._process.poll() is not None:
-            if self._process.returncode:
-                self._failure = _last_line(self._folder / _ERRORS) or f"exit code {self._process.returncode}"
+        if self.process is not None and self.process.poll() is not None:
+            if self.process.returncode:
+                self._failure = _last_line(self.folder / _ERRORS) or f"exit code {self.process.returncode}"
             self._clear()
-        return self._process is None
+        return self.process is None
 
     @property
     def failure(self) -> str:
@@ -137,16 +137,16 @@ class Job:
 
     def stop(self) -> None:
         """End the process and all that it has started."""
-        if self._process is not None:
+        if self.process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
             self._failure = self._failure or "it was stopped"
             self._clear()
 
     def _clear(self) -> None:
-        self._process = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self.process = None
+        shutil.rmtree(self.folder, ignore_errors=True)
         atexit.unregister(self.stop)
 
 
@@ -160,7 +160,7 @@ class Background:
             weights: tells the digest of the network's weights as they are now.
         """
         self._weights = weights
-        self._job: Job | None = None
+        self.job: Job | None = None
 
     def takes(self, contestants: Sequence[Contestant]) -> list[str]:
         """The keys of those that can be made here: packages that another process can put where this one finds them."""
@@ -176,26 +176,26 @@ class Background:
         Returns:
             Why it is not being made, in one line; "" where it is.
         """
-        if self._job is not None and not self._job.is_done():
-            return "" if self._job.key == one.key else "another one is being compiled"
+        if self.job is not None and not self.job.is_done():
+            return "" if self.job.key == one.key else "another one is being compiled"
         try:
-            self._job = Job(Order.of(one, self._weights()))
+            self.job = Job(Order.of(one, self._weights()))
         except (OSError, RuntimeError, TypeError, AttributeError, pickle.PicklingError) as error:
             return first_line(error)  # no room, or a network that holds what cannot be handed over
         return ""
 
     def is_done(self, key: str) -> bool:
         """Whether a package is no longer being made."""
-        return self._job is None or self._job.key != key or self._job.is_done()
+        return self.job is None or self.job.key != key or self.job.is_done()
 
     def failure(self, key: str) -> str:
         """Why a package could not be made."""
-        return self._job.failure if self._job is not None and self._job.key == key else ""
+        return self.job.failure if self.job is not None and self.job.key == key else ""
 
     def stop(self) -> None:
         """End what is under way."""
-        if self._job is not None:
-            self._job.stop()
+        if self.job is not None:
+            self.job.stop()
 
 
 def command(order: Path) -> list[str]:
@@ -214,7 +214,7 @@ def _last_line(path: Path) -> str:
     return lines[-1][:200] if lines else ""
 
 
-def _end_with(parent: int, folder: Path) -> None:
+def end_with(parent: int, folder: Path) -> None:
     """End this process, and all that it has started, when its parent is gone."""
     while os.getppid() == parent:
         time.sleep(_LOOK_S)
@@ -224,7 +224,7 @@ def _end_with(parent: int, folder: Path) -> None:
 
 def main(parent: int, path: Path) -> None:
     """Carry out the order in a file."""
-    threading.Thread(target=_end_with, args=(parent, path.parent), daemon=True).start()
+    threading.Thread(target=end_with, args=(parent, path.parent), daemon=True).start()
     os.nice(NICENESS)
     order: Order = torch.load(path, weights_only=False)  # written by our parent, where only this user can write
     path.unlink()

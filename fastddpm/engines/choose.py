@@ -94,14 +94,14 @@ class Engine:
         on_gpu = Gpu(graphs=name != "compiled", graph_steps=graph_steps)
         own = quick or (on_gpu if device.type == "cuda" else AheadOfTime(weights))
         by_name = {way.name: way for way in libraries.ways}
-        self._ways: dict[str, Quick] = {**by_name, own.name: own}
+        self.ways: dict[str, Quick] = {**by_name, own.name: own}
         if name in LIBRARIES and name not in by_name:
             raise ValueError(f"engine must be one that is there, got {name}; sample through fastddpm.Sampler")
         self.quick: Quick = by_name.get(name, own)
         """What prepares steps where the kind is asked for by name, and what compiles otherwise."""
         self._because = "asked for"
-        self._contest = Contest((*libraries.ways, own), libraries.missing, self.in_place)
-        self._background = Background(weights)
+        self.contest = Contest((*libraries.ways, own), libraries.missing, self.in_place)
+        self.background = Background(weights)
         self._warned = False
 
     @property
@@ -131,7 +131,7 @@ class Engine:
         Raises:
             ValueError: the choice was not left to us, or the name is none that "auto" chooses from.
         """
-        way = self._ways.get(name)
+        way = self.ways.get(name)
         if self.name != "auto" or (name != "eager" and way is None):
             raise ValueError(f"engine must be {name}, got {self.name} on a {self.device.type}; ask for {name}")
         self.quick = way or self.quick
@@ -152,7 +152,7 @@ class Engine:
         if one.is_there:
             return None
         seconds = self.quick.prepare(one.call, lambda _: None)
-        self._contest.compare(one, None, call, None, seconds)
+        self.contest.compare(one, None, call, None, seconds)
         return seconds
 
     def runner(
@@ -190,23 +190,23 @@ class Engine:
 
     def stop(self) -> None:
         """End what is compiled beside a run."""
-        self._background.stop()
+        self.background.stop()
 
     def _before_the_run(self, call: Call, to_come: int, on_compile: OnCompile) -> Verdict:
         """The choice for a whole run, measured where nothing is remembered and the run is long enough."""
-        contestants = self._contest.contestants(call)
+        contestants = self.contest.contestants(call)
         eager_ms = known_eager_ms(contestants)
         if eager_ms is None and to_come <= LEAST_SETTLED and not _any_there(contestants):
             return Verdict(notes=[f"{to_come} steps are too few to measure for"])
-        eager_ms = eager_ms or self._contest.time_eager(call)
-        return self._contest.settle(contestants, call, eager_ms, to_come, on_compile)
+        eager_ms = eager_ms or self.contest.time_eager(call)
+        return self.contest.settle(contestants, call, eager_ms, to_come, on_compile)
 
     def _changing(self, call: Call, to_come: int, on_compile: OnCompile) -> Runner:
         """What drives a batch whose engine may change at a step's end."""
-        contestants = self._contest.contestants(call)
+        contestants = self.contest.contestants(call)
         eager_ms = known_eager_ms(contestants)
         if _any_there(contestants):
-            return self._now(call, eager_ms or self._contest.time_eager(call), to_come, on_compile)
+            return self._now(call, eager_ms or self.contest.time_eager(call), to_come, on_compile)
         if to_come <= FIRST_TIMED:
             return self._driven(Verdict(notes=[f"{to_come} steps are too few to compile for"]), call, on_compile)
         if eager_ms is not None:
@@ -220,25 +220,25 @@ class Engine:
 
     def _now(self, call: Call, eager_ms: float, to_come: int, on_compile: OnCompile) -> Runner:
         """The quickest that can be had now; it changes over where a quicker one is compiled meanwhile."""
-        contestants = self._contest.contestants(call)
-        later = self._background.takes(contestants)
-        verdict = self._contest.settle(contestants, call, eager_ms, to_come, on_compile, later)
+        contestants = self.contest.contestants(call)
+        later = self.background.takes(contestants)
+        verdict = self.contest.settle(contestants, call, eager_ms, to_come, on_compile, later)
         one, runner = verdict.later, self._driven(verdict, call, on_compile)
         if one is None:
             return runner
-        refusal = self._background.begin(one)
+        refusal = self.background.begin(one)
         if refusal:
             self.why += f"; {one.way.name} is not prepared meanwhile: {refusal}"
             return runner
         self.why += f"; {one.way.name} is being prepared meanwhile"
 
         def decide(state: State) -> Runner:
-            failure = self._background.failure(one.key)
+            failure = self.background.failure(one.key)
             if failure:
-                self._contest.fail(one, failure)
+                self.contest.fail(one, failure)
             return self._now(dataclasses.replace(call, state=state), verdict.times["eager"], to_come, on_compile)
 
-        return ChangingRunner(runner, lambda: self._background.is_done(one.key), decide)
+        return ChangingRunner(runner, lambda: self.background.is_done(one.key), decide)
 
     def _driven(self, verdict: Verdict, call: Call, on_compile: OnCompile) -> Runner:
         """What a verdict says, with a warning if something that should have worked did not."""

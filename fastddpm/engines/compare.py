@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastddpm.common.wording import first_line
 from fastddpm.engines.runner import StepFunction, StepRunner
-from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.kernels.operands import COLUMNS
 from fastddpm.step.likelihood import LikelihoodStep
 from fastddpm.step.state import State
 from fastddpm.step.step import Call

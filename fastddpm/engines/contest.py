@@ -117,7 +117,7 @@ class Contest:
             missing: what to say of ways that are not there.
             in_place: whether eager steps change the samples' own tensors.
         """
-        self._ways, self._missing, self._in_place = tuple(ways), tuple(missing), in_place
+        self.ways, self._missing, self._in_place = tuple(ways), tuple(missing), in_place
         self._own: dict[str, Measured] = {}  # of this process: some of it may not be kept on disk
         self.failed: dict[str, str] = {}
         self._unsaid: dict[str, str] = {}  # failures of which no verdict has told
@@ -126,7 +126,7 @@ class Contest:
         """All ways with what is known of them, the quickest that were measured first."""
         on_disk = remembered()
         found = []
-        for way in self._ways:
+        for way in self.ways:
             formed = way.formed(call)
             found.append(Contestant.of(way, formed, self._own | (on_disk if way.is_kept(formed) else {})))
         return sorted(found, key=lambda one: float("inf") if one.ms is None else one.ms)

@@ -135,7 +135,7 @@ class Gpu:
         self.name = "cuda_graph" if graphs else "compiled"
         self.graph_steps = graph_steps or GRAPH_STEPS
         self._graphs, self._compile, self._capture = graphs, compile_step, capture
-        self._steps: dict[_Kind, StepFunction] = {}
+        self.steps: dict[_Kind, StepFunction] = {}
         self._free: dict[_Kind, list[_Slot]] = {}
 
     def formed(self, call: Call) -> Call:
@@ -146,7 +146,7 @@ class Gpu:
         """
         forms = call.step.form.for_graphs()
         shape = tuple(call.state.x.shape)
-        return call.with_form(next((form for form in forms if (form, shape) in self._steps), forms[0]))
+        return call.with_form(next((form for form in forms if (form, shape) in self.steps), forms[0]))
 
     def key(self, call: Call) -> str:
         """Names what was measured of such a step; weights do not matter."""
@@ -165,7 +165,7 @@ class Gpu:
 
     def is_ready(self, call: Call) -> bool:
         """Whether the step is compiled."""
-        return _kind(call) in self._steps
+        return _kind(call) in self.steps
 
     def is_there(self, call: Call) -> bool:
         """Whether the step can be had without compiling; what Inductor keeps on disk is not looked at."""
@@ -185,19 +185,19 @@ class Gpu:
             CompileError: the step does not compile as one graph, cannot be captured, or differs from an eager step.
         """
         kind = _kind(call)
-        if kind in self._steps:
+        if kind in self.steps:
             return None
         on_compile(True)
         try:
             began = time.perf_counter()
             function = self._compile(call.step, call.copy().arguments())
             check_step(function, call)
-            self._steps[kind] = function
+            self.steps[kind] = function
             if self._graphs:
                 self._free.setdefault(kind, []).append(self._new_slot(call))
             return time.perf_counter() - began
         except CompileError:
-            self._steps.pop(kind, None)
+            self.steps.pop(kind, None)
             raise
         finally:
             on_compile(False)
@@ -206,7 +206,7 @@ class Gpu:
         """Drives a call whose step is ready."""
         kind = _kind(call)
         if not self._graphs:
-            return StepRunner(self._steps[kind], call)
+            return StepRunner(self.steps[kind], call)
         free = self._free.setdefault(kind, [])
         slot = free.pop() if free else self._new_slot(call)
         if not _still_fits(slot, call):
@@ -217,7 +217,7 @@ class Gpu:
         """Nothing is let go: what is compiled serves other runs, and slots are few."""
 
     def _new_slot(self, call: Call) -> _Slot:
-        function = self._steps[_kind(call)]
+        function = self.steps[_kind(call)]
         own = call.copy() if call.noise is None else dataclasses.replace(call.copy(), noise=call.noise.clone())
         arguments = own.arguments()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.engines.runner import Runner
-from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.kernels.operands import COLUMNS
 from fastddpm.process.noise import NoiseFunction, NoiseSource
 from fastddpm.process.table import StepTable
 from fastddpm.step.request import Preview, Request

@@ -57,18 +57,19 @@ class StepRunner:
     def run(self, most: int, noise: Tensor | None = None) -> int:
         """Make steps until it is time to look up; see `Runner.run`."""
         if noise is not None:
-            self._make(noise)
+            self.make(noise)
             return 1
         end, made = time.perf_counter() + LOOK_S, 0
         while made < most and (made == 0 or time.perf_counter() < end):
-            self._make()
+            self.make()
             made += 1
         return made
 
     def close(self) -> None:
         """Nothing is to be given back."""
 
-    def _make(self, *noise: Tensor) -> None:
+    def make(self, *noise: Tensor) -> None:
+        """Make one step."""
         changed = self._function(*self._arguments, *noise)
         for place, value in zip(self._places, changed, strict=True):
             self._arguments[place] = value

@@ -124,7 +124,7 @@ class Stepper:
         Raises:
             CompileError: the engine is not "auto" and the step does not compile.
         """
-        with self._call(table, batch, x_T=x_T, noise=noise, previews=previews) as call:
+        with self.call(table, batch, x_T=x_T, noise=noise, previews=previews) as call:
             if eager:
                 runner: Runner = StepRunner(call.step, call)
             else:
@@ -140,11 +140,11 @@ class Stepper:
 
     def compile(self, table: Table, batch: Request) -> float | None:
         """Compile the step for such batches; see `Engine.compile`."""
-        with self._call(table, batch) as call:
+        with self.call(table, batch) as call:
             return self.engine.compile(call)
 
     @contextlib.contextmanager
-    def _call(
+    def call(
         self,
         table: Table,
         batch: Request,
@@ -153,6 +153,7 @@ class Stepper:
         noise: bool = False,
         previews: bool = False,
     ) -> Iterator[Call]:
+        """A batch's call, with its samples at their start; its rows are in the book until the context ends."""
         guided, labelled = batch.guidance is not None, batch.labels is not None and not self.book.holds_classes
         with self._places(table, batch, guided) as places:
             state = State.create(

@@ -32,7 +32,7 @@ def load_inception(weights: Path | None = None) -> tuple[nn.Module, str]:
         ValueError: torch-fidelity is not installed, or the file is not there, is another one, or cannot be downloaded.
         OSError: it cannot be read.
     """
-    module = _extractor()
+    module = extractor()
     path = _downloaded(module.URL_INCEPTION_V3) if weights is None else weights
     check_regular(path)
     if not path.is_file():
@@ -51,7 +51,7 @@ def load_inception(weights: Path | None = None) -> tuple[nn.Module, str]:
     return network, digest
 
 
-def _extractor() -> types.ModuleType:
+def extractor() -> types.ModuleType:
     """torch-fidelity's module with the network, without what the package imports besides.
 
     Its other extractors need torchvision, which does not import beside each build of torch. So a bare package of that

@@ -36,7 +36,7 @@ class _AcceleratedPipeline:
     def __init__(self, pipe: DiffusionPipeline, engine: EngineName = "auto") -> None:
         """Wrap a pipeline, which stays as it is."""
         self.__dict__["pipe"] = pipe
-        self.__dict__["_network"] = PipelineNetwork(engine)
+        self.__dict__["network"] = PipelineNetwork(engine)
         check_scheduler(pipe.scheduler)
         check_unet(pipe.unet)
 
@@ -63,7 +63,7 @@ class _AcceleratedPipeline:
         return x_T
 
     def _sample(self, x_T: Tensor, run: Run) -> Tensor:
-        return sample(self.pipe, self.__dict__["_network"], x_T, run)
+        return sample(self.pipe, self.network, x_T, run)
 
     def _shape(self, batch_size: int) -> tuple[int, ...]:
         config = self.pipe.unet.config

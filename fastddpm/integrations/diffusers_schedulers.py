@@ -254,7 +254,7 @@ class FastDPMSolverMultistepScheduler(_Compatible, TableSteps, DPMSolverMultiste
             IndexError: a sample's own timestep is not in the run.
             ValueError: the timesteps are not set.
         """
-        tables, at = self._tables(), None
+        tables, at = self.tables(), None
         out = model_output[:, : sample.shape[1]] if self._learns_variance() else model_output
         if tables is not None and fits(out, sample, tables[0].table):
             at = self._at(tables[0], timestep)
@@ -340,7 +340,7 @@ class FastDPMSolverMultistepScheduler(_Compatible, TableSteps, DPMSolverMultiste
         Returns:
             float [B, …], x_t.
         """
-        tables = self._tables()
+        tables = self.tables()
         noised = None
         if tables is not None and self.begin_index is None and isinstance(timesteps, Tensor) and timesteps.ndim == 1:
             in_run = timesteps if timesteps.is_floating_point() else tables[0].or_last(timesteps)

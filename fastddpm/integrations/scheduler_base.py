@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastddpm.integrations.scheduler_rows import Rows
 from fastddpm.integrations.scheduler_update import Place, fits
-from fastddpm.kernels.q_sample import q_sample
+from fastddpm.kernels.q_sample import Alphas, q_sample
 from fastddpm.process.table import StepTable
 
 _MOST_TABLES = 16
@@ -70,7 +70,7 @@ class TableSteps:
             self._fast_made = made
         return made
 
-    def _tables(self, *options: float) -> tuple[Rows, ...] | None:
+    def tables(self, *options: float) -> tuple[Rows, ...] | None:
         """The tables of a run with these options of `step`, or None where the parent must do it."""
         made = self._fast()
         if options in made.tables:
@@ -86,7 +86,7 @@ class TableSteps:
 
     def _row(self, timestep: int | Tensor, out: Tensor, x: Tensor, *options: float) -> Place | None:
         """The table and the row, or each sample's row, of this step; None where the parent must do it."""
-        tables = self._tables(*options)
+        tables = self.tables(*options)
         at = None if tables is None else tables[0].find(timestep, self.timesteps)
         if tables is None or at is None or not fits(out, x, tables[0].table):
             return None
@@ -96,7 +96,7 @@ class TableSteps:
         """Set the timesteps where the host can read them, make the tables, and move both."""
         self._fast_made = None
         set_timesteps()
-        tables = self._tables()
+        tables = self.tables()
         if device is None:
             return
         made = self._fast()
@@ -124,7 +124,7 @@ class TableSteps:
                 made.forward[scale.device] = signal, spread, -spread
         signal, spread, minus = made.forward[scale.device]
         t = timesteps.to(scale.device, torch.int64).expand(len(scale))
-        return q_sample(scale, t, signal, spread if sign > 0 else minus, eps=other)[0]
+        return q_sample(scale, t, Alphas(signal, spread if sign > 0 else minus), other)[0]
 
 
 class ForwardSteps(TableSteps):

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.kernels.operands import COLUMNS
 from fastddpm.process.table import StepTable
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.checkpoints.diffusers_scheduler import Conventions, conventions_of
-from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.kernels.operands import COLUMNS
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.solvers import make_table
 from fastddpm.process.table import DynamicThreshold, StepTable

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fastddpm.kernels.q_sample import Alphas
+
 
 class ForwardProcess:
     """What follows from betas [T]: Ho et al.'s arrays, and their use on batches [B, …] with timesteps t [B].
@@ -139,6 +141,11 @@ class ForwardProcess:
         """Noise x_0 to x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε (Ho et al. 2020, eq. 4); all [B, …]."""
         signal, noise = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
         return self.at(signal, t, x_start) * x_start + self.at(noise, t, x_start) * eps
+
+    def levels(self, device: torch.device | str = "cpu") -> Alphas:
+        """√ᾱ and √(1 − ᾱ), float32 [T] on a device, as `fastddpm.kernels.q_sample` takes them."""
+        exact = (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        return Alphas(*(values.to(device, torch.float32) for values in exact))
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean [B, …], variance and clipped log-variance [B, 1, …] of q(x_{t−1} | x_t, x_0).

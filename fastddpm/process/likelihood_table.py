@@ -33,7 +33,7 @@ LIKELIHOOD_COLUMNS = (
     "a_x", "a_o", "scale", "signal", "spread", "snr", "decodes", "bound", "log_excess", "log_slope", "log_true",
 )  # fmt: skip
 """The columns of a row, in their order in memory. A book keeps them beside solvers' rows: they are no more than
-`fastddpm.kernels.p_sample.COLUMNS`, and what is called alike stands in the same place."""
+`fastddpm.kernels.operands.COLUMNS`, and what is called alike stands in the same place."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.common.arguments import whole
-from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.kernels.operands import COLUMNS
 from fastddpm.kernels.philox import VISIT
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.table import StepTable

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.common.arguments import number
-from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.kernels.operands import COLUMNS
 from fastddpm.process.spec import Prediction, Variance
 
 Solver = Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"]
@@ -109,7 +109,7 @@ class StepTable:
     """The S steps of a run as coefficients.
 
     Attributes:
-        rows: float32 [S+1, len(COLUMNS)], columns in the order of `fastddpm.kernels.p_sample.COLUMNS`;
+        rows: float32 [S+1, len(COLUMNS)], columns in the order of `fastddpm.kernels.operands.COLUMNS`;
             row S is the identity (c_x = 1, bound = ∞, all else 0).
         timesteps: int64 [S+1]; the training timestep of each row; row S holds 0.
         counters: int64 [S+1]; the counter t of each row's noise: its timestep, and more where the run comes back to one

@@ -44,7 +44,7 @@ class Claims:
         """
         self._store, self._part, self._clock, self._patience = store, part, clock, patience
         self._me = {"token": uuid.uuid4().hex, "part": part, "process": f"{_here()} {os.getpid()}"}
-        self._seen: dict[int, tuple[bytes, float]] = {}
+        self.seen: dict[int, tuple[bytes, float]] = {}
         self._slowest: float | None = None
         self._written, self._last_beat = 0.0, 0.0
 
@@ -57,7 +57,7 @@ class Claims:
         Raises:
             OSError: the store cannot be read or written.
         """
-        name, mine = _name(shard), self._content(0)
+        name, mine = _name(shard), self.content(0)
         self._written = self._last_beat = self._clock()
         if self._store.create(name, mine):
             return True
@@ -81,7 +81,7 @@ class Claims:
         self._slowest = max(self._slowest or 0.0, now - self._last_beat)
         self._last_beat = now
         if now - self._written >= REFRESH_S:
-            self._store.write(_name(shard), self._content(drawn))
+            self._store.write(_name(shard), self.content(drawn))
             self._written = now
 
     def release(self, shard: Shard) -> None:
@@ -101,7 +101,8 @@ class Claims:
             return UNKNOWN_PATIENCE_S
         return max(LEAST_PATIENCE_S, _BATCHES * self._slowest)
 
-    def _content(self, drawn: int) -> bytes:
+    def content(self, drawn: int) -> bytes:
+        """The claim of this process, which has drawn so many pictures."""
         return json.dumps({**self._me, "drawn": drawn}).encode()
 
     def _is_void(self, shard: Shard, theirs: bytes) -> bool:
@@ -112,9 +113,9 @@ class Claims:
         if _is_dead(claim.get("process", "")):
             return True
         now = self._clock()
-        content, since = self._seen.get(shard.number, (None, now))
+        content, since = self.seen.get(shard.number, (None, now))
         if content != theirs:
-            self._seen[shard.number] = (theirs, now)
+            self.seen[shard.number] = (theirs, now)
             return False
         return now - since >= self.patience
 

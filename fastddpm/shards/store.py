@@ -40,14 +40,14 @@ class Store:
         scheme = address.partition("://")[0] if "://" in address else ""
         try:
             # Others write too, so what is there must be asked for anew each time.
-            self._files, path = fsspec.core.url_to_fs(address, use_listings_cache=False)
+            self.files, path = fsspec.core.url_to_fs(address, use_listings_cache=False)
         except ImportError as error:
             package = _PACKAGES.get(scheme, "what the message names")
             raise ValueError(f"{address}: needs a package ({first_line(error)}); pip install {package}") from error
         except Exception as error:  # each kind of store raises errors of its own
             raise ValueError(f"{address}: must be a folder or a URL, got {first_line(error)}; mend it") from error
         self._root = str(path).rstrip("/")
-        self.folder = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
+        self.folder = Path(self._root) if isinstance(self.files, LocalFileSystem) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A folder's name must mean the same in a process that runs elsewhere.
@@ -80,7 +80,7 @@ class Store:
         """
         try:
             with self._told():
-                entries = self._files.ls(self._path(folder), detail=True)
+                entries = self.files.ls(self._path(folder), detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
         return {e["name"].rsplit("/", 1)[-1]: int(e["size"] or 0) for e in entries if e["type"] == "file"}
@@ -93,7 +93,7 @@ class Store:
         """
         try:
             with self._told():
-                return bytes(self._files.cat_file(self._path(name)))
+                return bytes(self.files.cat_file(self._path(name)))
         except FileNotFoundError:
             return None
 
@@ -105,7 +105,7 @@ class Store:
         """
         digest = hashlib.sha256()
         try:
-            with self._told(), self._files.open(self._path(name), "rb", block_size=_BLOCK) as file:
+            with self._told(), self.files.open(self._path(name), "rb", block_size=_BLOCK) as file:
                 while block := file.read(_BLOCK):
                     digest.update(block)
         except (FileNotFoundError, IsADirectoryError):
@@ -126,7 +126,7 @@ class Store:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name.rsplit("/", 1)[-1])
             with self._told():
-                self._files.get_file(self._path(name), str(path))
+                self.files.get_file(self._path(name), str(path))
             yield path
 
     # ---------------------------------------------------------------- writing
@@ -142,7 +142,7 @@ class Store:
                 temporary.write_bytes(content)
             return
         with self._told(writing=True):
-            self._files.pipe_file(self._path(name), content)
+            self.files.pipe_file(self._path(name), content)
 
     def create(self, name: str, content: bytes) -> bool:
         """Write a small file unless it is there; of several processes that try, one succeeds where the store knows how.
@@ -157,7 +157,7 @@ class Store:
             return create_file(self.folder / name, content)
         try:
             with self._told(writing=True):
-                self._files.pipe_file(self._path(name), content, mode="create")
+                self.files.pipe_file(self._path(name), content, mode="create")
         except FileExistsError:
             return False
         return True
@@ -196,7 +196,7 @@ class Store:
             files = sorted(path.iterdir()) if folder else [path]
             there = [self._path(f"{name}/{file.name}" if folder else name) for file in files]
             with self._told(writing=True):
-                self._files.put([str(file) for file in files], there)
+                self.files.put([str(file) for file in files], there)
 
     def remove(self, name: str) -> None:
         """Remove a file if it is there.
@@ -205,7 +205,7 @@ class Store:
             OSError: the store cannot be reached or changed.
         """
         with contextlib.suppress(FileNotFoundError), self._told():
-            self._files.rm_file(self._path(name))
+            self.files.rm_file(self._path(name))
 
     def make(self) -> None:
         """Make the folder of an address on a disk; elsewhere there are no folders.

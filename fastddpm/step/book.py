@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.kernels.operands import COLUMNS
 from fastddpm.process.likelihood_table import LikelihoodTable
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.kernels.operands import COLUMNS, Operands
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
 from fastddpm.step.step import Step, StepForm
@@ -102,31 +101,18 @@ class GuidedStep(Step):
         """See `Step.formed`."""
         return GuidedStep(self.network, form, self.guide)
 
-    def update(
-        self,
-        x: Tensor,
-        out: Tensor,
-        step: Tensor,
-        end: Tensor,
-        sample_id: Tensor,
-        seed: Tensor,
-        rows: Tensor,
-        timesteps: Tensor,
-        *more: Any,  # noqa: ANN401 - as `Step.update` types them
-        mask: Tensor | None = None,
-        **named: Any,  # noqa: ANN401
-    ) -> tuple[Tensor, ...]:
+    def update(self, given: Operands) -> tuple[Tensor, ...]:
         """See `Step.update`; afterwards x_{t−1} and x̂_0 are moved."""
         # All that is read of x and of the clock is read before the update, which may be in place.
-        row = torch.minimum(step, end)
-        place = self.guide.places(row, end)
-        gradient = self.guide.gradient(x, self.guide.times[place])
-        gradient = torch.where((row < end)[:, None, None, None], gradient, 0.0)
-        of_drawn = gradient if mask is None else gradient * mask  # what is known stays where it is
+        row = torch.minimum(given.step, given.end)
+        place = self.guide.places(row, given.end)
+        gradient = self.guide.gradient(given.x, self.guide.times[place])
+        gradient = torch.where((row < given.end)[:, None, None, None], gradient, 0.0)
+        of_drawn = gradient if given.mask is None else gradient * given.mask  # what is known stays where it is
         of_x, of_x_start = (move[:, None, None, None] for move in self.guide.rows[place].unbind(1))
         if self.form.learned:
-            of_x = of_x * _variance(out[:, x.shape[1] :].float(), rows[row])
-        changed = super().update(x, out, step, end, sample_id, seed, rows, timesteps, *more, mask=mask, **named)
+            of_x = of_x * _variance(given.out[:, given.x.shape[1] :].float(), given.table[row])
+        changed = super().update(given)
         changed[0].addcmul_(of_x, of_drawn)
         if self.form.history:
             changed[2].addcmul_(of_x_start, gradient)

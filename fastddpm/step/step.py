@@ -7,11 +7,13 @@ exported to ONNX or served, it is this object, and what a test proves of it hold
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fastddpm.kernels.operands import Operands
 from fastddpm.kernels.p_sample import p_sample, p_sample_reference
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import DynamicThreshold, StepTable, dynamic_bound
@@ -190,45 +192,33 @@ class Step(nn.Module):
             ValueError: the variance is learned and the network returns none, or there are too many or few tensors.
         """
         given = dict(zip(self.names, tensors, strict=True))
-        labels, uncond, noise = given.get("labels"), given.get("uncond"), given.get("noise")
-        x, step, history = given["x"], given["step"], given.get("history")
-        out, out_uncond = self.ask(x, step, given["conditions"], labels, uncond, history, given.get("condition"))
+        out, out_uncond = self.ask(given)
         return self.update(
-            x, out, step, given["end"], given["sample_id"], given["seed"], given["rows"], given["timesteps"],
-            out_uncond, given.get("guidance"), history, given.get("history2"), noise, given.get("known"),
-            mask=given.get("mask"),
+            Operands(
+                given["x"], out, given["rows"], given["timesteps"],
+                given["step"], given["end"], given["sample_id"], given["seed"],
+                given.get("noise"), out_uncond, given.get("guidance"),
+                given.get("history"), given.get("history2"), given.get("known"), given.get("mask"),
+            )
         )  # fmt: skip
 
-    def ask(
-        self,
-        x: Tensor,
-        step: Tensor,
-        conditions: Tensor,
-        labels: Tensor | None = None,
-        uncond: Tensor | None = None,
-        history: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def ask(self, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The network's output and, in guided runs, that without class, from one call of twice the batch.
 
         Args:
-            x: the samples, float32 [B, C, H, W].
-            step: int64 [B], each sample's row.
-            conditions: what the network is told in each row.
-            labels: int64 [B], classes, or None where the rows hold them.
-            uncond: int64 [B], from a row to that without class.
-            history: the previous x̂_0, for self-conditioned networks.
-            condition: float32 [B, C', H, W], what the network sees behind x, or None.
+            given: x, step, conditions and, as the form has them, labels, uncond, history and condition, as in
+                `forward`.
 
         Returns:
             [B, C or 2C, H, W], and the same again or None.
         """
-        network, form = cast(Network, self.network), self.form
-        x = x if condition is None else torch.cat((x, condition), dim=1)
-        past = history if form.self_condition else None
+        network, form, x, step = cast(Network, self.network), self.form, given["x"], given["step"]
+        labels, conditions = given.get("labels"), given["conditions"]
+        x = torch.cat((x, given["condition"]), dim=1) if form.condition else x
+        past = given["history"] if form.self_condition else None
         if not form.guided:
             return network.body(x, conditions, step, labels, past), None
-        again = step if uncond is None else step + uncond
+        again = step if labels is not None else step + given["uncond"]
         if labels is not None:
             labels = torch.cat((labels, torch.full_like(labels, form.null_class or 0)))
         past = None if past is None else torch.cat((past, past))
@@ -236,68 +226,35 @@ class Step(nn.Module):
         out, out_uncond = both.chunk(2)
         return out, out_uncond
 
-    def update(
-        self,
-        x: Tensor,
-        out: Tensor,
-        step: Tensor,
-        end: Tensor,
-        sample_id: Tensor,
-        seed: Tensor,
-        rows: Tensor,
-        timesteps: Tensor,
-        out_uncond: Tensor | None = None,
-        guidance: Tensor | None = None,
-        history: Tensor | None = None,
-        history2: Tensor | None = None,
-        noise: Tensor | None = None,
-        known: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """What follows the network: x̂_0, its bound, the solver's row and the clock; see `forward`.
+    def update(self, given: Operands) -> tuple[Tensor, ...]:
+        """What follows the network: x̂_0, its bound, the solver's row and the clock.
 
         Args:
-            x: as in `forward`, and so are the rest.
-            out: the network's output.
-            step: each sample's row.
-            end: each sample's identity row.
-            sample_id: ids.
-            seed: seeds.
-            rows: coefficients.
-            timesteps: each row's noise counter.
-            out_uncond: the output without class.
-            guidance: scales.
-            history: the previous x̂_0.
-            history2: the one before.
-            noise: z.
-            known: pictures of which a part is known.
-            mask: where they are to be drawn.
+            given: all but `bound`.
 
         Returns:
             As `forward`.
+
+        Raises:
+            ValueError: the variance is learned and the network returns none.
         """
-        form, channels = self.form, x.shape[1]
-        if form.learned and out.shape[1] != 2 * channels:
+        form, channels = self.form, given.x.shape[1]
+        if form.learned and given.out.shape[1] != 2 * channels:
             raise ValueError(
-                f"step: the network must return {2 * channels} channels for learned_range, got {out.shape[1]}; "
+                f"step: the network must return {2 * channels} channels for learned_range, got {given.out.shape[1]}; "
                 "use a fixed variance"
             )
-        bound = None
         if form.threshold is not None:
-            combined = out
-            if out_uncond is not None and guidance is not None:
-                combined = out_uncond + guidance[:, None, None, None] * (out - out_uncond)
-            bound = dynamic_bound(x, combined, rows[torch.minimum(step, end)], form.threshold)
-        later = torch.minimum(step + 1, end)
+            combined = given.out
+            if given.out_uncond is not None and given.guidance is not None:
+                combined = given.out_uncond + given.guidance[:, None, None, None] * (given.out - given.out_uncond)
+            rows = given.table[torch.minimum(given.step, given.end)]
+            given = Operands(*given[:-1], dynamic_bound(given.x, combined, rows, form.threshold))
+        later = torch.minimum(given.step + 1, given.end)
         run = p_sample if form.in_place else p_sample_reference
-        changed = run(
-            x, out, rows, timesteps, step, end, sample_id, seed,
-            noise=noise, out_uncond=out_uncond, guidance=guidance, history=history, history2=history2, bound=bound,
-            known=known, mask=mask, stochastic=form.stochastic,
-        )  # fmt: skip
-        new, *past = changed or [value for value in (x, history, history2) if value is not None]
-        later = step.copy_(later) if form.in_place else later
+        changed = run(given, stochastic=form.stochastic)
+        new, *past = changed or [value for value in (given.x, given.history, given.history2) if value is not None]
+        later = given.step.copy_(later) if form.in_place else later
         return (new, later, *past[: form.history])
 
 

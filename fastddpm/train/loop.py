@@ -21,7 +21,7 @@ from torch import Tensor
 from fastddpm.checkpoints import native
 from fastddpm.common.interrupts import hold_interrupt
 from fastddpm.kernels.philox import TRAINING
-from fastddpm.kernels.q_sample import q_sample
+from fastddpm.kernels.q_sample import Draw, q_sample
 from fastddpm.nets.unet import UNet
 from fastddpm.pictures.data import ImageData
 from fastddpm.process.schedule import NoiseSchedule
@@ -91,10 +91,7 @@ class Trainer:
         )
         self.weights = {name: value.detach() for name, value in self.network.state_dict().items()}
         self.ema = {name: value.clone() for name, value in self.weights.items()}
-        self.alphas = tuple(
-            a.to(self.device, torch.float32)
-            for a in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod)
-        )
+        self.alphas = schedule.levels(self.device)
         self.steps_per_epoch = len(data.images) // config.batch_size
         self.total = self.steps_per_epoch * config.epochs
         self.step = 0
@@ -178,8 +175,8 @@ class Trainer:
 
     def loss(self, x_start: Tensor, t: Tensor, labels: Tensor | None, numbers: Tensor) -> Tensor:
         """The loss of these pictures, each at its own timestep, with the noise of its number in the run."""
-        seed = torch.full_like(numbers, self.config.seed)
-        x_t, eps = q_sample(x_start, t, *self.alphas, seed=seed, sample_id=numbers, domain=TRAINING)
+        draw = Draw(torch.full_like(numbers, self.config.seed), numbers, TRAINING)
+        x_t, eps = q_sample(x_start, t, self.alphas, draw)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bf16"):
             out = self.network(x_t, self.spec.times_fed(t), labels)
         out, clean = out.float(), x_start.float() / 127.5 - 1

@@ -195,7 +195,7 @@ def test_a_damaged_part_is_named(fastddpm, place, unplotted, model, data):
 
 
 def test_ctrl_c_without_a_folder_promises_nothing(fastddpm, model, data, monkeypatch):
-    monkeypatch.setattr(likelihood_run.LikelihoodRun, "_measured", _interrupted)
+    monkeypatch.setattr(likelihood_run.LikelihoodRun, "measured", _interrupted)
     stopped = fastddpm("likelihood", model, data)
     assert stopped.code == 130 and "continues" not in stopped.err
     assert issubclass(Stopped, Exception) and torch.get_num_threads() == 1

@@ -9,7 +9,7 @@ from scipy.stats import chi2, norm
 
 from fastddpm import Method, ModelSpec, NoiseSchedule, Sampler
 from fastddpm.editing.plans import slerp
-from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.kernels.operands import COLUMNS
 from fastddpm.kernels.philox import START
 from fastddpm.process.noise import normals
 from fastddpm.step.request import RunOptions
@@ -338,7 +338,7 @@ def moments(table, gains):
 def repaint_table(sampler, jump_length, resamplings, method):
     """The table of such an inpainting."""
     pair = torch.full((1, 1, 2), 0.5)
-    return sampler._planner.inpaint(pair, "right", "repaint", jump_length, resamplings, method, RunOptions()).table
+    return sampler.planner.inpaint(pair, "right", "repaint", jump_length, resamplings, method, RunOptions()).table
 
 
 @pytest.mark.parametrize("method", [Method("ddpm", variance="fixed_large"), Method(steps=100)], ids=["ddpm", "ddim"])

@@ -56,7 +56,7 @@ def order() -> Order:
 def test_a_job_that_is_stopped_leaves_nothing(monkeypatch, order):
     pretend(monkeypatch, "import subprocess, time\nsubprocess.Popen(['sleep', '60'])\ntime.sleep(60)")
     job = Job(order)
-    folder, pid = job._folder, job._process.pid
+    folder, pid = job.folder, job.process.pid
     assert not job.is_done() and folder.exists() and os.getpgid(pid) == pid
     job.stop()
     assert job.is_done() and job.failure == "it was stopped" and not folder.exists()
@@ -99,16 +99,16 @@ from tests.networks import tiny_sampler
 waits = """
 import sys, threading, time
 from pathlib import Path
-from fastddpm.engines.background import _end_with
+from fastddpm.engines.background import end_with
 arguments = int(sys.argv[1]), Path(sys.argv[2]).parent
-threading.Thread(target=_end_with, args=arguments, daemon=True).start()
+threading.Thread(target=end_with, args=arguments, daemon=True).start()
 time.sleep(600)
 """
 real = background.command
 background.command = lambda path: [sys.executable, "-P", "-c", waits, *real(path)[-2:]]
 sampler = tiny_sampler()
 job = background.Job(background.Order.of(contestant(sampler), sampler.stepper.weights))
-print(job._process.pid, job._folder, flush=True)
+print(job.process.pid, job.folder, flush=True)
 time.sleep(600)
 '''
 
@@ -136,13 +136,13 @@ def test_a_run_goes_on_meanwhile_and_changes_over(monkeypatch, tmp_path):
         sampler.model.stem.bias.add_(0.01)  # weights that no other test has
     engine = sampler.stepper.engine = Engine("auto", CPU, weights=lambda: sampler.stepper.weights)
     monkeypatch.setattr(AheadOfTime, "is_there", lambda self, call: go.exists())
-    monkeypatch.setattr(AheadOfTime, "prepare", lambda way, call, _: way._steps.update({way.key(call): call.step}))
+    monkeypatch.setattr(AheadOfTime, "prepare", lambda way, call, _: way.steps.update({way.key(call): call.step}))
 
     def watch(preview):
         seen.append((engine.used, "meanwhile" in engine.why))
         if preview.step == 5:
             go.touch()
-            assert wait_until(lambda: engine._background._job.is_done())
+            assert wait_until(lambda: engine.background.job.is_done())
 
     asked = {"class_labels": 1, "solver": "ddpm", "steps": 8, "output": "raw"}
     got = sampler.sample(2, callback=watch, **asked)
@@ -160,12 +160,12 @@ def test_an_interrupted_run_ends_what_is_made_beside_it(monkeypatch):
 
     def interrupt(preview):
         if preview.step == 4:
-            assert not engine._background._job.is_done()
+            assert not engine.background.job.is_done()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         sampler.sample(2, class_labels=1, solver="ddpm", steps=8, callback=interrupt)
-    assert engine._background._job.is_done()
+    assert engine.background.job.is_done()
 
 
 @pytest.mark.slow

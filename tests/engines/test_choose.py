@@ -158,7 +158,7 @@ def test_with_a_batch_size_one_engine_makes_all_steps(quick, monkeypatch):
     sampler, way = quick
     way.cost_s = 0.0
     made = []
-    monkeypatch.setattr(StepRunner, "_make", watched(StepRunner._make, made))
+    monkeypatch.setattr(StepRunner, "make", watched(StepRunner.make, made))
     run(sampler, steps=25, batch_size=1)
     assert sampler.engine.used == "compiled" and way.prepared == 1
     assert made == [1.0] * 50

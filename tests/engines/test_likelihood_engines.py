@@ -68,7 +68,7 @@ def test_the_step_is_one_graph_and_is_never_compiled_again():
     sampler.likelihood(images_of(), class_labels=0, steps=2, progress=False)
     with torch._dynamo.config.patch(error_on_recompile=True):
         check_every_run(sampler, rtol=1e-5)
-    assert len(sampler.engine.quick._steps) == 1
+    assert len(sampler.engine.quick.steps) == 1
 
 
 @pytest.mark.parametrize("row", ["middle", "last"])

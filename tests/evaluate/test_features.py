@@ -128,7 +128,7 @@ def extractor():
     """torch-fidelity's module, with a constructor that needs no file when the weights are random."""
     if not any((Path(path) / "torch_fidelity").is_dir() for path in sys.path):
         pytest.skip("needs torch-fidelity")
-    return inception._extractor()
+    return inception.extractor()
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,7 @@ def test_a_library_that_refuses_is_one_line(other, monkeypatch):
         raise RuntimeError("no such operator\nand a long trace")
 
     way = other.engine.quick
-    monkeypatch.setattr(type(way._runtime), "open", refused(refuse))
+    monkeypatch.setattr(type(way.runtime), "open", refused(refuse))
     sampler = like(tiny_sampler(), other.engine.name)
     with pytest.raises(CompileError, match="must run the network, got no such operator; use engine='eager'$"):
         sampler.sample(2, class_labels=1, steps=3)
@@ -144,14 +144,14 @@ def test_a_library_that_refuses_is_one_line(other, monkeypatch):
 
 def refused(function):
     def opened(self, *arguments, **options):
-        with runtimes._refused(self.name):
+        with runtimes.refused(self.name):
             return function(*arguments, **options)
 
     return opened
 
 
 def test_auto_takes_a_library_where_it_is_the_quickest(other, monkeypatch):
-    for way in (Library, type(other.engine._contest._ways[-1])):
+    for way in (Library, type(other.engine.contest.ways[-1])):
         monkeypatch.setattr(way, "cost_s", 0.0 if way is Library else 1e9)
     name = other.engine.name
     monkeypatch.setattr(contest, "race", lambda ways: [float(i) + 1 for i in range(len(ways))])

@@ -135,7 +135,7 @@ def test_the_same_pictures(name, generator):
     options = dict(options)
     unet = {"out_channels": options.pop("out_channels")} if "out_channels" in options else {}
     fast = check_alike(pipeline(kind, copy.deepcopy(scheduler), **unet), generator=generator, **options)
-    assert isinstance(fast.__dict__["_network"].stepper.network, UNet)
+    assert isinstance(fast.network.stepper.network, UNet)
 
 
 @pytest.mark.parametrize("mode", ["ancestral", "ancestral_small_trailing", "ddim", "ddim_eta", "dpmpp_2m"])
@@ -226,9 +226,9 @@ def test_changed_weights_are_seen():
     pipe = pipeline(DDPMPipeline, DDIMScheduler(**V))
     fast = accelerate(pipe)
     before = draw(fast)[0]
-    stepper = fast.__dict__["_network"].stepper
+    stepper = fast.network.stepper
     draw(fast)
-    assert fast.__dict__["_network"].stepper is stepper
+    assert fast.network.stepper is stepper
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(2)
     after = draw(fast)[0]
@@ -248,16 +248,16 @@ def test_changed_weights_are_seen():
 )
 def test_a_network_that_ours_cannot_be_runs_as_it_is(options):
     fast = check_alike(pipeline(DDPMPipeline, DDIMScheduler(steps_offset=1, **V), **options))  # log 0 for "fourier"
-    assert not isinstance(fast.__dict__["_network"].stepper.network, UNet)
+    assert not isinstance(fast.network.stepper.network, UNet)
 
 
 def test_hooks_and_foreign_attention_run_as_they_are():
     pipe = pipeline(DDPMPipeline, DDIMScheduler(**V))
     handle = pipe.unet.conv_out.register_forward_hook(lambda module, args, out: out * 0.5)
     fast = check_alike(pipe)
-    assert fast.__dict__["_network"].stepper is None
+    assert fast.network.stepper is None
     handle.remove()
-    assert isinstance(check_alike(pipe).__dict__["_network"].stepper.network, UNet)
+    assert isinstance(check_alike(pipe).network.stepper.network, UNet)
 
 
 def test_half_precision_keeps_its_dtype():

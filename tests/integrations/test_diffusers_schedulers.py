@@ -410,7 +410,7 @@ def test_a_device_that_cannot_be_read_gets_rows_by_lookup():
     """As on an accelerator: a timestep is looked up there, and one that is not in the run shows as NaN."""
     scheduler = FastDDPMScheduler()
     scheduler.set_timesteps(10)
-    (rows,) = scheduler._tables()
+    (rows,) = scheduler.tables()
     table, times, row_of = rows.on(torch.device("cpu"))
     assert isinstance(rows, Rows) and rows.on(torch.device("cpu"))[0] is table
     assert row_of[torch.tensor([900, 800, 0])].tolist() == [0, 1, 9]

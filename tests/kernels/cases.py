@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.kernels.operands import COLUMNS, Operands
 
 S = 5
 OPTIONS = {
@@ -63,8 +63,17 @@ class Case:
 
         return Case(move(self.positional), move(self.options))
 
+    @property
+    def operands(self) -> Operands:
+        options = {name: value for name, value in self.options.items() if name != "stochastic"}
+        return Operands(**self.positional, **options)
+
+    @property
+    def stochastic(self) -> bool:
+        return self.options.get("stochastic", True)
+
     def call(self, function):
-        return function(**self.positional, **self.options)
+        return function(self.operands, stochastic=self.stochastic)
 
 
 def make_case(shape=(7, 3, 8, 8), dtype=torch.float32, options=(), seed=0) -> Case:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastddpm.kernels import COLUMNS, X_T_COUNTER, normals_reference, p_sample, q_sample
+from fastddpm.kernels import COLUMNS, X_T_COUNTER, Operands, normals_reference, p_sample, q_sample
 from fastddpm.kernels.philox import NORMALS_ATOL
 from tests.kernels import checks
 from tests.kernels.cases import CHAPTERS, OPTIONS, S, make_case
@@ -35,7 +35,7 @@ def test_normals():
     timesteps = torch.tensor([X_T_COUNTER, 0])
     step, end = torch.zeros(batch, dtype=torch.int64), torch.ones(batch, dtype=torch.int64)
     rest = (table, timesteps, step, end, ids, seed)
-    p_sample(x, torch.zeros_like(x), *(tensor.cuda() for tensor in rest))
+    p_sample(Operands(x, torch.zeros_like(x), *(tensor.cuda() for tensor in rest)))
     expected = normals_reference(seed, ids, torch.full((batch,), X_T_COUNTER), x[0].numel())
     assert (x.cpu().reshape(batch, -1) - expected).abs().max() <= NORMALS_ATOL
 
@@ -69,9 +69,9 @@ def test_q_sample_gradients():
 
 
 def test_q_sample_gives_nan_for_unknown_timesteps():
-    (x, t, signals, spreads), options = checks.q_arguments((3, 1, 2, 5), "float", True, "cuda")
+    x, t, *rest = checks.q_arguments((3, 1, 2, 5), "float", True, "cuda")
     t[:] = torch.tensor([-1, 10, 4])
-    x_t, _ = q_sample(x, t, signals, spreads, **options)
+    x_t, _ = q_sample(x, t, *rest)
     assert x_t[:2].isnan().all() and x_t[2].isfinite().all()
 
 
@@ -98,6 +98,6 @@ def test_a_captured_graph_replays_the_whole_run(options):
 
 def test_compiled_step_agrees():
     case, eager = (make_case((5, 3, 8, 8), torch.bfloat16, ("history",)).to("cuda") for _ in range(2))
-    torch.compile(p_sample, fullgraph=True)(**case.positional, **case.options)
+    case.call(torch.compile(p_sample, fullgraph=True))
     eager.call(p_sample)
     torch.testing.assert_close(case.positional["x"], eager.positional["x"], rtol=1e-5, atol=1e-5)

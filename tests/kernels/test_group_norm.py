@@ -132,7 +132,7 @@ def compiled(name, target, dtype="bf16", writes=True):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastddpm.kernels.group_norm_triton import _add_group_norm_kernel as kernel
+    from fastddpm.kernels.group_norm_triton import add_group_norm_kernel as kernel
 
     (own, more), groups, pixels, terms = AOT[name]
     cuda, channels = target.startswith("sm_"), own + more

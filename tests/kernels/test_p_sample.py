@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastddpm.kernels import COLUMNS, p_sample, p_sample_reference
+from fastddpm.kernels import COLUMNS, Operands, p_sample, p_sample_reference
 from tests.kernels.cases import CHAPTERS, OPTIONS, S, make_case, pretend_on_gpu
 from tests.kernels.checks import check_chapters, check_chapters_noise, check_identity, check_nan, check_p_sample
 
@@ -95,7 +95,7 @@ def test_reference_is_differentiable():
 @pytest.mark.parametrize("options", [("history",), ("history", "history2")], ids=["one history", "two"])
 def test_compiles_without_graph_breaks(options):
     case, plain = make_case(options=options), make_case(options=options)
-    torch.compile(p_sample, fullgraph=True, backend="aot_eager")(**case.positional, **case.options)
+    case.call(torch.compile(p_sample, fullgraph=True, backend="aot_eager"))
     plain.call(p_sample)
     torch.testing.assert_close(case.positional["x"], plain.positional["x"], rtol=0, atol=0)
     for name in options:
@@ -112,7 +112,7 @@ def test_reference_exports_with_any_batch_size(options):
 
     class Step(torch.nn.Module):
         def forward(self, positional, options):
-            return p_sample_reference(**positional, **options)
+            return p_sample_reference(Operands(**positional, **options))
 
     batch = torch.export.Dim("batch", min=2)
     free = {"table": None, "timesteps": None}
@@ -126,10 +126,6 @@ def test_reference_exports_with_any_batch_size(options):
     torch.testing.assert_close(got, other.call(p_sample_reference), equal_nan=True)
 
 
-OP_ORDER = ("x", "out", "table", "timesteps", "step", "end", "sample_id", "seed", "noise", "out_uncond", "guidance")
-OP_ORDER += ("history", "history2", "bound", "known", "mask")
-
-
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_op_on_a_pretended_gpu(options):
     """The branch that CUDA tensors take, and the op's schema and shape propagation, without running the kernel."""
@@ -137,8 +133,9 @@ def test_op_on_a_pretended_gpu(options):
     case = make_case(options=options)
     fakes = {k: pretend_on_gpu(v) for k, v in (case.positional | case.options).items() if isinstance(v, torch.Tensor)}
     stochastic = case.options.get("stochastic", True)
-    assert p_sample(**fakes, stochastic=stochastic) is None
-    arguments = (*(fakes.get(name) for name in OP_ORDER), stochastic)
+    given = Operands(**fakes)
+    assert p_sample(given, stochastic=stochastic) is None
+    arguments = (*given, stochastic)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.fastddpm.p_sample.default, arguments, test_utils=tests)
 
@@ -197,7 +194,7 @@ def test_refuses(name, value, error, match):
     before = case.positional["x"].clone()
     arguments = case.positional | case.options | {name: value}
     with pytest.raises(error, match=rf"^p_sample: {match}") as raised:
-        p_sample(**arguments)
+        p_sample(Operands(**arguments))
     assert "; " in str(raised.value), "the line must say how to mend it"
     assert torch.equal(case.positional["x"], before)
 

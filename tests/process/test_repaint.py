@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.kernels.operands import COLUMNS
 from fastddpm.kernels.philox import TRAINING, VISIT
 from fastddpm.process.ddim import ddim_table
 from fastddpm.process.ddpm import ddpm_table

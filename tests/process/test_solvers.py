@@ -8,7 +8,8 @@ from diffusers import DPMSolverMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastddpm.kernels.p_sample import COLUMNS, p_sample_reference
+from fastddpm.kernels.operands import COLUMNS, Operands
+from fastddpm.kernels.p_sample import p_sample_reference
 from fastddpm.process import reference
 from fastddpm.process.ddim import ddim_table
 from fastddpm.process.ddpm import ddpm_table
@@ -461,7 +462,7 @@ def test_finished_samples_stay():
     x, out = torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3)
     step, end = torch.tensor([2, 1]), torch.tensor([2, 2])
     zeros = torch.zeros(2, dtype=torch.int64)
-    new, _ = p_sample_reference(x, out, table.rows, table.timesteps, step, end, zeros, zeros)
+    new, _ = p_sample_reference(Operands(x, out, table.rows, table.timesteps, step, end, zeros, zeros))
     assert torch.equal(new[0], x[0])
     assert not torch.equal(new[1], x[1])
 

@@ -117,7 +117,7 @@ def test_of_two_that_find_a_claim_void_the_later_one_goes_on(store, monkeypatch)
         assert other.take(SHARD)
 
     monkeypatch.setattr(store, "write", overtaken)
-    other._seen[0] = (mine._content(0), -1e9)
+    other.seen[0] = (mine.content(0), -1e9)
     assert not mine.take(SHARD)
 
 

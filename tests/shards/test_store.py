@@ -75,8 +75,8 @@ def test_errors_of_a_store_become_one_sentence(monkeypatch):
     def fail(*_, **__):
         raise Unreachable("Could not connect\nto the endpoint")
 
-    monkeypatch.setattr(type(store._files), "cat_file", fail)
-    monkeypatch.setattr(type(store._files), "pipe_file", fail)
+    monkeypatch.setattr(type(store.files), "cat_file", fail)
+    monkeypatch.setattr(type(store.files), "pipe_file", fail)
     for call, word in ((lambda: store.read("a"), "readable"), (lambda: store.write("a", b""), "writable")):
         with pytest.raises(OSError, match=f"memory://gone must be there and {word}, got Could not connect; check"):
             call()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastddpm import ModelSpec, NoiseSchedule, Sampler, StepTable
-from fastddpm.kernels.p_sample import COLUMNS
+from fastddpm.kernels.operands import COLUMNS
 from fastddpm.process import reference
 from fastddpm.process.repaint import resampled
 from fastddpm.process.timesteps import respace

@@ -21,7 +21,7 @@ RUN = RunOptions(seed=5, class_labels=1)
 def plans(sampler: Sampler) -> list[Plan]:
     """A plain run, one from pictures, and two with jumps, three samples each; all in a form that knows of masks."""
     images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    planner, plain = sampler._planner, Method("dpmpp_2m", steps=7)
+    planner, plain = sampler.planner, Method("dpmpp_2m", steps=7)
     made = [
         Plan(sampler.table(plain), make_request(sampler.spec, sampler.device, 3, RUN), RUN),
         planner.img2img(images, 0.6, Method("ddpm", steps=12), RUN),
@@ -44,11 +44,11 @@ def test_edits_and_plain_samples_share_a_batch(in_place):
     sampler = tiny_sampler()
     sampler = Sampler(sampler.model, sampler.schedule, sampler.spec, device="cpu", engine="eager")
     made = plans(sampler)
-    alone = [sampler._drawn(plan, "raw") for plan in made]
+    alone = [sampler.drawn(plan, "raw") for plan in made]
     with torch.no_grad(), contextlib.ExitStack() as stack:
         stack.enter_context(sampler.stepper.undisturbed())
         calls = [
-            stack.enter_context(sampler.stepper._call(plan.table, plan.request)).formed(history=1, in_place=in_place)
+            stack.enter_context(sampler.stepper.call(plan.table, plan.request)).formed(history=1, in_place=in_place)
             for plan in made
         ]
         call = dataclasses.replace(calls[0], state=joined([call.state for call in calls]))
@@ -65,7 +65,7 @@ def test_edits_and_plain_samples_share_a_batch(in_place):
 def test_a_masked_step_is_one_graph():
     sampler = tiny_sampler()
     plan = plans(sampler)[2]
-    with torch.no_grad(), sampler.stepper.undisturbed(), sampler.stepper._call(plan.table, plan.request) as call:
+    with torch.no_grad(), sampler.stepper.undisturbed(), sampler.stepper.call(plan.table, plan.request) as call:
         expected = call.step(*call.arguments())
         torch._dynamo.reset()
         got = torch.compile(call.step, fullgraph=True, backend="eager")(*call.arguments())
@@ -89,7 +89,7 @@ def test_states_with_and_without_masks_do_not_mix():
     plain = dataclasses.replace(masked, request=dataclasses.replace(masked.request, known=None, mask=None))
 
     def state(plan: Plan) -> Call:
-        with sampler.stepper.undisturbed(), sampler.stepper._call(plan.table, plan.request) as call:
+        with sampler.stepper.undisturbed(), sampler.stepper.call(plan.table, plan.request) as call:
             return call.state
 
     with pytest.raises(ValueError, match="both states must have known or neither"):

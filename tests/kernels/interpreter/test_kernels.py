@@ -98,10 +98,10 @@ def test_q_sample_gradients():
 
 @pytest.mark.parametrize("given", [False, True], ids=["eps made", "eps given"])
 def test_q_sample_gives_nan_for_unknown_timesteps(given):
-    (x, t, signals, spreads), options = checks.q_arguments((3, 1, 2, 5), "uint8", given)
+    x, t, *rest = checks.q_arguments((3, 1, 2, 5), "uint8", given)
     t[:] = torch.tensor([-1, 10, 4])
 
-    x_t, _ = q_sample(x, t, signals, spreads, **options)
+    x_t, _ = q_sample(x, t, *rest)
     assert x_t[:2].isnan().all() and x_t[2].isfinite().all()
 
 
@@ -111,17 +111,15 @@ def test_p_sample_schema(options):
     case = make_case((2, 1, 2, 3), torch.float16, options)
     for name in case.options.keys() & PAST.keys():
         case.options[name].nan_to_num_()
-    names = ("noise", "out_uncond", "guidance", *PAST, "bound", "known", "mask")
-    arguments = (*case.positional.values(), *(case.options.get(name) for name in names))
-    arguments += (case.options.get("stochastic", True),)
+    arguments = (*case.operands, case.stochastic)
     torch.library.opcheck(torch.ops.fastddpm.p_sample.default, arguments, test_utils="test_schema")
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["eps made", "eps given"])
 def test_q_sample_schema(given):
-    (x, t, signals, spreads), options = checks.q_arguments((2, 1, 2, 3), "float", given)
+    x, t, alphas, noise = checks.q_arguments((2, 1, 2, 3), "float", given)
     x.requires_grad_(True)
-    arguments = (x, t, signals, spreads, *(options.get(name) for name in ("eps", "seed", "sample_id")), 0)
+    arguments = (x, t, *alphas, *((noise, None, None, 0) if given else (None, *noise)))
     tests = ("test_schema", "test_autograd_registration")
     torch.library.opcheck(torch.ops.fastddpm.q_sample.default, arguments, test_utils=tests)
 
