@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .checks import check_tensor
 from .dispatch import runs_triton
-from .philox import normals_reference
+from .normals import normals
 
 Q_SAMPLE_RTOL = 2.0**-21
 """Kernel against reference, relative to |√ᾱ·x₀| + |√(1−ᾱ)·ε|, the noise's `NORMALS_ATOL` aside."""
@@ -54,7 +54,7 @@ def q_sample_reference(x_start: Tensor, t: Tensor, alphas: Alphas, noise: Tensor
         x_t and ε, both float32 [B, C, H, W].
     """
     if isinstance(noise, Draw):
-        made = normals_reference(noise.seed, noise.sample_id, t + noise.domain, x_start[0].numel())
+        made = normals(noise.seed, noise.sample_id, t + noise.domain, x_start[0].numel())
         noise = made.reshape(x_start.shape)
     if x_start.dtype == torch.uint8:
         x_start = x_start.float() / 127.5 - 1.0

@@ -9,6 +9,7 @@ int32_t aoti_torch_get_data_ptr(tensor t, void **result);
 int32_t aoti_torch_get_sizes(tensor t, int64_t **result);
 int32_t aoti_torch_get_strides(tensor t, int64_t **result);
 int32_t aoti_torch_get_dtype(tensor t, int32_t *result);
+int32_t aoti_torch_dtype_float32(void);
 int32_t aoti_torch_dtype_bfloat16(void);
 int32_t aoti_torch_device_type_cpu(void);
 int32_t aoti_torch_empty_strided(int64_t ndim, const int64_t *sizes, const int64_t *strides, int32_t dtype,

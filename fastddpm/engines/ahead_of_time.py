@@ -25,12 +25,13 @@ from fastddpm.common.wording import first_line
 from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError, check_step, not_one_graph
 from fastddpm.engines.fast_layers import changed_layers, measured_layers
-from fastddpm.engines.inductor import OPTIONS, compile_program, own_folder
+from fastddpm.engines.inductor import OPTIONS, compile_program, own_folder, vectors_tried_out
 from fastddpm.engines.precision import processor_has_bf16
 from fastddpm.engines.runner import Runner, StepFunction, StepRunner
-from fastddpm.kernels import group_norm_native, winograd
+from fastddpm.kernels import group_norm_native, normals, winograd
 from fastddpm.kernels.group_norm_native import native_norms
 from fastddpm.kernels.native import processor
+from fastddpm.kernels.normals import native_normals
 from fastddpm.step.network import Network
 from fastddpm.step.step import Call, step_of
 
@@ -170,11 +171,12 @@ def compile_step(call: Call, path: Path, layers: Sequence[str] | None = None) ->
         with torch.no_grad(), warnings.catch_warnings(), own_folder():
             warnings.simplefilter("ignore")
             step = with_quick_layers(call, layers)
-            with native_norms():
-                program = torch.export.export(
-                    step, tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
-                )
-            compile_program(program, path)
+            with vectors_tried_out():
+                with native_norms(), native_normals():
+                    program = torch.export.export(
+                        step, tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
+                    )
+                compile_program(program, path)
     except OSError:
         raise
     except Exception as error:  # whatever the exporter, the compiler or the C++ compiler raise
@@ -214,7 +216,7 @@ def load_step(path: Path, key: str) -> StepFunction:
     Raises:
         CompileError: the file is no package that runs here, or there is no room to unpack it.
     """
-    winograd.is_there(), group_norm_native.is_there()  # the package looks their functions up
+    winograd.is_there(), group_norm_native.is_there(), normals.is_there()  # the package looks their functions up
     try:
         # As `torch._inductor.aoti_load_package` does it, without importing the compiler; and a call through its result
         # would flatten the arguments first, which takes longer than a small update.

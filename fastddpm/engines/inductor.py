@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from fastddpm.kernels import group_norm_native, winograd
+from fastddpm.kernels import group_norm_native, normals, winograd
 from fastddpm.kernels.kept import private_folder
 
 OPTIONS = {
@@ -49,6 +49,7 @@ def shims() -> dict[Any, list[str]]:
     return {
         ops.winograd_conv.default: [winograd.DECLARATION],
         ops.add_group_norm_native.default: [group_norm_native.DECLARATION],
+        ops.normals.default: [normals.DECLARATION],
     }
 
 
@@ -61,9 +62,19 @@ def own_folder() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def vectors_tried_out() -> Iterator[None]:
+    """Find out beside the block, with a compiler and a process of its own, what vectors there are, as Inductor does."""
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list  # late: it takes seconds to import
+
+    with ThreadPoolExecutor(1) as beside:
+        beside.submit(valid_vec_isa_list)  # what it raises, it will raise again where Inductor asks
+        yield
+
+
+@contextlib.contextmanager
 def _two_at_once() -> Iterator[None]:
     """Compile what calls a step's kernels while the kernels are compiled; Inductor does one after the other."""
-    from torch._inductor.cpp_builder import CppBuilder  # late: it takes seconds to import
+    from torch._inductor.cpp_builder import CppBuilder  # late, as above
 
     build, caller = CppBuilder.build, Future[None]()
 

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastddpm.kernels.philox import normals_reference
+from fastddpm.kernels.normals import normals
 from fastddpm.kernels.q_sample import Alphas, q_sample_reference
 from fastddpm.process.likelihood import discretized_gaussian_log_likelihood, normal_kl
 from fastddpm.process.likelihood_table import LIKELIHOOD_COLUMNS, LikelihoodTable
@@ -181,5 +181,5 @@ class LikelihoodStep(nn.Module):
 
     def _noise(self, given: dict[str, Tensor]) -> Tensor:
         x, t = given["x"], given["timesteps"].index_select(0, given["step"])
-        made = normals_reference(given["seed"], given["sample_id"], t, x[0].numel())
+        made = normals(given["seed"], given["sample_id"], t, x[0].numel())
         return made.reshape(x.shape)

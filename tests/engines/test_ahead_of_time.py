@@ -34,11 +34,12 @@ def test_a_compiled_step_calls_our_kernels_without_python(compiled, monkeypatch)
     """A norm's or a convolution's way through Python would take as long as a small layer."""
     asked = {"seed": 5, "class_labels": [0, 2, 1], "steps": 3, "output": "raw"}
     want = compiled.sample(3, **asked)
-    for name in ("group_norm_native.loaded", "winograd.loaded"):
+    for name in ("group_norm_native.loaded", "winograd.loaded", "normals.loaded"):
         monkeypatch.setattr(f"fastddpm.kernels.{name}", None)
     assert torch.equal(compiled.sample(3, **asked), want) and compiled.engine.used == "compiled"
     package = max(cache.packages().values(), key=lambda path: path.stat().st_mtime)
-    assert b"aoti_torch_cpu_add_group_norm_native" in package.read_bytes()
+    content = package.read_bytes()
+    assert all(f"aoti_torch_cpu_{name}".encode() in content for name in ("add_group_norm_native", "normals"))
 
 
 def test_large_ids_and_seeds(compiled):
