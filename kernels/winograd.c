@@ -6,10 +6,13 @@
  * positions of a transformed tile, one matrix product [tiles, C] x [C, O]: V_k U_k = M_k, k = 0 ... 35.
  *
  * Pictures are NHWC, float32 or bfloat16; everything between them is float32.
- * Tiles are worked through in blocks whose V and M stay in the caches. U is packed in panels:
- * U[k][o / PANEL][c][o % PANEL]. C must be a multiple of LANES, O one of PANEL. Zen 4 and later and Intel's servers have
- * LANES 16, older processors 8; see the compiler's flags in native.py.
+ * Tiles are worked through in blocks whose V and M stay in the caches. The weights are packed as lines of
+ * T = G g in panels, t[line][o / PANEL][c][3][o % PANEL]. U = T G' is made of them when it is needed, six positions of a
+ * panel at a time, which stay in a core's own cache: U as a whole would be twice as large, and as long to read as to make.
+ * C must be a multiple of LANES, O one of PANEL. Zen 4 and later and Intel's servers have LANES 16, older processors 8;
+ * see the compiler's flags in native.py.
  */
+#include <omp.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -25,6 +28,8 @@
 #endif
 #define PANEL (2 * LANES)
 #define POSITIONS 36
+#define LINE 6 /* positions of one row of a transformed tile */
+#define TAPS 3 /* of a line of G g */
 #define BLOCK 36 /* tiles at a time, so that V and M stay in the caches; a multiple of ROWS */
 
 #include "vectors.h"
@@ -107,8 +112,26 @@ static void output_tile(const float *m, int64_t mk, vec bias, void *y, int64_t a
             store_pixel(y, at + ((top + i) * W + left + j) * O, out[4 * i + j] + bias, half);
 }
 
-/* ROWS x PANEL of M: rows of V times a panel of U. Meanwhile C * step bytes from `ahead` on are fetched: U is read once
- * in a step, from memory, and a panel is worked on several times, during which the next one comes.
+/* A line of U for C channels of a panel, six positions uk apart: G' applied to a line of G g. */
+static void weights_line(const float *restrict t, int64_t C, float *restrict u, int64_t uk) {
+    for (int64_t c = 0; c < C; c++)
+        for (int half = 0; half < PANEL; half += LANES) {
+            const float *at = t + c * TAPS * PANEL + half;
+            float *to = u + c * PANEL + half;
+            vec t0 = load(at), t1 = load(at + PANEL), t2 = load(at + 2 * PANEL);
+            vec sum = (-1 / 6.f) * (t0 + t2), middle = (1 / 6.f) * t1;
+            vec outer = (1 / 24.f) * t0 + (1 / 6.f) * t2, half_middle = (1 / 12.f) * t1;
+            store(to, 0.25f * t0);
+            store(to + uk, sum - middle);
+            store(to + 2 * uk, sum + middle);
+            store(to + 3 * uk, outer + half_middle);
+            store(to + 4 * uk, outer - half_middle);
+            store(to + 5 * uk, t2);
+        }
+}
+
+/* ROWS x PANEL of M: rows of V times a panel of U. Meanwhile C * step bytes from `ahead` on are fetched: the weights are
+ * read once in a step, from memory, and a panel is worked on several times, during which the next one comes.
  */
 static void product(const float *restrict v, int64_t row, const float *restrict u, int64_t C, float *restrict m,
                     int64_t mrow, const char *ahead, int64_t step) {
@@ -129,18 +152,19 @@ static void product(const float *restrict v, int64_t row, const float *restrict 
     }
 }
 
-/* y = conv(x) + bias. Returns 0, or 1 where there is no memory for V and M.
+/* y = conv(x) + bias. Returns 0, or 1 where there is no memory for V, M and U.
  *
- * x [B,H,W,C] and y [B,H,W,O], bfloat16 if `half`; u [36,O/PANEL,C,PANEL], bias [O].
- * The rows of V and M are LANES longer than needed, so that they do not all fall into the same sets of the cache.
+ * x [B,H,W,C] and y [B,H,W,O], bfloat16 if `half`; t [6,O/PANEL,C,3,PANEL], bias [O].
+ * The rows of V and M, and the positions of U, are longer than needed, so that they do not all fall into the same sets
+ * of the cache.
  */
-int winograd_conv(const void *x, const float *u, const float *bias, void *y, int64_t B, int64_t H, int64_t W, int64_t C,
+int winograd_conv(const void *x, const float *t, const float *bias, void *y, int64_t B, int64_t H, int64_t W, int64_t C,
                   int64_t O, int half, int threads) {
     const int64_t th = (H + 3) / 4, tw = (W + 3) / 4, tiles = B * th * tw;
     const int64_t block = tiles < BLOCK ? (tiles + ROWS - 1) / ROWS * ROWS : BLOCK;
-    const int64_t vrow = C + LANES, mrow = O + LANES, vk = block * vrow, mk = block * mrow;
+    const int64_t vrow = C + LANES, mrow = O + LANES, vk = block * vrow, mk = block * mrow, uk = (C + 1) * PANEL, line = LINE * uk;
     const int64_t cs = C / LANES, os = O / LANES, panels = O / PANEL;
-    float *v = scratch(POSITIONS * (vk + mk)), *m = v + POSITIONS * vk;
+    float *v = scratch(POSITIONS * (vk + mk) + threads * line), *m = v + POSITIONS * vk, *lines = m + POSITIONS * mk;
     if (!v) return 1;
 #pragma omp parallel num_threads(threads)
     for (int64_t first = 0; first < tiles; first += block) {
@@ -152,14 +176,17 @@ int winograd_conv(const void *x, const float *u, const float *bias, void *y, int
             for (int64_t c = 0; c < cs; c++)
                 input_tile(x, b * H * W * C + c * LANES, half, H, W, C, 4 * r - 1, 4 * q - 1, v + i * vrow + c * LANES, vk);
         }
+        float *u = lines + omp_get_thread_num() * line;
 #pragma omp for schedule(static)
-        for (int64_t job = 0; job < POSITIONS * panels; job++) {
-            const int64_t k = job / panels, p = job % panels;
-            const char *next = (const char *)(u + (job + 1) * C * PANEL);
-            const int64_t step = (PANEL * 4 + rows - 1) / rows; /* each of the `rows` products fetches its part */
-            for (int64_t r = 0; r < rows; r++)
-                product(v + k * vk + r * ROWS * vrow, vrow, u + job * C * PANEL, C,
-                        m + k * mk + r * ROWS * mrow + p * PANEL, mrow, next + r * C * step, step);
+        for (int64_t job = 0; job < LINE * panels; job++) { /* a line's V stays in the cache for all panels */
+            const int64_t i = job / panels, p = job % panels, products = LINE * rows;
+            const char *next = (const char *)(t + (job + 1) * C * TAPS * PANEL);
+            const int64_t step = (TAPS * PANEL * 4 + products - 1) / products; /* each product fetches its part */
+            weights_line(t + job * C * TAPS * PANEL, C, u, uk);
+            for (int64_t j = 0; j < LINE; j++)
+                for (int64_t r = 0, k = LINE * i + j; r < rows; r++)
+                    product(v + k * vk + r * ROWS * vrow, vrow, u + j * uk, C,
+                            m + k * mk + r * ROWS * mrow + p * PANEL, mrow, next + (j * rows + r) * C * step, step);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n; i++) {
@@ -174,8 +201,8 @@ int winograd_conv(const void *x, const float *u, const float *bias, void *y, int
 
 /* ------------------------------------------------------------------ for compiled steps, without Python */
 
-int32_t aoti_torch_cpu_winograd_conv(tensor x, tensor u, tensor bias, int64_t threads, tensor *y) {
+int32_t aoti_torch_cpu_winograd_conv(tensor x, tensor t, tensor bias, int64_t threads, tensor *y) {
     const int64_t *n = sizes(x), O = sizes(bias)[0];
     if (!is_channels_last(x) || make_pictures(n[0], O, n[2], n[3], dtype(x), y)) return 1;
-    return winograd_conv(data(x), data(u), data(bias), data(*y), n[0], n[2], n[3], n[1], O, is_half(x), (int)threads);
+    return winograd_conv(data(x), data(t), data(bias), data(*y), n[0], n[2], n[3], n[1], O, is_half(x), (int)threads);
 }

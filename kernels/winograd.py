@@ -21,7 +21,6 @@ WINOGRAD_RTOL = 2e-5
 """Kernel against the exact convolution, relative to the largest |x|, for weights as PyTorch starts them: the transforms
 have factors up to 8, from the points ±2, so about 30 units in the last place."""
 
-POSITIONS = 36
 DECLARATION = """AOTITorchError aoti_torch_cpu_winograd_conv(
     AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle bias, int64_t threads, AtenTensorHandle* y)"""
 """How a compiled step calls the kernel."""
@@ -65,22 +64,20 @@ def fits(channels_in: int, channels_out: int) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """The weights of a convolution in the form that `winograd_conv` takes.
+    """The weights of a convolution in the form that `winograd_conv` takes: twice their size.
 
-    U = G g Gᵀ, computed in float64 and rounded once.
+    T = G g, computed in float64 and rounded once; the kernel makes U = T Gᵀ of it, four times their size.
 
     Args:
         weight: [O, C, 3, 3].
 
     Returns:
-        float32 [36, O / panel, C, panel].
+        float32 [6, O / panel, C, 3, panel].
     """
-    g = torch.tensor(_G, dtype=torch.float64)
-    width = panel()
-    transformed = (g @ weight.detach().double() @ g.T).float()
+    lines = torch.tensor(_G, dtype=torch.float64) @ weight.detach().double()
     outputs, inputs = weight.shape[:2]
-    tiles = transformed.permute(2, 3, 1, 0).reshape(POSITIONS, inputs, outputs // width, width)
-    return tiles.transpose(1, 2).contiguous()
+    panels = lines.float().reshape(outputs // panel(), panel(), inputs, len(_G), 3)
+    return panels.permute(3, 0, 2, 4, 1).contiguous()
 
 
 def winograd_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
@@ -88,7 +85,7 @@ def winograd_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
 
     Args:
         x: float32 or bfloat16 [B, C, H, W], best in channels-last layout; another one is copied.
-        packed: float32 [36, O / panel, C, panel], from `pack`.
+        packed: float32 [6, O / panel, C, 3, panel], from `pack`.
         bias: float32 [O].
 
     Returns:
