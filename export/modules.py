@@ -72,14 +72,27 @@ class Update(nn.Module):
         self.register_buffer("end", torch.tensor([table.S]))
 
     def forward(
-        self, x: Tensor, out: Tensor, step: Tensor, noise: Tensor | None = None, **more: Tensor
+        self,
+        x: Tensor,
+        out: Tensor,
+        step: Tensor,
+        out_uncond: Tensor | None = None,
+        guidance: Tensor | None = None,
+        history: Tensor | None = None,
+        history2: Tensor | None = None,
+        noise: Tensor | None = None,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """The update; noise is float32 [B, C, H, W], and `more` are other fields of `Operands` by name."""
+        """The update; noise, known and mask are float32 [B, C, H, W]. The tracer wants each argument's name here."""
         rows, timesteps, end = (torch.as_tensor(tensor) for tensor in (self.rows, self.timesteps, self.end))
         z = None if noise is None else noise[None]
         # Nothing is drawn here, so it does not matter what seed and id are.
-        given = Operands(x, out, rows, timesteps, step, end, step, step, z, **more)
-        return Step(nn.Identity(), self.form).update(given)
+        return Step(nn.Identity(), self.form).update(
+            Operands(
+                x, out, rows, timesteps, step, end, step, step, z, out_uncond, guidance, history, history2, known, mask
+            )
+        )
 
 
 class Pictures(nn.Module):

@@ -111,7 +111,7 @@ def fill_renamed(
 
 def pieces_of(network: UNet | Classifier, names: Names) -> dict[str, _Piece]:
     """All of our tensors and what they are made of, block by block in the order of the time projections."""
-    config = network.config if isinstance(network, UNet) else network.config.encoder
+    config = network.structure
     pieces: dict[str, _Piece] = {}
     projections: list[str] = []
 
@@ -147,7 +147,7 @@ def pieces_of(network: UNet | Classifier, names: Names) -> dict[str, _Piece]:
 
     for ours, theirs in names.fixed.items():
         if ours == "label_embedding":
-            if isinstance(network, UNet) and network.label_embedding is not None:
+            if network.label_embedding is not None:
                 pieces["label_embedding.weight"] = _Piece((f"{theirs}.weight",))
         else:
             layer(ours, theirs)
@@ -156,7 +156,7 @@ def pieces_of(network: UNet | Classifier, names: Names) -> dict[str, _Piece]:
     for level, module in enumerate(network.down):
         stage("down", f"down.{level}", level, cast(Stage, module))
     stage("mid", "mid", levels - 1, network.mid)
-    for i, module in enumerate(network.up if isinstance(network, UNet) else ()):
+    for i, module in enumerate(network.up):
         stage("up", f"up.{i}", levels - 1 - i, cast(Stage, module))
     for kind in ("weight", "bias"):
         theirs_all = tuple(f"{name}.{kind}" for name in projections)

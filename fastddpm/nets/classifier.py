@@ -6,7 +6,7 @@ Its gradient ∇_x log p(y|x_t) guides samples towards a class: `Classifier.cond
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, cast
 
 import torch
@@ -40,6 +40,10 @@ class ClassifierConfig(Record):
 class Classifier(nn.Module):
     """Logits of the classes of noised pictures, (x_t, t) → [B, K]."""
 
+    label_embedding = None
+    up: Sequence[Stage] = ()
+    """It has a U-Net's way down alone."""
+
     def __init__(self, config: ClassifierConfig) -> None:
         """Make a network with PyTorch's own initialisation; it is meant to be loaded, not trained."""
         super().__init__()
@@ -61,6 +65,11 @@ class Classifier(nn.Module):
             self.head = AttentionPool(width, height * wide, heads, config.num_classes)
         self.projection_widths = [m.projection_width for m in self.modules() if isinstance(m, ResBlock)]
         self.time_projection = nn.Linear(encoder.embedding_dim, sum(self.projection_widths))
+
+    @property
+    def structure(self) -> UNetConfig:
+        """The configuration of the parts that it shares with U-Nets."""
+        return self.config.encoder
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The logits.

@@ -58,6 +58,11 @@ class UNet(RowNetwork):
         self.time_projection = nn.Linear(config.embedding_dim, sum(self.projection_widths))
         self._initialise()
 
+    @property
+    def structure(self) -> UNetConfig:
+        """The configuration, which a classifier has too."""
+        return self.config
+
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
