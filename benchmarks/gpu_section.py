@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import PRECISIONS, ROOT, SHARES, write
-from fastddpm.bench.entrants import LOW
 
 PROCESSES = {"tests": 8, "compile": 12}
 """That test or compile at once."""
@@ -150,7 +149,7 @@ def compile_all(section: Section) -> None:
 
 
 def compilations(
-    dry: bool, chosen: Sequence[str] = tuple(SHARES), precisions: Sequence[str] = LOW
+    dry: bool, chosen: Sequence[str] = tuple(SHARES), precisions: Sequence[str] = Section.precisions
 ) -> list[tuple[str, str, int]]:
     """What is compiled ahead, the dear ones first: graphs hold what the compiled engine compiles, so one is enough."""
     from fastddpm.bench import sections

@@ -90,8 +90,8 @@ static void block(uint64_t seed, uint64_t id, uint32_t t, uint32_t first, floats
 }
 
 /* out [B, numel]; seed, sample_id, t [B]: 64-bit patterns, of t the low 32 bits count. */
-void normals(const int64_t *seed, const int64_t *sample_id, const int64_t *t, float *out, int64_t B, int64_t numel,
-             int threads) {
+void philox_normals(const int64_t *seed, const int64_t *sample_id, const int64_t *t, float *out, int64_t B, int64_t numel,
+                    int threads) {
     const int64_t blocks = (numel + 4 * QUADS - 1) / (4 * QUADS), enough = B * blocks / LEAST_BLOCKS;
     if (threads > enough) threads = enough < 1 ? 1 : (int)enough;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
@@ -110,6 +110,6 @@ int32_t aoti_torch_cpu_normals(tensor seed, tensor sample_id, tensor t, int64_t 
     const int64_t size[2] = {sizes(seed)[0], numel}, stride[2] = {numel, 1};
     const int32_t type = aoti_torch_dtype_float32(), cpu = aoti_torch_device_type_cpu();
     if (aoti_torch_empty_strided(2, size, stride, type, cpu, 0, y)) return 1;
-    normals(data(seed), data(sample_id), data(t), data(*y), size[0], numel, (int)threads);
+    philox_normals(data(seed), data(sample_id), data(t), data(*y), size[0], numel, (int)threads);
     return 0;
 }

@@ -59,17 +59,17 @@ def is_there() -> bool:
 @functools.cache
 def loaded() -> ctypes.CDLL:
     """The compiled kernel."""
-    library = load(_SOURCE, ("normals", "aoti_torch_cpu_normals"))
+    library = load(_SOURCE, ("philox_normals", "aoti_torch_cpu_normals"))
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.normals.argtypes = [pointer] * 4 + [size] * 2 + [ctypes.c_int]
-    library.normals.restype = None
+    library.philox_normals.argtypes = [pointer] * 4 + [size] * 2 + [ctypes.c_int]
+    library.philox_normals.restype = None
     return library
 
 
 def _normals(seed: Tensor, sample_id: Tensor, t: Tensor, numel: int, threads: int) -> Tensor:
     out = _fake(seed, sample_id, t, numel, threads)
     pointers = (tensor.data_ptr() for tensor in (seed, sample_id, t, out))
-    loaded().normals(*pointers, len(seed), numel, threads)
+    loaded().philox_normals(*pointers, len(seed), numel, threads)
     return out
 
 

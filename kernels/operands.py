@@ -86,6 +86,8 @@ def check_operands(given: Operands, stochastic: bool) -> None:
         ValueError: shapes, devices or memory layouts do not fit, one of `out_uncond` and `guidance` or one of `known`
             and `mask` is missing, these two come without noise, or `history2` comes without `history`.
     """
+    if not isinstance(given, Operands):
+        raise TypeError(f"p_sample: it must be given Operands, got {type(given).__name__}; see kernels.Operands")
     f32, i64 = (torch.float32,), (torch.int64,)
     check_tensor("p_sample", "x", given.x, dtypes=f32, shape=("B", "C", "H", "W"), contiguous=True)
     shape = batch, channels, height, width = tuple(given.x.shape)
@@ -125,7 +127,7 @@ def check_operands(given: Operands, stochastic: bool) -> None:
         )
     for name in ("history", "history2", "known", "mask"):
         if (value := getattr(given, name)) is not None:
-            check(name, value, dtypes=f32, shape=shape, contiguous=True, fix="pass one number per element")
+            check(name, value, dtypes=f32, shape=shape, contiguous=True, fix="expand it to one number per element")
     if given.bound is not None:
         check("bound", given.bound, dtypes=f32, shape=(batch,), fix="pass one per sample")
 

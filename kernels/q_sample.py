@@ -98,10 +98,13 @@ def _check(x_start: Tensor, t: Tensor, alphas: Alphas, noise: Tensor | Draw) -> 
     check = functools.partial(check_tensor, "q_sample", device=x_start.device)
     batch = (x_start.shape[0],)
     check("t", t, dtypes=i64, shape=batch, fix="pass one timestep per sample")
-    check("alphas.signal", alphas.signal, dtypes=f32, shape=("T",))
-    check("alphas.spread", alphas.spread, dtypes=f32, shape=tuple(alphas.signal.shape))
+    signal, spread = alphas
+    check("alphas.signal", signal, dtypes=f32, shape=("T",))
+    check("alphas.spread", spread, dtypes=f32, shape=tuple(signal.shape))
     if isinstance(noise, Draw):
         check("noise.seed", noise.seed, dtypes=i64, shape=batch, fix="pass one per sample")
         check("noise.sample_id", noise.sample_id, dtypes=i64, shape=batch, fix="pass one per sample")
+    elif not isinstance(noise, Tensor):
+        raise TypeError(f"q_sample: noise must be a tensor or a Draw, got {type(noise).__name__}; pass ε or a Draw")
     else:
         check("noise", noise, dtypes=f32, shape=tuple(x_start.shape))

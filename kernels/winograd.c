@@ -7,12 +7,11 @@
  *
  * Pictures are NHWC, float32 or bfloat16; everything between them is float32.
  * Tiles are worked through in blocks whose V and M stay in the caches. The weights are packed as lines of
- * T = G g in panels, t[line][o / PANEL][c][3][o % PANEL]. U = T G' is made of them when it is needed, six positions of a
- * panel at a time, which stay in a core's own cache: U as a whole would be twice as large, and as long to read as to make.
+ * T = G g in panels, t[line][o / PANEL][c][3][o % PANEL]. U = T G' is made of them when it is needed, six positions of
+ * a panel at a time, which stay in a core's own cache: U as a whole would be twice as large, and no quicker on two cores.
  * C must be a multiple of LANES, O one of PANEL. Zen 4 and later and Intel's servers have LANES 16, older processors 8;
  * see the compiler's flags in native.py.
  */
-#include <omp.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -34,6 +33,7 @@
 
 #include "vectors.h"
 
+int omp_get_thread_num(void);
 int winograd_lanes(void) { return LANES; }
 
 static pthread_key_t scratch_key;
@@ -164,7 +164,8 @@ int winograd_conv(const void *x, const float *t, const float *bias, void *y, int
     const int64_t block = tiles < BLOCK ? (tiles + ROWS - 1) / ROWS * ROWS : BLOCK;
     const int64_t vrow = C + LANES, mrow = O + LANES, vk = block * vrow, mk = block * mrow, uk = (C + 1) * PANEL, line = LINE * uk;
     const int64_t cs = C / LANES, os = O / LANES, panels = O / PANEL;
-    float *v = scratch(POSITIONS * (vk + mk) + threads * line), *m = v + POSITIONS * vk, *lines = m + POSITIONS * mk;
+    float *v = scratch(POSITIONS * (vk + mk) + threads * line), *m = v + POSITIONS * vk;
+    float *lines = m + POSITIONS * mk;
     if (!v) return 1;
 #pragma omp parallel num_threads(threads)
     for (int64_t first = 0; first < tiles; first += block) {

@@ -64,9 +64,9 @@ def fits(channels_in: int, channels_out: int) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """The weights of a convolution in the form that `winograd_conv` takes: twice their size.
+    """The weights of a convolution in the form that `winograd_conv` takes: twice as many.
 
-    T = G g, computed in float64 and rounded once; the kernel makes U = T Gᵀ of it, four times their size.
+    T = G g, computed in float64 and rounded once; the kernel makes U = T Gᵀ of it, four times as many.
 
     Args:
         weight: [O, C, 3, 3].

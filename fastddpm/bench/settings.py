@@ -8,7 +8,7 @@ import time
 
 ALLOWANCE_S = 300.0
 MINUTES = {"full": 20.0, "quick": 3.0}
-AFTERWARDS_S = {"full": 60.0, "quick": 10.0}
+AFTERWARDS_S = {"full": 90.0, "quick": 10.0}
 """Kept free for the memory curve, the files and the plots."""
 
 

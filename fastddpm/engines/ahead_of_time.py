@@ -171,12 +171,11 @@ def compile_step(call: Call, path: Path, layers: Sequence[str] | None = None) ->
         with torch.no_grad(), warnings.catch_warnings(), own_folder():
             warnings.simplefilter("ignore")
             step = with_quick_layers(call, layers)
-            with vectors_tried_out():
-                with native_norms(), native_normals():
-                    program = torch.export.export(
-                        step, tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
-                    )
-                compile_program(program, path)
+            with vectors_tried_out(), native_norms(), native_normals():
+                program = torch.export.export(
+                    step, tuple(call.arguments()), dynamic_shapes={"tensors": shapes}, strict=False
+                )
+            compile_program(program, path)
     except OSError:
         raise
     except Exception as error:  # whatever the exporter, the compiler or the C++ compiler raise

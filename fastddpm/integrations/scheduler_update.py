@@ -122,16 +122,16 @@ def update_each(
     noise = None if z is None else flat(z).float().expand(x4.shape).contiguous()[None]
     history, history2 = (None if tensor is None else flat(tensor).float() for tensor in past)
     end, zeros = rows.step(len(table) - 1, batch, device), torch.zeros_like(step)
+    new = x4.to(torch.float32, copy=True, memory_format=torch.contiguous_format) if fused else x4.float()
     given = Operands(
-        x4.float(), out4, table, times, step, end, zeros, zeros,
+        new, out4, table, times, step, end, zeros, zeros,
         noise=noise, history=history, history2=history2, bound=bound,
     )  # fmt: skip
     if fused:
-        new = x4.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         x_start = torch.empty_like(new) if history is None else history.clone().reshape(new.shape)
         history2 = None if history2 is None else history2.clone().reshape(new.shape)
         # In place, all of them.
-        p_sample(given._replace(x=new, history=x_start, history2=history2), stochastic=z is not None)
+        p_sample(given._replace(history=x_start, history2=history2), stochastic=z is not None)
     else:
         new, x_start, *_ = p_sample_reference(given, stochastic=z is not None)
     return new.reshape(shape), x_start.reshape(shape)

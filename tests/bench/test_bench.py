@@ -523,6 +523,9 @@ def test_ctrl_c_ends_everything(model, tmp_path, one_thread):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert found and process.returncode == 130 and err.count("\n") == 1 and err.startswith("fastddpm: stopped"), err
+    end = time.monotonic() + 10  # what was killed is there until somebody has asked for its exit code
+    while any(map(is_alive, found)) and time.monotonic() < end:
+        time.sleep(0.05)
     assert not any(map(is_alive, found))
 
 

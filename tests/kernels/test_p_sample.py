@@ -199,6 +199,11 @@ def test_refuses(name, value, error, match):
     assert torch.equal(case.positional["x"], before)
 
 
+def test_refuses_what_are_no_operands():
+    with pytest.raises(TypeError, match=r"^p_sample: it must be given Operands, got Tensor; "):
+        p_sample(torch.zeros(2, 3, 4, 4))
+
+
 def test_refuses_unlike_halves_of_guidance():
     case = make_case((2, 3, 4, 4), options=("guidance",))
     case.options["out_uncond"] = case.options["out_uncond"].half()

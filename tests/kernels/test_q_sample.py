@@ -80,7 +80,7 @@ def test_op_on_a_pretended_gpu(source, given):
         ({"signal": torch.ones(10).double()}, TypeError, r"alphas.signal must be float32"),
         ({"spread": torch.ones(9)}, ValueError, r"alphas.spread must be of shape \[10\], got \[9\]"),
         ({"noise": torch.zeros(2, 1, 2, 3)}, ValueError, r"noise must be of shape \[2, 1, 2, 2\]"),
-        ({"noise": None}, TypeError, r"noise must be a tensor, got NoneType"),
+        ({"noise": None}, TypeError, r"noise must be a tensor or a Draw, got NoneType"),
         ({"noise": Draw(torch.zeros(2), torch.zeros(2))}, TypeError, r"noise.seed must be int64"),
         ({"noise": Draw(torch.zeros(2).long(), None)}, TypeError, r"noise.sample_id must be a tensor, got NoneType"),
     ],
