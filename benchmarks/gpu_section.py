@@ -24,7 +24,7 @@ from benchmarks.gpu import PRECISIONS, ROOT, SHARES, write
 PROCESSES = {"tests": 8, "compile": 12}
 """That test or compile at once."""
 SLOW_CHECKS = ("engine compiled",)
-"""Of the doctor's, left out of a dry run: on a CPU a compiler takes most of a minute."""
+"""Of the doctor's, left out of a dry run: on a CPU a compiler takes half a minute."""
 SPEED_CHECKS = ("copy", "speed of p_sample", "speed of q_sample", "speed of add_group_norm")
 """Of the doctor's, left to the section that has the machine to itself."""
 _COMPILE_ONE = """

@@ -8,7 +8,7 @@
  * Pictures are NHWC, float32 or bfloat16; everything between them is float32.
  * Tiles are worked through in blocks whose V and M stay in the caches. The weights are packed as lines of
  * T = G g in panels, t[line][o / PANEL][c][3][o % PANEL]. U = T G' is made of them when it is needed, six positions of
- * a panel at a time, which stay in a core's own cache: U as a whole would be twice as large, and no quicker on two cores.
+ * a panel at a time, which stay in a core's own cache: U as a whole would be twice as large, and little quicker.
  * C must be a multiple of LANES, O one of PANEL. Zen 4 and later and Intel's servers have LANES 16, older processors 8;
  * see the compiler's flags in native.py.
  */

@@ -3,7 +3,7 @@
     Y = Aᵀ [ (Bᵀ d B) ⊙ (G g Gᵀ) ] A        for each 4×4 tile of the output, summed over the input channels
 
 The arithmetic is float32, also for bfloat16 pictures, and the result differs from the direct convolution's by rounding,
-about five times as much as that one's own. The kernel is `winograd.c`.
+on average three to four times as much as that one's own. The kernel is `winograd.c`.
 """
 
 from __future__ import annotations

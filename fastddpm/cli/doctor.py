@@ -29,8 +29,8 @@ def doctor(
 ) -> None:
     """Prove that the installation works on this machine: kernels, engines, compilers, cache, and what a GPU must do.
 
-    Takes about a minute; the first time a step is compiled. The exit code is 1 where something fails. Put the output
-    into reports of bugs.
+    Takes less than a minute; the first time a step is compiled. The exit code is 1 where something fails. Put the
+    output into reports of bugs.
 
     Examples:
     - `fastddpm doctor`
