@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastddpm.kernels.native import Choice, NativeError, load
+from fastddpm.kernels.native import Choice, can_load, load, register
 
 _SOURCE = Path(__file__).with_name("group_norm.c")
 LANES = 8
@@ -51,10 +51,7 @@ def native_norms() -> AbstractContextManager[None]:
 
 def is_there() -> bool:
     """Whether the kernel can be compiled here; it is loaded then."""
-    try:
-        return bool(loaded())
-    except NativeError:
-        return False
+    return can_load(loaded)
 
 
 def is_asked(device_type: str) -> bool:
@@ -133,7 +130,4 @@ _SCHEMA = (
     "Tensor weight, Tensor beta, int groups, float eps, int column, bool scale_shift, bool silu, bool keep, "
     "int threads) -> (Tensor, Tensor)"
 )
-_ops = torch.library.Library("fastddpm", "FRAGMENT")  # type: ignore[no-untyped-call]
-_ops.define(_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))  # type: ignore[no-untyped-call]
-_ops.impl("add_group_norm_native", _add_group_norm, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("fastddpm::add_group_norm_native", _fake)
+register(_SCHEMA, _add_group_norm, _fake)

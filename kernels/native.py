@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from fastddpm.kernels.kept import find, keep, sealed, unsealed
 
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno")
+_ops = torch.library.Library("fastddpm", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 class Choice(threading.local):
@@ -58,6 +59,28 @@ def processor() -> str:
 def compiler() -> str | None:
     """Where the C compiler is, or None."""
     return shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+def can_load(loaded: Callable[[], object]) -> bool:
+    """Whether a kernel can be compiled here; it is loaded then."""
+    try:
+        return bool(loaded())
+    except NativeError:
+        return False
+
+
+def register(schema: str, function: Callable[..., object], fake: Callable[..., object]) -> None:
+    """Register an op for CPUs; the checks of `torch.library.custom_op` on each call cost as much as a small layer.
+
+    Args:
+        schema: of the op, in PyTorch's words.
+        function: runs it.
+        fake: tells its results' shapes.
+    """
+    name = schema.partition("(")[0]
+    _ops.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))  # type: ignore[no-untyped-call]
+    _ops.impl(name, function, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"fastddpm::{name}", fake)
 
 
 def load(source: Path, functions: tuple[str, ...]) -> ctypes.CDLL:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastddpm.kernels.native import Choice, NativeError, load
+from fastddpm.kernels.native import Choice, can_load, load, register
 from fastddpm.kernels.philox import normals_reference
 
 _SOURCE = Path(__file__).with_name("normals.c")
@@ -50,10 +50,7 @@ def normals(seed: Tensor, sample_id: Tensor, t: Tensor, numel: int) -> Tensor:
 
 def is_there() -> bool:
     """Whether the kernel can be compiled here; it is loaded then."""
-    try:
-        return bool(loaded())
-    except NativeError:
-        return False
+    return can_load(loaded)
 
 
 @functools.cache
@@ -77,8 +74,5 @@ def _fake(seed: Tensor, sample_id: Tensor, t: Tensor, numel: int, threads: int) 
     return seed.new_empty((seed.shape[0], numel), dtype=torch.float32)
 
 
-_ops = torch.library.Library("fastddpm", "FRAGMENT")  # type: ignore[no-untyped-call]
 _SCHEMA = "normals(Tensor seed, Tensor sample_id, Tensor t, int numel, int threads) -> Tensor"
-_ops.define(_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))  # type: ignore[no-untyped-call]
-_ops.impl("normals", _normals, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("fastddpm::normals", _fake)
+register(_SCHEMA, _normals, _fake)

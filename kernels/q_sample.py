@@ -85,9 +85,9 @@ def q_sample(x_start: Tensor, t: Tensor, alphas: Alphas, noise: Tensor | Draw) -
         return q_sample_reference(x_start, t, alphas, noise)
     from .q_sample_triton import q_sample_op
 
-    eps, *draw = (None, *noise) if isinstance(noise, Draw) else (noise, None, None, 0)
-    given = (tensor if tensor is None else tensor.contiguous() for tensor in (x_start, t, *alphas, eps, *draw[:2]))
-    x_t, made = q_sample_op(*given, draw[2])
+    eps, seed, sample_id, domain = (None, *noise) if isinstance(noise, Draw) else (noise, None, None, 0)
+    given = (x_start, t, *alphas, eps, seed, sample_id)
+    x_t, made = q_sample_op(*(None if tensor is None else tensor.contiguous() for tensor in given), domain)
     return x_t, made if eps is None else eps
 
 

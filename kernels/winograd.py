@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastddpm.kernels.native import NativeError, load
+from fastddpm.kernels.native import can_load, load, register
 
 WINOGRAD_RTOL = 2e-5
 """Kernel against the exact convolution, relative to the largest |x|, for weights as PyTorch starts them: the transforms
@@ -39,10 +39,7 @@ def loaded() -> tuple[ctypes.CDLL, int]:
 
 def is_there() -> bool:
     """Whether the kernel can be compiled here; it is loaded then."""
-    try:
-        return bool(loaded())
-    except NativeError:
-        return False
+    return can_load(loaded)
 
 
 def panel() -> int:
@@ -114,9 +111,5 @@ def _fake(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-# Not `torch.library.custom_op`, whose checks on each call cost as much as a small layer.
-_ops = torch.library.Library("fastddpm", "FRAGMENT")  # type: ignore[no-untyped-call]
 _SCHEMA = "winograd_conv(Tensor x, Tensor packed, Tensor bias, int threads) -> Tensor"
-_ops.define(_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))  # type: ignore[no-untyped-call]
-_ops.impl("winograd_conv", _winograd_conv, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("fastddpm::winograd_conv", _fake)
+register(_SCHEMA, _winograd_conv, _fake)

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,3 +63,11 @@ def run_table(table: StepTable, model: Model, x_T: Tensor, z: Tensor | None = No
         x, *histories = p_sample_reference(given, stochastic=table.uses_noise)
         histories = histories[: table.history]
     return x
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+    """Whether the condition holds within so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()

@@ -28,6 +28,7 @@ from fastddpm.checkpoints import load_checkpoint
 from fastddpm.nets.unet import UNetConfig
 from fastddpm.sampler import Sampler
 from tests import tiny
+from tests.helpers import wait_until
 
 PICTURES = np.random.default_rng(0).random((3, 1, 8, 8)).astype(np.float32)
 
@@ -523,10 +524,8 @@ def test_ctrl_c_ends_everything(model, tmp_path, one_thread):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert found and process.returncode == 130 and err.count("\n") == 1 and err.startswith("fastddpm: stopped"), err
-    end = time.monotonic() + 10  # what was killed is there until somebody has asked for its exit code
-    while any(map(is_alive, found)) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not any(map(is_alive, found))
+    # What was killed is there until somebody has asked for its exit code.
+    assert wait_until(lambda: not any(map(is_alive, found)), seconds=10)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from fastddpm.engines.background import Background, Job, Order
 from fastddpm.engines.choose import Engine
 from fastddpm.engines.contest import Contestant
 from tests.engines.common import like
+from tests.helpers import wait_until
 from tests.networks import tiny_sampler
 from tests.steps import begin
 
@@ -38,13 +38,6 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def wait_until(condition, seconds=60.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 @pytest.fixture
