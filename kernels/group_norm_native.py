@@ -130,4 +130,4 @@ _SCHEMA = (
     "Tensor weight, Tensor beta, int groups, float eps, int column, bool scale_shift, bool silu, bool keep, "
     "int threads) -> (Tensor, Tensor)"
 )
-register(_SCHEMA, _add_group_norm, _fake)
+register(_SCHEMA, _add_group_norm, _fake, loaded, DECLARATION)

@@ -19,9 +19,12 @@ import torch
 from fastddpm.kernels.kept import cache_folder as cache_folder
 from fastddpm.kernels.kept import find, keep, sealed, unsealed
 
-HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
+ALIGNED = Path(__file__).with_name("aligned.h")
+"""A header for compiled steps."""
+HEADERS = tuple(sorted(set(Path(__file__).parent.glob("*.h")) - {ALIGNED}))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno")
 _ops = torch.library.Library("fastddpm", "FRAGMENT")  # type: ignore[no-untyped-call]
+_kernels: dict[str, tuple[Callable[[], object], str]] = {}  # of each op: what loads it, and its declaration in C
 
 
 class Choice(threading.local):
@@ -69,18 +72,38 @@ def can_load(loaded: Callable[[], object]) -> bool:
         return False
 
 
-def register(schema: str, function: Callable[..., object], fake: Callable[..., object]) -> None:
+def register(
+    schema: str,
+    function: Callable[..., object],
+    fake: Callable[..., object],
+    loaded: Callable[[], object],
+    declaration: str,
+) -> None:
     """Register an op for CPUs; the checks of `torch.library.custom_op` on each call cost as much as a small layer.
 
     Args:
         schema: of the op, in PyTorch's words.
         function: runs it.
         fake: tells its results' shapes.
+        loaded: loads the kernel, or raises NativeError.
+        declaration: in C, of the function that compiled steps call; its name must be `aoti_torch_cpu_` and the op's.
     """
     name = schema.partition("(")[0]
+    _kernels[name] = loaded, declaration
     _ops.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))  # type: ignore[no-untyped-call]
     _ops.impl(name, function, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"fastddpm::{name}", fake)
+
+
+def shims() -> dict[object, list[str]]:
+    """The ops that compiled steps call in C, with their declarations."""
+    return {getattr(torch.ops.fastddpm, name).default: [text] for name, (_, text) in _kernels.items()}
+
+
+def load_all() -> None:
+    """Load the kernels that can be: a compiled step looks their functions up."""
+    for loaded, _ in _kernels.values():
+        can_load(loaded)
 
 
 def load(source: Path, functions: tuple[str, ...]) -> ctypes.CDLL:

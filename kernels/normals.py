@@ -75,4 +75,4 @@ def _fake(seed: Tensor, sample_id: Tensor, t: Tensor, numel: int, threads: int) 
 
 
 _SCHEMA = "normals(Tensor seed, Tensor sample_id, Tensor t, int numel, int threads) -> Tensor"
-register(_SCHEMA, _normals, _fake)
+register(_SCHEMA, _normals, _fake, loaded, DECLARATION)

@@ -12,10 +12,9 @@
  * C must be a multiple of LANES, O one of PANEL. Zen 4 and later and Intel's servers have LANES 16, older processors 8;
  * see the compiler's flags in native.py.
  */
-#include <pthread.h>
 #include <stdint.h>
-#include <stdlib.h>
 
+#include "scratch.h"
 #include "shims.h"
 
 #ifdef __AVX512F__
@@ -35,26 +34,6 @@
 
 int omp_get_thread_num(void);
 int winograd_lanes(void) { return LANES; }
-
-static pthread_key_t scratch_key;
-static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
-static void make_scratch_key(void) { pthread_key_create(&scratch_key, free); }
-
-/* So many floats, kept by the calling thread between calls: fresh pages would cost as much as the arithmetic. They start
- * as zeros: rows that no tile fills are multiplied too, and must not be denormal.
- */
-static float *scratch(int64_t size) {
-    pthread_once(&scratch_once, make_scratch_key);
-    int64_t *kept = pthread_getspecific(scratch_key);
-    if (!kept || *kept < size) {
-        free(kept);
-        kept = calloc(1, (size_t)(size * 4 + 64));
-        pthread_setspecific(scratch_key, kept);
-        if (!kept) return 0;
-        *kept = size;
-    }
-    return (float *)((char *)kept + 64);
-}
 
 /* B' applied to six values. */
 static inline void input_line(const vec *d, int stride, vec *out, int step) {
@@ -164,7 +143,8 @@ int winograd_conv(const void *x, const float *t, const float *bias, void *y, int
     const int64_t block = tiles < BLOCK ? (tiles + ROWS - 1) / ROWS * ROWS : BLOCK;
     const int64_t vrow = C + LANES, mrow = O + LANES, vk = block * vrow, mk = block * mrow, uk = (C + 1) * PANEL, line = LINE * uk;
     const int64_t cs = C / LANES, os = O / LANES, panels = O / PANEL;
-    float *v = scratch(POSITIONS * (vk + mk) + threads * line), *m = v + POSITIONS * vk;
+    /* It starts as zeros: rows that no tile fills are multiplied too, and must not be denormal. */
+    float *v = scratch(4 * (POSITIONS * (vk + mk) + threads * line)), *m = v + POSITIONS * vk;
     float *lines = m + POSITIONS * mk;
     if (!v) return 1;
 #pragma omp parallel num_threads(threads)

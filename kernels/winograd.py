@@ -112,4 +112,4 @@ def _fake(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
 
 
 _SCHEMA = "winograd_conv(Tensor x, Tensor packed, Tensor bias, int threads) -> Tensor"
-register(_SCHEMA, _winograd_conv, _fake)
+register(_SCHEMA, _winograd_conv, _fake, loaded, DECLARATION)

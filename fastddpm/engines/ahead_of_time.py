@@ -28,9 +28,8 @@ from fastddpm.engines.fast_layers import changed_layers, measured_layers
 from fastddpm.engines.inductor import OPTIONS, compile_program, own_folder, vectors_tried_out
 from fastddpm.engines.precision import processor_has_bf16
 from fastddpm.engines.runner import Runner, StepFunction, StepRunner
-from fastddpm.kernels import group_norm_native, normals, winograd
 from fastddpm.kernels.group_norm_native import native_norms
-from fastddpm.kernels.native import processor
+from fastddpm.kernels.native import load_all, processor
 from fastddpm.kernels.normals import native_normals
 from fastddpm.step.network import Network
 from fastddpm.step.step import Call, step_of
@@ -215,7 +214,7 @@ def load_step(path: Path, key: str) -> StepFunction:
     Raises:
         CompileError: the file is no package that runs here, or there is no room to unpack it.
     """
-    winograd.is_there(), group_norm_native.is_there(), normals.is_there()  # the package looks their functions up
+    load_all()  # the package looks their functions up
     try:
         # As `torch._inductor.aoti_load_package` does it, without importing the compiler; and a call through its result
         # would flatten the arguments first, which takes longer than a small update.

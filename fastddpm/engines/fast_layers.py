@@ -1,6 +1,7 @@
 """Which of a network's layers run quicker another way here, found out by measuring each.
 
-Convolutions may go by Winograd's algorithm, and attention by two plain matrix products.
+Convolutions may go by Winograd's algorithm, in bfloat16 on tiles of a matrix unit, and attention by two plain matrix
+products.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastddpm.kernels import amx_conv, winograd
 from fastddpm.kernels.native import NativeError
-from fastddpm.kernels.winograd import fits, pack, winograd_conv
 from fastddpm.nets.blocks import Attention
 
 _LEAST_PIXELS = 256
-"""Pixels of all pictures together, below which reading the larger weights costs more than is saved."""
+"""Pixels of all pictures together, below which reading Winograd's larger weights costs more than is saved."""
 _LEAST_PICTURE = 49
 """Pixels of a picture that are enough, however few pictures there are: of a 7×7 map hardly a tile is wasted."""
 _MARGIN = 0.95  # the other way must take at most this part of the usual one's time
@@ -27,19 +28,21 @@ _LONG_S = 3.0  # of measuring, after which fewer passes must do, but at least tw
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-class WinogradConv2d(nn.Module):
-    """A 3×3 convolution with stride 1 and padding 1 by Winograd's F(4×4, 3×3)."""
+class PackedConv2d(nn.Module):
+    """A 3×3 convolution with stride 1 and padding 1, by Winograd's F(4×4, 3×3) or on tiles of a matrix unit."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        """Take the weights of a convolution."""
+        """Take the weights of a convolution that `_takes` another way."""
         super().__init__()
-        self.register_buffer("packed", pack(conv.weight))
+        self.tiled = _is_for_tiles(conv)
+        self.register_buffer("packed", amx_conv.pack(conv.weight) if self.tiled else winograd.pack(conv.weight))
         bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().float()
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, C, H, W] to [B, O, H, W]."""
-        return winograd_conv(x, self.get_buffer("packed"), self.get_buffer("bias"))
+        run = amx_conv.amx_conv if self.tiled else winograd.winograd_conv
+        return run(x, self.get_buffer("packed"), self.get_buffer("bias"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Layer:
         name: the module's name.
         shape: of its input.
         usual_ms: PyTorch's way: the direct convolution with its weights packed, or its own attention.
-        other_ms: Winograd's algorithm, or two matrix products.
+        other_ms: the kernel of our own, or two matrix products.
     """
 
     name: str
@@ -82,7 +85,8 @@ def measured_layers(network: nn.Module, run: Callable[[nn.Module], object]) -> l
     finally:
         for hook in hooks:
             hook.remove()
-    return _measure(network, {name: shape for name, shape in shapes.items() if _is_worth(network, name, shape)})
+    worth = {name: shape for name, shape in shapes.items() if _is_worth(network.get_submodule(name), shape)}
+    return _measure(network, worth)
 
 
 def changed_layers(network: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -107,7 +111,7 @@ def changed_layers(network: nn.Module, names: Sequence[str]) -> nn.Module:
 def _other(layer: nn.Module) -> nn.Module:
     """The layer that runs the other way."""
     if isinstance(layer, nn.Conv2d):
-        return WinogradConv2d(layer)
+        return PackedConv2d(layer)
     other = copy.copy(layer)
     other.by_products = True  # type: ignore[assignment]
     return other
@@ -118,13 +122,19 @@ def _is_candidate(conv: nn.Conv2d) -> bool:
     if not plain or conv.padding != (1, 1) or conv.weight.dtype not in _DTYPES or conv.weight.device.type != "cpu":
         return False
     try:
-        return fits(conv.in_channels, conv.out_channels)
+        return _is_for_tiles(conv) or winograd.fits(conv.in_channels, conv.out_channels)
     except NativeError:  # without a C compiler the direct convolutions do
         return False
 
 
-def _is_worth(network: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
-    if isinstance(network.get_submodule(name), Attention):
+def _is_for_tiles(conv: nn.Conv2d) -> bool:
+    """Whether the layer's other way is that of the matrix unit: Winograd's does not gain there."""
+    fits = amx_conv.fits(conv.in_channels, conv.out_channels)
+    return conv.weight.dtype == torch.bfloat16 and fits and amx_conv.is_there()
+
+
+def _is_worth(layer: nn.Module, shape: tuple[int, ...]) -> bool:
+    if not isinstance(layer, nn.Conv2d) or _is_for_tiles(layer):
         return True
     pixels = shape[2] * shape[3]
     return pixels >= _LEAST_PICTURE or shape[0] * pixels >= _LEAST_PIXELS

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
+import shlex
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
 
-from fastddpm.kernels import group_norm_native, normals, winograd
 from fastddpm.kernels.kept import private_folder
+from fastddpm.kernels.native import ALIGNED, shims
 
 OPTIONS = {
     "freezing": True,
@@ -44,16 +44,6 @@ def compile_program(program: torch.export.ExportedProgram, path: Path) -> None:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
 
-def shims() -> dict[Any, list[str]]:
-    """The operations that a compiled step calls in C, with their declarations."""
-    ops = torch.ops.fastddpm
-    return {
-        ops.winograd_conv.default: [winograd.DECLARATION],
-        ops.add_group_norm_native.default: [group_norm_native.DECLARATION],
-        ops.normals.default: [normals.DECLARATION],
-    }
-
-
 @contextlib.contextmanager
 def own_folder() -> Iterator[None]:
     """Let the compiler work where nobody else can write: by itself it takes a folder that anybody could make first.
@@ -79,7 +69,10 @@ def vectors_tried_out() -> Iterator[None]:
 
 @contextlib.contextmanager
 def two_at_once() -> Iterator[None]:
-    """In the block, compile what calls this thread's kernels while they are compiled; Inductor does one by one."""
+    """In the block, compile what calls this thread's kernels while they are compiled; Inductor does one by one.
+
+    Besides, let it ask for the weights' memory as `aligned.h` says.
+    """
     from torch._inductor.cpp_builder import CppBuilder  # late, as above
 
     build, thread = CppBuilder.build, threading.get_ident()
@@ -90,6 +83,7 @@ def two_at_once() -> Iterator[None]:
         if threading.get_ident() != thread:
             build(builder)
         elif target.endswith(".wrapper.o"):
+            builder._cflags_args += f" -include {shlex.quote(str(ALIGNED))} "
             begun.append(beside.submit(contextvars.copy_context().run, build, builder))
         else:
             if not target.endswith(".o"):  # it is made of all that was begun

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastddpm.engines.fast_layers import Layer, WinogradConv2d, changed_layers, measured_layers
+from fastddpm.engines.fast_layers import Layer, PackedConv2d, changed_layers, measured_layers
 from fastddpm.kernels.native import NativeError
 from fastddpm.kernels.winograd import fits
 from fastddpm.nets.blocks import Attention, attention_by_products
@@ -43,7 +43,7 @@ def test_choice_is_by_measurement_and_leaves_the_network_alone(monkeypatch):
     monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))
     changed, layers = with_fast_layers(net, lambda network: network(x))
     assert [layer.name for layer in layers] == ["wide"] and layers[0].usual_ms > 0 < layers[0].other_ms
-    assert isinstance(changed.wide, WinogradConv2d) and isinstance(net.wide, nn.Conv2d)
+    assert isinstance(changed.wide, PackedConv2d) and isinstance(net.wide, nn.Conv2d)
     assert changed.stem.weight is net.stem.weight and not net.wide._forward_pre_hooks
     assert (changed(x) - net(x)).abs().max() < 1e-4
     monkeypatch.setattr(Layer, "is_quicker", property(lambda self: False))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastddpm.engines.fast_layers import WinogradConv2d
+from fastddpm.engines.fast_layers import PackedConv2d
 from fastddpm.kernels.native import NativeError
 from fastddpm.kernels.winograd import WINOGRAD_RTOL, fits, pack, winograd_conv
 
@@ -47,7 +47,7 @@ def test_each_picture_is_as_if_alone():
 
 def test_any_layout_and_missing_bias():
     layer, x = conv(32, 64, bias=False), torch.randn(2, 32, 9, 9)
-    module = WinogradConv2d(layer)
+    module = PackedConv2d(layer)
     assert torch.equal(module(x), module(x.contiguous(memory_format=torch.channels_last)))
     assert (module(x) - layer(x)).abs().max() < 1e-4
 

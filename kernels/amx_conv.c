@@ -1,0 +1,258 @@
+/* A 3x3 convolution with stride 1 and padding 1 in bfloat16, on the matrix unit of Intel's processors (AMX).
+ *
+ *     y[p, o] = bias[o] + sum over taps k and channels c of x[p + k, c] w[o, c, k]
+ *
+ * The unit multiplies tiles: ROWS pixels times PART channels by PART channels times ROWS output channels, and sums in
+ * float32. A tile of weights is read from the second cache for up to MOST tiles of pixels, which the first cache has from
+ * the tap before. While one block of sums is made, the block before it is stored.
+ *
+ * Pictures are NHWC. One is first spread out as rows of PART channels within a border of zeros,
+ * [C / PART][H + 2][W + 1][G][PART]: then a tile of pixels is one piece of memory for each tap. The border on the right
+ * of a row is that on the left of the next one. Where ROWS is no divisor of W, G = 2 or 4 pictures lie side by side if
+ * that makes it one; else tiles go over the borders, whose results nobody stores.
+ * The weights are packed as tiles, w[o / ROWS][c / PART][k][pair of channels][o % ROWS][2].
+ * The sums are made in the same order whatever G, the place and the threads.
+ */
+#include <stdint.h>
+
+#include "scratch.h"
+#include "shims.h"
+
+#define ROWS 16
+#define PART 32
+#define TAPS 9
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define TILE (ROWS * PART) /* numbers of a tile */
+#define SUMS (ROWS * ROWS)
+#define MOST 4 /* tiles of pixels at a time: four registers for sums, one for weights, three for pixels */
+#define LINE 32 /* numbers of a line of the cache */
+#define CACHED (1 << 20) /* bytes of pictures spread out that stay in a core's second cache beside the weights */
+#define FEW_TIMES 4 /* blocks that weights are used for, under which fetching them ahead would only be in the way */
+
+int omp_get_thread_num(void);
+
+/* Ask the system for the tiles' registers, for all threads of the process. Returns 0, or an error. */
+int amx_start(void) {
+    enum { REQUEST = 0x1023, TILE_DATA = 18 };
+    return (int)syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+}
+
+static void configure_tiles(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } tiles = {.palette = 1};
+    for (int i = 0; i < 8; i++) tiles.bytes[i] = 2 * PART, tiles.rows[i] = ROWS;
+    _tile_loadconfig(&tiles);
+}
+
+/* A layer, and how G of its pictures lie when spread out: positions of a row, numbers of a part, tiles of pixels. */
+typedef struct {
+    int64_t H, W, C, O, G, row, part, tiles;
+    int whole; /* whether each tile lies within a row */
+} layer;
+
+static layer layer_of(int64_t B, int64_t H, int64_t W, int64_t C, int64_t O) {
+    int64_t G = 1;
+    while (G < 4 && W * G % ROWS) G *= 2;
+    if (W * G % ROWS || B % G) G = 1;
+    layer l = {H, W, C, O, G, (W + 1) * G, 0, 0, W * G % ROWS == 0};
+    l.part = ((H + 2) * l.row + G + 2 * ROWS) * PART;
+    l.tiles = ((l.whole ? H * W * G : H * l.row) + ROWS - 1) / ROWS;
+    return l;
+}
+
+/* Where the pixels of a tile begin, for the first tap. */
+static int64_t start_of(const layer *l, int64_t tile) {
+    if (!l->whole) return tile * TILE;
+    const int64_t in_row = l->W * l->G / ROWS;
+    return tile / in_row * l->row * PART + tile % in_row * TILE;
+}
+
+/* The pixel of the G pictures whose sums a row of a tile holds, or -1. */
+static int32_t pixel_of(const layer *l, int64_t tile, int64_t r) {
+    const int64_t n = tile * ROWS + r, y = n / l->row, x = n % l->row;
+    if (l->whole) return (int32_t)(n % l->G * l->H * l->W + n / l->G);
+    return x < l->W && y < l->H ? (int32_t)(y * l->W + x) : -1;
+}
+
+static void zeros(const layer *l, uint16_t *to, int64_t positions) {
+    for (int64_t c = 0; c < l->C / PART; c++)
+        for (int64_t i = 0; i < positions; i++)
+            _mm512_storeu_si512(to + c * l->part + i * PART, _mm512_setzero_si512());
+}
+
+/* Spread out row y of G pictures, -1 <= y <= H: the border on its left and its pixels. */
+static void spread_row(const layer *l, const uint16_t *x, int64_t y, uint16_t *to) {
+    to += (y + 1) * l->row * PART;
+    if (y < 0 || y == l->H) {
+        zeros(l, to, y < 0 ? l->row : l->row + l->G + 2 * ROWS);
+        return;
+    }
+    zeros(l, to, l->G);
+    to += l->G * PART;
+    for (int64_t q = 0; q < l->W; q++)
+        for (int64_t g = 0; g < l->G; g++, to += PART) {
+            const uint16_t *from = x + ((g * l->H + y) * l->W + q) * l->C;
+            for (int64_t c = 0; c < l->C / PART; c++)
+                _mm512_storeu_si512(to + c * l->part, _mm512_loadu_si512(from + c * PART));
+        }
+}
+
+/* Rows of sums from `row` on that have yet to be stored; and weights that will be needed, of which each step fetches some
+ * lines into the second cache.
+ */
+typedef struct {
+    const float *sums, *bias;
+    const int32_t *pixels;
+    uint16_t *y;
+    int row, rows;
+    const uint16_t *ahead, *end;
+    int64_t lines;
+} pending;
+
+static inline void store_row(const layer *l, pending *p) {
+    const int r = p->row++;
+    if (p->pixels[r] < 0) return;
+    const __m512 v = _mm512_add_ps(_mm512_load_ps(p->sums + r * ROWS), _mm512_loadu_ps(p->bias));
+    _mm256_storeu_si256((__m256i *)(p->y + p->pixels[r] * l->O), (__m256i)_mm512_cvtneps_pbh(v));
+}
+
+#define ZERO(i) \
+    if (n > i) _tile_zero(i)
+#define MULTIPLY(i, pixels) \
+    if (n > i) { \
+        _tile_loadd(pixels, a[i] + tap, 2 * PART); \
+        _tile_dpbf16ps(i, pixels, 4); \
+    }
+#define STORE(i) \
+    if (n > i) _tile_stored(i, sums + i * SUMS, 4 * ROWS)
+
+/* Sums [n][ROWS][ROWS] of n tiles of pixels for ROWS output channels; what is pending is done meanwhile. */
+static inline __attribute__((always_inline)) void product(const int n, const layer *l, const uint16_t *const *a,
+                                                          const uint16_t *w, float *sums, pending *p) {
+    const int64_t parts = l->C / PART, each = (p->rows - p->row + TAPS * parts - 1) / (TAPS * parts);
+    ZERO(0);
+    ZERO(1);
+    ZERO(2);
+    ZERO(3);
+    for (int64_t c = 0, at = 0; c < parts; c++, at += l->part)
+        for (int64_t i = 0; i < 3; i++)
+            for (int64_t j = 0; j < 3; j++, w += TILE) {
+                const int64_t tap = at + (i * l->row + j * l->G) * PART;
+                _tile_loadd(4, w, 2 * PART);
+                MULTIPLY(0, 5)
+                MULTIPLY(1, 6)
+                MULTIPLY(2, 7)
+                MULTIPLY(3, 5)
+                for (int64_t k = 0; k < p->lines && p->ahead < p->end; k++, p->ahead += LINE)
+                    _mm_prefetch(p->ahead, _MM_HINT_T1);
+                for (int64_t k = 0; k < each && p->row < p->rows; k++) store_row(l, p);
+            }
+    STORE(0);
+    STORE(1);
+    STORE(2);
+    STORE(3);
+}
+
+/* Tiles from ... to of n groups of pictures, for output channels PART * o and so on. */
+static void work(const layer *l, const uint16_t *spread, int64_t n, const int32_t *pixels, const uint16_t *w,
+                 const float *bias, uint16_t *y, int64_t o, int64_t from, int64_t to) {
+    float sums[2][MOST * SUMS] __attribute__((aligned(64)));
+    const int64_t size = l->C * TAPS * ROWS, blocks = (to - from + MOST - 1) / MOST, times = n * blocks;
+    pending p = {0};
+    w += 2 * o * size;
+    p.ahead = w + 2 * size, p.end = w + 4 * size, p.lines = times < FEW_TIMES ? 0 : (TILE / LINE * 2 + times - 1) / (2 * times);
+    for (int64_t g = 0; g < n; g++)
+        for (int64_t left = blocks, at = from, tiles; left > 0; left--, at += tiles) {
+            const uint16_t *a[MOST];
+            tiles = (to - at + left - 1) / left;
+            for (int64_t i = 0; i < tiles; i++) a[i] = spread + g * l->part * (l->C / PART) + start_of(l, at + i);
+            for (int64_t half = 0; half < 2; half++) {
+                float *to = sums[half];
+                const uint16_t *own = w + half * size;
+                if (tiles == 4) product(4, l, a, own, to, &p);
+                else if (tiles == 3) product(3, l, a, own, to, &p);
+                else if (tiles == 2) product(2, l, a, own, to, &p);
+                else product(1, l, a, own, to, &p);
+                p.sums = to, p.bias = bias + o * PART + half * ROWS, p.pixels = pixels + at * ROWS;
+                p.y = y + g * l->G * l->H * l->W * l->O + o * PART + half * ROWS;
+                p.row = 0, p.rows = (int)tiles * ROWS;
+            }
+        }
+    while (p.row < p.rows) store_row(l, &p);
+}
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* y = conv(x) + bias. Returns 0, or 1 where there is no memory for the pictures spread out.
+ *
+ * x [B,H,W,C] and y [B,H,W,O], bfloat16; bias [O], float32. C and O are multiples of PART.
+ * Threads share out the pictures, of which each spreads out as many at a time as its cache holds, so that weights are
+ * read once for all of them. Where the weights are more than the pictures, and for pictures that are left over, they
+ * share out the output channels, and the tiles where there are too few of these.
+ */
+int amx_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *y, int64_t B, int64_t H, int64_t W,
+             int64_t C, int64_t O, int threads) {
+    const layer l = layer_of(B, H, W, C, O);
+    const int64_t groups = B / l.G, each = l.part * (C / PART), in = l.G * H * W * C, out = l.G * H * W * O;
+    const int64_t cached = CACHED / (2 * each) > 1 ? CACHED / (2 * each) : 1;
+    const int64_t own = groups * each < C * O * TAPS ? 0 : groups / threads, rest = groups - own * threads;
+    const int64_t some = least(own, cached), shared = least(rest, cached);
+    const int64_t outputs = O / PART, pieces = outputs % threads ? (2 * threads + outputs - 1) / outputs : 1;
+    const int64_t piece = (l.tiles + pieces - 1) / pieces, table = (l.tiles * ROWS * 4 + 63) / 64 * 64;
+    int32_t *pixels = scratch(table + 2 * each * (some * threads > shared ? some * threads : shared));
+    uint16_t *spread = (uint16_t *)((char *)pixels + table);
+    if (!pixels) return 1;
+    for (int64_t i = 0; i < ROWS * l.tiles; i++) pixels[i] = pixel_of(&l, i / ROWS, i % ROWS);
+#pragma omp parallel num_threads(threads)
+    {
+        configure_tiles();
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < (own ? threads : 0); k++)
+            for (int64_t g = 0, n; g < own; g += n) {
+                const int64_t first = k * own + g;
+                uint16_t *to = spread + k * some * each;
+                n = least(own - g, some);
+                for (int64_t i = 0; i < n * (H + 2); i++)
+                    spread_row(&l, x + (first + i / (H + 2)) * in, i % (H + 2) - 1, to + i / (H + 2) * each);
+                for (int64_t o = 0; o < outputs; o++) work(&l, to, n, pixels, w, bias, y + first * out, o, 0, l.tiles);
+            }
+        for (int64_t g = own * threads, n; g < groups; g += n) {
+            n = least(groups - g, shared);
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < n * (H + 2); i++)
+                spread_row(&l, x + (g + i / (H + 2)) * in, i % (H + 2) - 1, spread + i / (H + 2) * each);
+#pragma omp for schedule(static)
+            for (int64_t job = 0; job < outputs * pieces; job++) {
+                const int64_t from = job % pieces * piece, to = least(from + piece, l.tiles);
+                if (from < to) work(&l, spread, n, pixels, w, bias, y + g * out, job / pieces, from, to);
+            }
+        }
+        _tile_release(); /* so that nobody else meets tiles of this shape */
+    }
+    return 0;
+}
+
+#else /* a processor or a compiler without it */
+int amx_start(void) { return 1; }
+int amx_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *y, int64_t B, int64_t H, int64_t W,
+             int64_t C, int64_t O, int threads) {
+    (void)x, (void)w, (void)bias, (void)y, (void)B, (void)H, (void)W, (void)C, (void)O, (void)threads;
+    return 1;
+}
+#endif
+
+/* ------------------------------------------------------------------ for compiled steps, without Python */
+
+int32_t aoti_torch_cpu_amx_conv(tensor x, tensor w, tensor bias, int64_t threads, tensor *y) {
+    const int64_t *n = sizes(x), O = sizes(bias)[0];
+    if (!is_channels_last(x) || make_pictures(n[0], O, n[2], n[3], dtype(x), y)) return 1;
+    return amx_conv(data(x), data(w), data(bias), data(*y), n[0], n[2], n[3], n[1], O, (int)threads);
+}

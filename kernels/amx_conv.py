@@ -1,0 +1,100 @@
+"""A 3×3 convolution in bfloat16 on the matrix unit of Intel's processors (AMX), which PyTorch's own uses to a half.
+
+    y[b, o] = bias[o] + Σ_{c, i, j} w[o, c, i, j] · x[b, c, · + i − 1, · + j − 1]
+
+The products are exact, the sums float32, and the result is rounded once. The kernel is `amx_conv.c`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastddpm.kernels.native import NativeError, can_load, load, register
+
+PART = 32
+"""Channels that the kernel takes at a time, of the input and of the output."""
+DECLARATION = """AOTITorchError aoti_torch_cpu_amx_conv(
+    AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle bias, int64_t threads, AtenTensorHandle* y)"""
+"""How a compiled step calls the kernel."""
+_SOURCE = Path(__file__).with_name("amx_conv.c")
+_ROWS = 16  # of a tile
+
+
+@functools.cache
+def loaded() -> ctypes.CDLL:
+    """The compiled kernel, with the leave of the system to use the matrix unit.
+
+    Raises:
+        NativeError: it cannot be compiled here, or processor, compiler or system lack the unit.
+    """
+    library = load(_SOURCE, ("amx_start", "amx_conv", "aoti_torch_cpu_amx_conv"))
+    library.amx_conv.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_int]
+    if library.amx_start():
+        raise NativeError("amx_conv: processor, compiler and system must have AMX, got one that has not")
+    return library
+
+
+def is_there() -> bool:
+    """Whether the kernel runs here; it is loaded then."""
+    return can_load(loaded)
+
+
+def fits(channels_in: int, channels_out: int) -> bool:
+    """Whether the kernel takes a layer of so many channels."""
+    return channels_in % PART == 0 and channels_out % PART == 0
+
+
+def pack(weight: Tensor) -> Tensor:
+    """The weights of a convolution in the form that `amx_conv` takes.
+
+    Args:
+        weight: [O, C, 3, 3].
+
+    Returns:
+        bfloat16 [O / 16, C / 32, 9, 16, 16, 2]: tiles of 16 pairs of channels by 16 output channels.
+    """
+    outputs, inputs = weight.shape[:2]
+    tiles = weight.detach().bfloat16().reshape(outputs // _ROWS, _ROWS, inputs // PART, PART // 2, 2, 9)
+    return tiles.permute(0, 2, 5, 3, 1, 4).contiguous()
+
+
+def amx_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+    """A 3×3 convolution with stride 1 and padding 1.
+
+    Args:
+        x: bfloat16 [B, C, H, W], best in channels-last layout; another one is copied.
+        packed: bfloat16, from `pack`.
+        bias: float32 [O].
+
+    Returns:
+        bfloat16 [B, O, H, W], channels-last.
+
+    Raises:
+        TypeError: a tensor is of another type.
+        NativeError: the kernel does not run here.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    return torch.as_tensor(torch.ops.fastddpm.amx_conv(x, packed, bias, torch.get_num_threads()))
+
+
+def _amx_conv(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
+    if (x.dtype, packed.dtype, bias.dtype) != (torch.bfloat16, torch.bfloat16, torch.float32):
+        raise TypeError(f"amx_conv: x must be bfloat16, the bias float32, got {x.dtype} and {bias.dtype}; convert them")
+    (batch, channels, height, width), y = x.shape, _fake(x, packed, bias, threads)
+    sizes = (batch, height, width, channels, bias.shape[0])
+    if loaded().amx_conv(*(tensor.data_ptr() for tensor in (x, packed, bias, y)), *sizes, threads):
+        raise MemoryError("amx_conv: there must be memory for the pictures spread out, got none")
+    return y
+
+
+def _fake(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
+    shape = (x.shape[0], bias.shape[0], *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+register("amx_conv(Tensor x, Tensor packed, Tensor bias, int threads) -> Tensor", _amx_conv, _fake, loaded, DECLARATION)

@@ -1,0 +1,98 @@
+"""The convolution on the matrix unit against a direct one in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastddpm.kernels.amx_conv import amx_conv, fits, is_there, pack
+
+pytestmark = pytest.mark.skipif(not is_there(), reason="a processor without AMX, or no C compiler")
+
+
+def conv(c_in, c_out):
+    torch.manual_seed(c_in + c_out)
+    return nn.Conv2d(c_in, c_out, 3, padding=1).requires_grad_(False).bfloat16()
+
+
+def pictures(*shape):
+    return torch.randn(shape).bfloat16().contiguous(memory_format=torch.channels_last)
+
+
+def convolved(layer, x):
+    return amx_conv(x, pack(layer.weight), layer.bias.float())
+
+
+def allowed(layer, x, exact):
+    """The result is rounded once to 8 bits; the sums of exact products have 24 bits."""
+    sizes = nn.functional.conv2d(x.double().abs(), layer.weight.double().abs(), padding=1)
+    terms = 9 * layer.in_channels
+    return 2.0**-8 * exact.abs() + terms * 2.0**-24 * sizes
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("c_in, c_out", [(32, 32), (96, 64)])
+@pytest.mark.parametrize(
+    "height, width", [(1, 1), (4, 4), (7, 7), (8, 8), (14, 14), (16, 16), (5, 3), (3, 32), (9, 40)]
+)
+def test_equals_the_direct_convolution(batch, c_in, c_out, height, width):
+    layer, x = conv(c_in, c_out), pictures(batch, c_in, height, width)
+    exact = nn.functional.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+    y = convolved(layer, x)
+    assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
+    assert ((y - exact).abs() <= allowed(layer, x, exact)).all()
+
+
+@pytest.mark.parametrize("size", [4, 7, 8, 16])
+def test_each_picture_is_as_if_alone_with_any_number_of_threads(size):
+    layer, x = conv(64, 96), pictures(7, 64, size, size)
+    packed, bias = pack(layer.weight), layer.bias.float()
+    ops = torch.ops.fastddpm
+    alone = torch.cat([ops.amx_conv(x[i : i + 1], packed, bias, 1) for i in range(7)])
+    for threads in (1, 2, 3, 5):
+        for batch in (1, 4, 7):
+            assert torch.equal(ops.amx_conv(x[:batch], packed, bias, threads), alone[:batch])
+
+
+def test_what_was_there_before_does_not_show():
+    """The memory that a thread keeps is used for pictures of all sizes."""
+    layer, x = conv(32, 32), pictures(1, 32, 5, 5)
+    before = convolved(layer, x)
+    convolved(layer, torch.full((2, 32, 24, 24), torch.nan).bfloat16())
+    assert torch.equal(convolved(layer, x), before)
+
+
+def test_nan_stays_within_its_reach():
+    layer, x = conv(32, 32), pictures(2, 32, 8, 8)
+    x[0, 5, 3, 3] = torch.nan
+    bad = convolved(layer, x).isnan()
+    assert bad[0, :, 2:5, 2:5].all() and bad.sum() == 32 * 9
+
+
+def test_another_layout_is_copied_and_other_types_are_refused():
+    layer, x = conv(32, 64), torch.randn(2, 32, 9, 9).bfloat16()
+    assert torch.equal(convolved(layer, x), convolved(layer, x.contiguous(memory_format=torch.channels_last)))
+    with pytest.raises(TypeError, match="must be bfloat16"):
+        amx_conv(x.float(), pack(layer.weight), layer.bias.float())
+
+
+def test_pytorchs_products_are_undisturbed():
+    """They configure the tiles for themselves, in the same threads."""
+    layer, x = conv(64, 64), pictures(2, 64, 16, 16)
+    a = torch.randn(200, 300).bfloat16()
+    product, y = a @ a.T, nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
+    for _ in range(3):
+        convolved(layer, x)
+        assert torch.equal(a @ a.T, product)
+        assert torch.equal(nn.functional.conv2d(x, layer.weight, layer.bias, padding=1), y)
+
+
+def test_what_fits():
+    assert fits(32, 64) and not fits(48, 64) and not fits(64, 3)
+
+
+def test_opcheck():
+    torch.library.opcheck(
+        torch.ops.fastddpm.amx_conv.default,
+        (pictures(1, 32, 8, 8), pack(conv(32, 32).weight), torch.zeros(32), 1),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
