@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import tempfile
 import time
@@ -36,6 +37,7 @@ from fastddpm.step.step import Call, step_of
 
 _IN_BOOK = ("rows", "timesteps", "conditions")
 _MADV_PAGEOUT = 21  # of Linux
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc
 
 
 class AheadOfTime:
@@ -215,6 +217,7 @@ def load_step(path: Path, key: str) -> StepFunction:
         CompileError: the file is no package that runs here, or there is no room to unpack it.
     """
     load_all()  # the package looks their functions up
+    _keep_memory()
     try:
         # As `torch._inductor.aoti_load_package` does it, without importing the compiler; and a call through its result
         # would flatten the arguments first, which takes longer than a small update.
@@ -231,6 +234,15 @@ def load_step(path: Path, key: str) -> StepFunction:
         return changed
 
     return call
+
+
+@functools.cache
+def _keep_memory() -> None:
+    """Have the C library keep what a step gives back for the next one, which asks for the same: new pages cost time."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
 def _page_out(part: str) -> None:
