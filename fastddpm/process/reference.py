@@ -29,7 +29,14 @@ class Model(Protocol):
 
 
 class Conventions(TypedDict, total=False):
-    """The options of `p_mean_variance`."""
+    """What a network was trained with.
+
+    Attributes:
+        prediction: what its first C channels are; default "eps".
+        variance: which variance; default "fixed_small".
+        clip: bound of |x̂_0|, or None; default 1.
+        threshold: (ratio, max_value) of dynamic thresholding, instead of `clip`.
+    """
 
     prediction: Prediction
     variance: Variance
@@ -73,11 +80,7 @@ def p_mean_variance(
     out: Tensor,
     x_t: Tensor,
     t: Tensor,
-    *,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_small",
-    clip: float | None = 1.0,
-    threshold: tuple[float, float] | None = None,
+    **conventions: Unpack[Conventions],
 ) -> PMeanVariance:
     """The reverse step's Gaussian (Ho et al. 2020, eq. 7 and 11 through x̂_0; Nichol & Dhariwal 2021, eq. 15).
 
@@ -86,25 +89,22 @@ def p_mean_variance(
         out: [B, C, H, W], or [B, 2C, H, W] for "learned_range".
         x_t: [B, C, H, W].
         t: int64 [B].
-        prediction: what the first C channels are.
-        variance: which variance; the logs are finite at t = 0 too, where the small variance is 0.
-        clip: bound of |x̂_0|, or None.
-        threshold: (ratio, max_value) of dynamic thresholding, instead of `clip`.
+        conventions: see `Conventions`.
 
     Returns:
-        Mean, variance, log-variance and x̂_0.
+        Mean, variance, log-variance and x̂_0; the logs are finite at t = 0 too, where the small variance is 0.
 
     Raises:
         ValueError: `out` has the wrong number of channels, or a name is unknown.
     """
-    C = x_t.shape[1]
+    C, variance = x_t.shape[1], conventions.get("variance", "fixed_small")
     if out.shape[1] != (2 * C if variance == "learned_range" else C):
         raise ValueError(
-            f"p_mean_variance: out must have {C} channels, or {2 * C} for learned_range, got "
-            f"{out.shape[1]} for "
+            f"p_mean_variance: out must have {C} channels, or {2 * C} for learned_range, got {out.shape[1]} for "
             f"{variance}; check the variance"
         )
-    x_start = predict_x_start(schedule, out[:, :C], x_t, t, prediction)
+    x_start = predict_x_start(schedule, out[:, :C], x_t, t, conventions.get("prediction", "eps"))
+    threshold, clip = conventions.get("threshold"), conventions.get("clip", 1.0)
     if threshold is not None:
         x_start = dynamic_threshold(x_start, *threshold)
     elif clip is not None:
@@ -165,7 +165,7 @@ def p_sample_loop(
         noise: z of each step; the last step's is not used.
         timesteps: int64 [S], descending; default all T.
         y: int64 [B] labels, passed on to the model.
-        conventions: prediction, variance, clip and threshold, as `p_mean_variance` has them.
+        conventions: see `Conventions`.
 
     Returns:
         x_0, [B, C, H, W].

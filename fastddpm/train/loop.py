@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.checkpoints import native
@@ -27,7 +26,7 @@ from fastddpm.pictures.data import ImageData
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from fastddpm.train.config import TrainConfig as TrainConfig
-from fastddpm.train.losses import hybrid_loss, target_of
+from fastddpm.train.losses import simple_loss, variance_loss
 from fastddpm.train.run_folder import RunFolder, TrainState
 
 
@@ -180,9 +179,11 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bf16"):
             out = self.network(x_t, self.spec.times_fed(t), labels)
         out, clean = out.float(), x_start.float() / 127.5 - 1
+        schedule, prediction = self.schedule, self.spec.prediction
+        loss = simple_loss(schedule, clean, t, eps, out, prediction)
         if self.spec.learned_variance:
-            return hybrid_loss(self.schedule, clean, x_t, t, eps, out, self.spec.prediction, self.config.vlb_weight)
-        return F.mse_loss(out, target_of(self.schedule, clean, eps, t, self.spec.prediction))
+            loss = loss + self.config.vlb_weight * variance_loss(schedule, clean, x_t, t, out, prediction)
+        return loss.mean()
 
     def batch(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """The pictures of this step, their labels, and their numbers in the run (int64, unique)."""
