@@ -73,6 +73,7 @@ class Request:
         cond_fn: a classifier's gradient that guides the samples, or None.
         classifier_labels: int64 [n], what it is told as y, or None.
         condition: float32 [n, C', H, W], what the network sees behind x, or None.
+        previews: whether somebody wants to see x̂_0 of each step.
     """
 
     ids: Tensor
@@ -88,6 +89,7 @@ class Request:
     cond_fn: ConditionFunction | None = None
     classifier_labels: Tensor | None = None
     condition: Tensor | None = None
+    previews: bool = False
 
     def filled(self) -> Request:
         """A batch with its last sample repeated up to `batch_size`, if that was asked for; otherwise as it is."""
@@ -178,6 +180,7 @@ def make_request(spec: ModelSpec, device: torch.device, n: int, run: RunOptions)
     return Request(
         ids, labels, guidance, x_T, supplied, size, batch_size is not None, whole("sample", "seed", run.seed),
         cond_fn=run.cond_fn, classifier_labels=for_classifier, condition=condition,
+        previews=run.callback is not None,
     )  # fmt: skip
 
 

@@ -120,7 +120,6 @@ class StepForm:
         guided: bool = False,
         labelled: bool = False,
         noise: bool = False,
-        previews: bool = False,
         masked: bool = False,
     ) -> StepForm:
         """The leanest form for a run.
@@ -131,13 +130,12 @@ class StepForm:
             guided: whether any sample's guidance scale is not 1.
             labelled: whether the network is told the class in each step.
             noise: whether each step is handed its z.
-            previews: whether somebody wants to see x̂_0.
             masked: whether a part of some picture is known.
         """
         return cls(
             guided=guided,
             labelled=labelled,
-            history=max(table.history, int(spec.self_condition or previews)),
+            history=max(table.history, int(spec.self_condition)),
             noise=noise,
             stochastic=table.uses_noise or masked,
             learned=table.variance == "learned_range",
