@@ -55,6 +55,17 @@ class Features:
         """What the Fréchet distance of these features is called: FID with the network of the FID, and only then."""
         return "FID" if self.is_inception else f"FD ({self.name})"
 
+    def seeing(self, channels: int | None) -> Features:
+        """The same for pictures of so many channels, 1 or 3; None leaves it open.
+
+        Raises:
+            ValueError: it takes others.
+        """
+        if channels not in (None, 1, 3) or self.channels not in (None, channels or self.channels):
+            expected = f"{self.channels} for {self.name}" if self.channels else "1 or 3"
+            raise ValueError(f"evaluate: channels must be {expected}, got {channels}; leave it out")
+        return dataclasses.replace(self, channels=channels or self.channels)
+
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> Tensor:
         """The features of a batch.
