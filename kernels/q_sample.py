@@ -94,17 +94,17 @@ def q_sample(x_start: Tensor, t: Tensor, alphas: Alphas, noise: Tensor | Draw) -
 def _check(x_start: Tensor, t: Tensor, alphas: Alphas, noise: Tensor | Draw) -> None:
     f32, i64 = (torch.float32,), (torch.int64,)
     dtypes = (torch.float32, torch.uint8)
-    check_tensor("q_sample", "x_start", x_start, dtypes=dtypes, shape=("B", "C", "H", "W"))
-    check = functools.partial(check_tensor, "q_sample", device=x_start.device)
+    check_tensor("q_sample: x_start", x_start, dtypes=dtypes, shape=("B", "C", "H", "W"))
+    check = functools.partial(check_tensor, device=x_start.device)
     batch = (x_start.shape[0],)
-    check("t", t, dtypes=i64, shape=batch, fix="pass one timestep per sample")
+    check("q_sample: t", t, dtypes=i64, shape=batch, fix="pass one timestep per sample")
     signal, spread = alphas
-    check("alphas.signal", signal, dtypes=f32, shape=("T",))
-    check("alphas.spread", spread, dtypes=f32, shape=tuple(signal.shape))
+    check("q_sample: alphas.signal", signal, dtypes=f32, shape=("T",))
+    check("q_sample: alphas.spread", spread, dtypes=f32, shape=tuple(signal.shape))
     if isinstance(noise, Draw):
-        check("noise.seed", noise.seed, dtypes=i64, shape=batch, fix="pass one per sample")
-        check("noise.sample_id", noise.sample_id, dtypes=i64, shape=batch, fix="pass one per sample")
+        check("q_sample: noise.seed", noise.seed, dtypes=i64, shape=batch, fix="pass one per sample")
+        check("q_sample: noise.sample_id", noise.sample_id, dtypes=i64, shape=batch, fix="pass one per sample")
     elif not isinstance(noise, Tensor):
         raise TypeError(f"q_sample: noise must be a tensor or a Draw, got {type(noise).__name__}; pass ε or a Draw")
     else:
-        check("noise", noise, dtypes=f32, shape=tuple(x_start.shape))
+        check("q_sample: noise", noise, dtypes=f32, shape=tuple(x_start.shape))
