@@ -62,28 +62,26 @@ class Trainer:
         spec: ModelSpec,
         data: ImageData,
         config: TrainConfig,
-        *,
-        device: torch.device | str = "cpu",
     ) -> None:
         """Prepare a run, or resume the one that the folder holds.
 
         Args:
             folder: Where the run lives; made if missing.
-            network: A freshly made network; its weights are replaced when resuming.
+            network: A freshly made network; its weights are replaced when resuming. It is trained where it is: move it
+                to a GPU before.
             schedule: The forward process.
             spec: The conventions to train.
             data: The pictures.
             config: How to train.
-            device: Where to train.
 
         Raises:
             ValueError: If data, network and conventions disagree, or the folder's state belongs to another run.
             CheckpointError: If the folder's state is damaged.
         """
         _check_data(data, network, spec, config)
-        self.folder, self.device = Path(folder), torch.device(device)
+        self.folder, self.device = Path(folder), network.time_projection.weight.device
         self.schedule, self.spec, self.data, self.config = schedule, spec, data, config
-        self.network = network.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.network = network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.network.gradient_checkpointing = config.gradient_checkpointing
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
