@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.kernels.normals import normals
-from fastddpm.kernels.q_sample import Alphas, q_sample_reference
+from fastddpm.kernels.q_sample import Levels, q_sample_reference
 from fastddpm.process.likelihood import discretized_gaussian_log_likelihood, normal_kl
 from fastddpm.process.likelihood_table import LIKELIHOOD_COLUMNS, LikelihoodTable
 from fastddpm.process.spec import ModelSpec
@@ -127,8 +127,8 @@ class LikelihoodStep(nn.Module):
         given = dict(zip(self.names, tensors, strict=True))
         x_start, step, rows = given["x"], given["step"], given["rows"]
         eps = given["noise"][0] if self.form.noise else self._noise(given)
-        alphas = Alphas(rows[:, _COLUMN["signal"]], rows[:, _COLUMN["spread"]])
-        x_t, _ = q_sample_reference(x_start, step, alphas, eps)
+        levels = Levels(rows[:, _COLUMN["signal"]], rows[:, _COLUMN["spread"]])
+        x_t, _ = q_sample_reference(x_start, step, levels, eps)
         network = cast(Network, self.network)
         guess = torch.zeros_like(x_t) if self.form.self_condition else None
         out = network.body(x_t, given["conditions"], step, given.get("labels"), guess).float()

@@ -88,7 +88,7 @@ class Trainer:
         )
         self.weights = {name: value.detach() for name, value in self.network.state_dict().items()}
         self.ema = {name: value.clone() for name, value in self.weights.items()}
-        self.alphas = schedule.levels(self.device)
+        self.levels = schedule.levels(self.device)
         self.steps_per_epoch = len(data.images) // config.batch_size
         self.total = self.steps_per_epoch * config.epochs
         self.step = 0
@@ -173,7 +173,7 @@ class Trainer:
     def loss(self, x_start: Tensor, t: Tensor, labels: Tensor | None, numbers: Tensor) -> Tensor:
         """The loss of these pictures, each at its own timestep, with the noise of its number in the run."""
         draw = Draw(torch.full_like(numbers, self.config.seed), numbers, TRAINING)
-        x_t, eps = q_sample(x_start, t, self.alphas, draw)
+        x_t, eps = q_sample(x_start, t, self.levels, draw)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bf16"):
             out = self.network(x_t, self.spec.times_fed(t), labels)
         out, clean = out.float(), x_start.float() / 127.5 - 1
