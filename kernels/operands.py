@@ -8,21 +8,26 @@ from torch import Tensor
 
 from .checks import OUT_DTYPES, check_contiguous, check_tensor
 
-COLUMNS = (
-    "a_x",
-    "a_o",
-    "c_0",
-    "c_x",
-    "c_o",
-    "c_h",
-    "sigma",
-    "bound",
-    "log_beta",
-    "log_beta_tilde",
-    "c_h2",
-    "k_0",
-    "k_z",
-)
+
+class Row(NamedTuple):
+    """One row of a solver's table as numbers; `fastddpm.process.table` explains them."""
+
+    a_x: float
+    a_o: float
+    c_0: float
+    c_x: float
+    c_o: float
+    c_h: float
+    sigma: float
+    bound: float
+    log_beta: float
+    log_beta_tilde: float
+    c_h2: float
+    k_0: float
+    k_z: float
+
+
+COLUMNS = Row._fields
 """The columns of a solver's table, in their order in memory."""
 
 
