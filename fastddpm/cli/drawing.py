@@ -15,6 +15,7 @@ from fastddpm.cli.condition import ConditionFiles
 from fastddpm.cli.errors import Stopped
 from fastddpm.cli.picture_folder import PictureFolder, checksums
 from fastddpm.common.progress import StepProgress
+from fastddpm.common.wording import counted
 from fastddpm.files import check_replaceable, check_writable
 from fastddpm.images import (
     SHOWN_CHANNELS,
@@ -32,7 +33,7 @@ from fastddpm.process.method import Method
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import DynamicThreshold
 from fastddpm.sampler import Batch, Preview, Sampler
-from fastddpm.step.request import RunOptions, default_batch_size, make_request
+from fastddpm.step.request import RunOptions, default_batch_size, in_turn, make_request
 
 MOST_PICTURES = 10**7
 MOST_BYTES = 64 << 30
@@ -258,13 +259,12 @@ class Drawing:
         return steps
 
     def labels(self, ids: Sequence[int]) -> list[int] | None:
-        """The class of each id: a function of the id, so that runs over different ranges agree.
+        """The class of each id.
 
         Raises:
             ValueError: If the classes are not understood or the network has none.
         """
-        cycle = self.cycle()
-        return None if cycle is None else [cycle[i % len(cycle)] for i in ids]
+        return in_turn(self.cycle(), ids)
 
     def cycle(self) -> list[int] | None:
         """The classes that the ids go through in turn, or None for no labels.
@@ -334,4 +334,4 @@ def _told(folder: Path, drawn: int, found: int) -> str:
     if not drawn:
         return f"{folder}/ holds all {found} already" if found > 1 else f"{folder}/ holds the picture already"
     there = f" ({found} were there already)" if found else ""
-    return f"wrote {drawn} picture{'s' if drawn > 1 else ''} to {folder}/{there}"
+    return f"wrote {counted(drawn, 'picture')} to {folder}/{there}"

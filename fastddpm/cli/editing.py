@@ -19,6 +19,7 @@ from fastddpm.cli.drawing import Animation, Outputs
 from fastddpm.cli.engine_options import tell_engine
 from fastddpm.cli.flags import parse_flags
 from fastddpm.common.terminal import say
+from fastddpm.common.wording import counted
 from fastddpm.engines.choose import EngineName
 from fastddpm.engines.options import SampleOptions
 from fastddpm.engines.precision import Precision
@@ -27,6 +28,7 @@ from fastddpm.images import make_grid, save_folder, save_image, to_uint8
 from fastddpm.process.method import Method
 from fastddpm.process.table import Solver
 from fastddpm.sampler import Sampler
+from fastddpm.step.request import in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,7 @@ class Edit:
         Raises:
             ValueError: the classes are not understood.
         """
-        cycle = class_cycle(self.sampler.spec, self.classes, self.model)
-        labels = None if cycle is None else [cycle[i % len(cycle)] for i in range(n)]
+        labels = in_turn(class_cycle(self.sampler.spec, self.classes, self.model), range(n))
         return {
             "method": Method(self.solver, self.steps, eta=self.eta),
             "class_labels": labels,
@@ -102,7 +103,7 @@ class Edit:
         lines = []
         if outputs.folder is not None:
             save_folder(outputs.folder, pictures, range(n))
-            lines.append(f"wrote {n} picture{'s' if n > 1 else ''} to {outputs.folder}")
+            lines.append(f"wrote {counted(n, 'picture')} to {outputs.folder}")
         self.close(lines + outputs.write(n, lambda k: pictures[:k], animation))
 
     def close(self, lines: list[str]) -> None:

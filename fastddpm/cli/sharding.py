@@ -11,6 +11,7 @@ import torch
 from fastddpm.cli.drawing import Drawing, Outputs
 from fastddpm.cli.errors import Stopped
 from fastddpm.cli.shard_bar import ShardBar
+from fastddpm.common.wording import counted
 from fastddpm.shards.formats import FormatName
 from fastddpm.shards.maker import Maker, Recipe
 from fastddpm.shards.part import local_gpu, parse_part, part_of
@@ -119,5 +120,5 @@ def _told(out: str, done: Done, shards: int) -> str:
     if not done.drawn:
         return f"{out} holds all {shards} shards already" if shards > 1 else f"{out} holds the shard already"
     mended = f"; {done.mended} had been damaged" if done.mended else ""
-    drawn = f"{done.drawn} shard{'' if done.drawn == 1 else 's'} ({done.pictures:,} pictures{mended})"
+    drawn = f"{counted(done.drawn, 'shard')} ({done.pictures:,} pictures{mended})"
     return f"wrote {drawn} to {out}; all {shards} are there"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastddpm.common.wording import first_line
 from fastddpm.engines.devices import pick_device
 from fastddpm.engines.weights import weights_hash
-from fastddpm.files import check_regular
+from fastddpm.files import check_regular, sha256
 
 INCEPTION = "inception"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -184,13 +184,3 @@ def _load_class(name: str, module: str, attribute: str, device: torch.device) ->
         made = made.eval().to(device)
         digest.update(weights_hash(made).encode())
     return Features(name, digest.hexdigest(), made, device)
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hexadecimal digits.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

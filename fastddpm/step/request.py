@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -127,6 +127,14 @@ class Request:
 
 def _taken(index: Tensor, values: Tensor, axis: int) -> Tensor:
     return values.index_select(axis, index.to(values.device))
+
+
+def in_turn(classes: Sequence[int] | None, ids: Iterable[int]) -> list[int] | None:
+    """The class of each id where ids go through classes in turn; None for none.
+
+    It is a function of the id alone, so that it does not matter how a run is cut.
+    """
+    return None if classes is None else [classes[i % len(classes)] for i in ids]
 
 
 def default_batch_size(device: torch.device) -> int:
