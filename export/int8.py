@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastddpm.common.wording import in_a_line
 from fastddpm.export.model_file import is_large
 from fastddpm.export.source import CPU, Source
 from fastddpm.export.tracing import quiet
@@ -138,7 +139,7 @@ def to_int8(model: onnx.ModelProto, feeds: Sequence[dict[str, np.ndarray]]) -> o
         except OSError as error:
             raise OSError(error.errno, error.strerror, folder) from error
         except Exception as error:  # whatever a third-party quantizer raises on a graph that it does not understand
-            reason = " ".join(str(error).split())[:160]
+            reason = in_a_line(error)
             raise ValueError(
                 f"export: precision must be fp32 for this network, got int8, which fails: {reason}"
             ) from error

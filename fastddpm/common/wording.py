@@ -11,3 +11,8 @@ def first_line(error: BaseException, most: int = 200) -> str:
 def counted(n: int, noun: str) -> str:
     """How many there are of something: "1 picture", "2 pictures"."""
     return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def in_a_line(error: BaseException, most: int = 160) -> str:
+    """All that an error says, in one line, cut to so many characters."""
+    return " ".join(str(error).split())[:most]

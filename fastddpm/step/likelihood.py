@@ -21,6 +21,8 @@ from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import DynamicThreshold, dynamic_bound
 from fastddpm.step.network import Network
 
+ALWAYS = ("x", "step", "end", "sample_id", "seed", "rows", "timesteps", "conditions")
+"""The arguments that every step has."""
 TERMS = ("vlb", "x_start_mse", "eps_mse")
 """What a step finds out of each picture, in the order of the numbers in `State.terms`."""
 
@@ -58,8 +60,7 @@ class LikelihoodForm:
     def names(self) -> tuple[str, ...]:
         """The step's arguments, in order."""
         wanted = {"labels": self.labelled, "terms": True, "noise": self.noise}
-        always = ("x", "step", "end", "sample_id", "seed", "rows", "timesteps", "conditions")
-        return (*always, *(name for name, is_wanted in wanted.items() if is_wanted))
+        return (*ALWAYS, *(name for name, is_wanted in wanted.items() if is_wanted))
 
     def for_packages(self) -> LikelihoodForm:
         """The form that is compiled ahead of time for such steps."""

@@ -18,12 +18,10 @@ from fastddpm.kernels.p_sample import p_sample, p_sample_reference
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import DynamicThreshold, StepTable, dynamic_bound
 from fastddpm.step.book import Book
-from fastddpm.step.likelihood import LikelihoodForm, LikelihoodStep
+from fastddpm.step.likelihood import ALWAYS, LikelihoodForm, LikelihoodStep
 from fastddpm.step.network import Network
 from fastddpm.step.state import State
 
-ALWAYS = ("x", "step", "end", "sample_id", "seed", "rows", "timesteps", "conditions")
-"""The arguments that every step has."""
 HISTORIES = ("history", "history2")
 """Where the estimates of x_0 of the last steps are kept, the newest first."""
 KNOWN = ("known", "mask")
