@@ -13,6 +13,7 @@ from fastddpm.cli.engine_options import (
     ModelArgument,
     PrecisionOption,
     QuietOption,
+    SolverName,
     tell_engine,
 )
 from fastddpm.cli.flags import FlagOption, parse_flags
@@ -118,7 +119,7 @@ def sample(
         ),
     ] = None,
     solver: Annotated[
-        Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"],
+        SolverName,
         typer.Option(
             help="ddpm: the original, with fresh noise in each step. ddim, dpmpp_2m, dpmpp_3m: fewer steps, no noise.",
             rich_help_panel=METHOD,
