@@ -217,24 +217,6 @@ def folder_file(folder: str | os.PathLike[str], name: int) -> Path:
     return Path(folder) / f"{name:06d}.png"
 
 
-def save_npz(path: str | os.PathLike[str], pictures: Tensor, labels: Tensor | None = None) -> None:
-    """Write pictures in the layout that OpenAI's evaluation code reads: arr_0 uint8 [n, H, W, C], arr_1 labels.
-
-    Args:
-        path: the .npz file, written atomically.
-        pictures: uint8 [n, C, H, W].
-        labels: int64 [n] or None.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    arrays = [np.ascontiguousarray(pictures.permute(0, 2, 3, 1).cpu().numpy())]
-    if labels is not None:
-        arrays.append(labels.cpu().numpy())
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, *arrays)
-
-
 def save_gif(path: str | os.PathLike[str], frames: Sequence[Image.Image], *, seconds: float = 4.0) -> None:
     """Write frames as an endless GIF that rests on the last frame, atomically.
 

@@ -16,7 +16,7 @@ from fastddpm.cli.errors import Stopped
 from fastddpm.cli.picture_folder import PictureFolder, checksums
 from fastddpm.common.progress import StepProgress
 from fastddpm.common.wording import counted
-from fastddpm.files import check_replaceable, check_writable
+from fastddpm.files import atomic_path, check_replaceable, check_writable
 from fastddpm.images import (
     SHOWN_CHANNELS,
     folder_file,
@@ -26,13 +26,14 @@ from fastddpm.images import (
     save_folder,
     save_gif,
     save_image,
-    save_npz,
     to_uint8,
 )
 from fastddpm.process.method import Method
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import DynamicThreshold
 from fastddpm.sampler import Batch, Preview, Sampler
+from fastddpm.shards.formats import to_pieces
+from fastddpm.shards.npz import write_npz
 from fastddpm.step.request import RunOptions, default_batch_size, in_turn, make_request
 
 MOST_PICTURES = 10**7
@@ -149,7 +150,9 @@ class Outputs:
             save_image(self.grid, make_grid(first(shown), min_side=480))
             note(self.grid, shown)
         if self.npz is not None:
-            save_npz(self.npz, first(n), None if labels is None else torch.tensor(labels))
+            arrays = to_pieces(first(n))
+            with atomic_path(self.npz) as temporary:
+                write_npz(temporary, [arrays], (n, *arrays.shape[1:]), labels)
             note(self.npz, n)
         if self.gif is not None and animation is not None:
             shown = min(n, GIF_LIMIT)
