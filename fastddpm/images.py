@@ -199,11 +199,8 @@ def read_folder(folder: str | os.PathLike[str], names: Sequence[int]) -> Tensor:
         OSError: a file is missing or no image.
         ValueError: the pictures differ in size or channels, or there are none.
     """
-    pictures = []
-    for name in names:
-        with Image.open(folder_file(folder, name)) as image:
-            array = np.array(image)
-        pictures.append(torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy()))
+    arrays = (decode_png(folder_file(folder, name).read_bytes()) for name in names)
+    pictures = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
     shapes = {tuple(picture.shape) for picture in pictures}
     if len(shapes) != 1:
         raise ValueError(
