@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from fastddpm.export.model_file import Facts
 from fastddpm.export.modules import EXAMPLE_BATCH
-from fastddpm.export.tracing import check_opset
+from fastddpm.export.tracing import DEFAULT_OPSET, check_opset
 from fastddpm.process.spec import ModelSpec
 
 What = Literal["network", "step", "chain"]
@@ -30,6 +30,22 @@ class Exported:
     facts: Facts
 
 
+class FormOptions(TypedDict, total=False):
+    """The fields of `Form` as keyword arguments, for type checkers."""
+
+    what: What
+    precision: Precision
+    opset: int
+    batch: int | None
+    noise: NoisePlace
+    guidance: bool | None
+    output: Range
+    tensorrt: bool
+    inpaint: bool
+    jump_length: int | None
+    resamplings: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """The wishes of one export; see `export_onnx`, and `checked`.
@@ -44,17 +60,21 @@ class Form:
         output: what a chain gives.
         tensorrt: whether TensorRT's parser must take it.
         inpaint: whether pictures of which a part is known, and the mask of the rest, are inputs.
+        jump_length: with `inpaint`: how far RePaint's jumps go back.
+        resamplings: with `inpaint`: how often each row is made.
     """
 
-    what: What
-    precision: Precision
-    opset: int
-    batch: int | None
-    noise: NoisePlace
-    guidance: bool | None
-    output: Range
-    tensorrt: bool
+    what: What = "chain"
+    precision: Precision = "fp32"
+    opset: int = DEFAULT_OPSET
+    batch: int | None = None
+    noise: NoisePlace = "philox"
+    guidance: bool | None = None
+    output: Range = "unit"
+    tensorrt: bool = False
     inpaint: bool = False
+    jump_length: int | None = None
+    resamplings: int = 1
 
     @property
     def guided(self) -> bool:
@@ -107,6 +127,8 @@ class Form:
             raise ValueError(
                 "export: what must be step or chain for inpainting, got network; it knows nothing of a mask"
             )
+        if not self.inpaint and (self.resamplings != 1 or self.jump_length is not None):
+            raise ValueError("export: resamplings and jump_length must be left out, got one; they are for inpaint=True")
         if self.tensorrt:
             noise, batch = "input" if what == "step" else "philox", batch or 1
         if noise == "input" and what != "step":

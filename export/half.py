@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastddpm.common.wording import in_a_line
 from fastddpm.export.graph import in_order
 from fastddpm.export.model_file import infer_types
 
@@ -60,7 +61,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
             model, keep_io_types=True, op_block_list=list(KEPT), disable_shape_infer=True
         )
     except Exception as error:  # whatever a third-party converter raises on a graph that it does not understand
-        reason = " ".join(str(error).split())[:160]
+        reason = in_a_line(error)
         raise ValueError(f"export: precision must be fp32 for this network, got fp16, which fails: {reason}") from error
     nodes = in_order(half.graph.node)  # the converter appends its casts at the end
     del half.graph.value_info[:], half.graph.node[:]

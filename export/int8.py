@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastddpm.common.wording import in_a_line
 from fastddpm.export.model_file import is_large
 from fastddpm.export.source import CPU, Source
 from fastddpm.export.tracing import quiet
@@ -56,8 +58,9 @@ def calibration(
     if labels is not None and spec.null_class is not None:
         labels[:: max(2, n // 2)] = spec.null_class
     batch = make_request(spec, CPU, n, RunOptions(class_labels=labels, batch_size=n))
+    batch = dataclasses.replace(batch, previews=True)  # the inputs of some networks are estimates of x_0
     times, seen = spec.times_fed(short.timesteps), []
-    with stepper.undisturbed(), stepper.begin(short, batch, previews=True, eager=True) as runner:
+    with stepper.undisturbed(), stepper.begin(short, batch) as runner:
         for i in range(short.S):
             values: dict[str, Tensor | None] = {
                 "x": runner.state.x,
@@ -136,7 +139,7 @@ def to_int8(model: onnx.ModelProto, feeds: Sequence[dict[str, np.ndarray]]) -> o
         except OSError as error:
             raise OSError(error.errno, error.strerror, folder) from error
         except Exception as error:  # whatever a third-party quantizer raises on a graph that it does not understand
-            reason = " ".join(str(error).split())[:160]
+            reason = in_a_line(error)
             raise ValueError(
                 f"export: precision must be fp32 for this network, got int8, which fails: {reason}"
             ) from error

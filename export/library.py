@@ -10,7 +10,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from fastddpm.export.runtimes import Feeds, OnnxRuntime, Opened, OpenVino, Runti
 from fastddpm.kernels.native import processor
 from fastddpm.kernels.normals import native_normals
 from fastddpm.step.likelihood import LikelihoodStep
-from fastddpm.step.network import Foreign, Network
+from fastddpm.step.network import Network
 from fastddpm.step.step import Call, Step
 
 RUNTIMES: tuple[Runtime, ...] = (OpenVino(), OnnxRuntime())
@@ -246,8 +246,5 @@ def _with_network(step: Step | LikelihoodStep, network: nn.Module) -> Step | Lik
 
 def _in_float32(network: nn.Module) -> nn.Module:
     """The network with float32 weights: a library lowers the precision by itself."""
-    if isinstance(network, Foreign):
-        return Foreign(network.model)
-    known: Any = network
-    single = all(p.dtype == torch.float32 for p in network.parameters() if p.is_floating_point())
-    return network if single else cast(nn.Module, known.cast(torch.float32))
+    known = cast(Network, network)
+    return network if known.dtype in (None, torch.float32) else cast(nn.Module, known.cast(torch.float32))

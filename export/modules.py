@@ -5,7 +5,7 @@ They are traced apart, because in a file with an open batch only the samples tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from fastddpm.images import to_unit
 from fastddpm.kernels.operands import Operands
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
-from fastddpm.step.network import as_network
+from fastddpm.step.network import Network, as_network
 from fastddpm.step.step import HISTORIES, KNOWN, Step, StepForm
 
 EXAMPLE_BATCH = 3
@@ -43,7 +43,7 @@ class Ask(nn.Module):
         super().__init__()
         self.step = step
         with torch.no_grad():
-            conditions = as_network(step.network).tabulate(spec.times_fed(table.timesteps))  # type: ignore[operator]
+            conditions = cast(Network, step.network).tabulate(spec.times_fed(table.timesteps))
         self.register_buffer("conditions", conditions)
 
     def forward(
@@ -106,26 +106,6 @@ class Pictures(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Pictures, float32 [B, C, H, W]."""
         return to_unit(x, self.mapping)
-
-
-def as_module(model: object) -> nn.Module:
-    """The network as a module; a bare callable is wrapped.
-
-    Raises:
-        TypeError: it is neither.
-    """
-    if isinstance(model, nn.Module):
-        return model
-    if not callable(model):
-        raise TypeError(f"export: model must be a module or a callable, got {type(model).__name__}; pass a Sampler")
-
-    call: Callable[..., Tensor] = model
-
-    class Function(nn.Module):
-        def forward(self, *arguments: Tensor, **more: Tensor) -> Tensor:
-            return torch.as_tensor(call(*arguments, **more))
-
-    return Function().eval()
 
 
 def step_of(model: nn.Module, spec: ModelSpec, table: StepTable, *, masked: bool = False) -> Step:

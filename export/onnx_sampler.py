@@ -191,16 +191,9 @@ class OnnxSampler:
         return course, functools.partial(self._begin, course)
 
     @contextlib.contextmanager
-    def _begin(
-        self,
-        course: Course,
-        batch: Request,
-        *,
-        x_T: Tensor | None = None,
-        **_: object,
-    ) -> Iterator[Runner]:
+    def _begin(self, course: Course, batch: Request, **_: object) -> Iterator[Runner]:
         """A batch of a step's or a chain's file at its start; see `Stepper.begin`."""
-        state, feeds = self._start(batch, x_T), self._feeds(batch)
+        state, feeds = self._start(batch), self._feeds(batch)
         if self.facts["what"] == "chain":
             yield ChainRunner(self.session, state, feeds)
             return
@@ -209,11 +202,11 @@ class OnnxSampler:
         self._loops = {size: loop}
         yield OnnxRunner(loop, state, feeds, course)
 
-    def _start(self, batch: Request, x_T: Tensor | None) -> State:
+    def _start(self, batch: Request) -> State:
         """The samples of a batch before their first step."""
         clock = torch.zeros_like(batch.ids)
         places = Places(clock, clock + len(self.facts["timesteps"]))
-        return State.create(self.spec.shape, batch.ids, batch.seed, places, x_T=batch.x_T if x_T is None else x_T)
+        return State.create(self.spec.shape, batch.ids, batch.seed, places, x_T=batch.x_T)
 
     def _check_settled(self, options: Mapping[str, object]) -> None:
         """Refuse what was settled when the file was written."""

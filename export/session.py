@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
 import numpy as np
 
 from fastddpm.checkpoints import CheckpointError
+from fastddpm.common.wording import in_a_line
 from fastddpm.export.model_file import read_metadata
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ class OnnxSession:
         try:
             self.raw = ort.InferenceSession(str(self.path), options, providers=providers)
         except Exception as error:  # onnxruntime's own types derive from nothing more precise
-            reason = " ".join(str(error).split())[:200]
+            reason = in_a_line(error, 200)
             raise CheckpointError(f"{self.path}: must be a whole ONNX model, got {reason}; export it again") from error
         if self.raw.get_providers()[0] != PROVIDERS[chosen]:
             raise ValueError(

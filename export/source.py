@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastddpm.checkpoints import Checkpoint, load_checkpoint
 from fastddpm.engines.precision import Precision
 from fastddpm.engines.stepper import Stepper
-from fastddpm.export.modules import as_module
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
+from fastddpm.step.network import as_network
 
 CPU = torch.device("cpu")
 
@@ -62,7 +62,8 @@ class Source:
             return cls(found.network, found.schedule, found.spec, found)
         if model.precision != "fp32":
             raise ValueError(f"export: the sampler's precision must be fp32, got {model.precision}; make it anew")
-        return cls(as_module(model.model), model.schedule, model.spec, model.checkpoint)
+        network = model.model if isinstance(model.model, nn.Module) else as_network(model.model)
+        return cls(network, model.schedule, model.spec, model.checkpoint)
 
     def stepper(self) -> Stepper:
         """What makes the network's steps eagerly on the CPU."""

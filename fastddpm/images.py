@@ -22,6 +22,8 @@ ToBytes = Literal["round", "truncate"]
 ToUnit = Literal["clamp", "affine", "identity"]
 SHOWN_CHANNELS = (1, 3, 4)
 """Channels of pictures that image files can hold: gray, colour, colour with alpha."""
+GAP = 2
+"""Pixels between the pictures of a grid and around them."""
 
 
 def to_unit(x: Tensor, mapping: ToUnit = "clamp") -> Tensor:
@@ -86,13 +88,12 @@ def _image(picture: Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
-def make_grid(pictures: Tensor, *, columns: int | None = None, gap: int = 2, min_side: int = 0) -> Image.Image:
+def make_grid(pictures: Tensor, *, columns: int | None = None, min_side: int = 0) -> Image.Image:
     """Lay pictures out in rows.
 
     Args:
         pictures: uint8 [n, C, H, W].
         columns: pictures per row; None makes the grid about square.
-        gap: pixels between pictures and around them.
         min_side: enlarge by whole factors (pixels stay pixels) until the longer side has this many pixels.
 
     Returns:
@@ -106,17 +107,17 @@ def make_grid(pictures: Tensor, *, columns: int | None = None, gap: int = 2, min
         raise ValueError("make_grid: pictures must be at least one, got none")
     columns = min(n, columns or math.ceil(math.sqrt(n)))
     images = [_image(picture) for picture in pictures]
-    grid = Image.new(images[0].mode, grid_size(n, height, width, columns=columns, gap=gap))
+    grid = Image.new(images[0].mode, grid_size(n, height, width, columns=columns))
     for i, image in enumerate(images):
-        grid.paste(image, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+        grid.paste(image, (GAP + i % columns * (width + GAP), GAP + i // columns * (height + GAP)))
     factor = max(1, math.ceil(min_side / max(grid.size)))
     return grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.NEAREST) if factor > 1 else grid
 
 
-def grid_size(n: int, height: int, width: int, *, columns: int | None = None, gap: int = 2) -> tuple[int, int]:
+def grid_size(n: int, height: int, width: int, *, columns: int | None = None) -> tuple[int, int]:
     """(width, height) of the grid that `make_grid` makes of n pictures, before it is enlarged."""
     columns = min(n, columns or math.ceil(math.sqrt(n)))
-    return columns * (width + gap) + gap, math.ceil(n / columns) * (height + gap) + gap
+    return columns * (width + GAP) + GAP, math.ceil(n / columns) * (height + GAP) + GAP
 
 
 def save_image(path: str | os.PathLike[str], image: Image.Image) -> None:
@@ -198,11 +199,8 @@ def read_folder(folder: str | os.PathLike[str], names: Sequence[int]) -> Tensor:
         OSError: a file is missing or no image.
         ValueError: the pictures differ in size or channels, or there are none.
     """
-    pictures = []
-    for name in names:
-        with Image.open(folder_file(folder, name)) as image:
-            array = np.array(image)
-        pictures.append(torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy()))
+    arrays = (decode_png(folder_file(folder, name).read_bytes()) for name in names)
+    pictures = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
     shapes = {tuple(picture.shape) for picture in pictures}
     if len(shapes) != 1:
         raise ValueError(
@@ -214,24 +212,6 @@ def read_folder(folder: str | os.PathLike[str], names: Sequence[int]) -> Tensor:
 def folder_file(folder: str | os.PathLike[str], name: int) -> Path:
     """The file of sample `name` in a folder of PNGs."""
     return Path(folder) / f"{name:06d}.png"
-
-
-def save_npz(path: str | os.PathLike[str], pictures: Tensor, labels: Tensor | None = None) -> None:
-    """Write pictures in the layout that OpenAI's evaluation code reads: arr_0 uint8 [n, H, W, C], arr_1 labels.
-
-    Args:
-        path: the .npz file, written atomically.
-        pictures: uint8 [n, C, H, W].
-        labels: int64 [n] or None.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    arrays = [np.ascontiguousarray(pictures.permute(0, 2, 3, 1).cpu().numpy())]
-    if labels is not None:
-        arrays.append(labels.cpu().numpy())
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, *arrays)
 
 
 def save_gif(path: str | os.PathLike[str], frames: Sequence[Image.Image], *, seconds: float = 4.0) -> None:

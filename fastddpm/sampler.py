@@ -30,7 +30,7 @@ from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import StepTable
 from fastddpm.step.guided import GuidedStep, guides_of
-from fastddpm.step.network import Foreign, Network
+from fastddpm.step.network import Network, as_network
 from fastddpm.step.request import Preview, RunOptions, check_noise, make_request
 
 if TYPE_CHECKING:
@@ -112,11 +112,10 @@ class Sampler(Editor, Measurer):
         self.precision = precision
         self.schedule, self.spec = schedule, spec
         self.checkpoint: Checkpoint | None = None
-        if isinstance(model, nn.Module):
-            # Convolutions run fastest on channels-last weights, on CPUs and GPUs alike.
-            model = model.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Convolutions run fastest on channels-last weights, on CPUs and GPUs alike.
+        network = as_network(model).eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         make_engine = functools.partial(engine_of, engine, self.device, precision, graph_steps=graph_steps)
-        self.stepper = Stepper(model, spec, schedule.T, self.device, precision, make_engine)
+        self.stepper = Stepper(network, spec, schedule.T, self.device, precision, make_engine)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are of what the sampler was made of; what it compiled and captured is made anew."""
@@ -130,8 +129,8 @@ class Sampler(Editor, Measurer):
     @property
     def model(self) -> Callable[..., Tensor]:
         """The network in the sampler's precision: (x, t[, y]) → output."""
-        network = self.stepper.network
-        return network.model if isinstance(network, Foreign) and network.dtype is None else network
+        given, network = self._made_of[0], self.stepper.network
+        return given if network is self.stepper.source else network
 
     @classmethod
     def from_pretrained(

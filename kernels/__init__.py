@@ -1,7 +1,7 @@
 """The fused updates of diffusion sampling and training: Triton kernels and their PyTorch references.
 
 - `p_sample`: one reverse step, with its noise, in place; `Operands` are the tensors that it is given.
-- `q_sample`: the forward noising of a training batch by its `Alphas`, with noise given or to be drawn (`Draw`).
+- `q_sample`: the forward noising of a training batch by its `Levels`, with noise given or to be drawn (`Draw`).
 - `normals_reference`, `philox4x32_reference`: the noise itself, in PyTorch.
 
 On CPU tensors, and where Triton is not installed, the ops run their references. Elsewhere an op's first call imports
@@ -21,12 +21,12 @@ if (_first := find_spec("kernels")) and _first.origin == __file__.replace("/fast
 from .operands import COLUMNS, Operands
 from .p_sample import p_sample, p_sample_reference
 from .philox import X_T_COUNTER, normals_reference, philox4x32_reference
-from .q_sample import Alphas, Draw, q_sample, q_sample_reference
+from .q_sample import Draw, Levels, q_sample, q_sample_reference
 
 __all__ = [
     "COLUMNS",
-    "Alphas",
     "Draw",
+    "Levels",
     "Operands",
     "X_T_COUNTER",
     "normals_reference",

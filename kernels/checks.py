@@ -15,36 +15,28 @@ def names_of(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def check_tensor(
-    function: str,
-    argument: str,
+    name: str,
     value: object,
     *,
     dtypes: Sequence[torch.dtype],
     shape: Sequence[int | str],
     device: torch.device | None = None,
-    contiguous: bool = False,
     fix: str = "",
-) -> Tensor:
-    """Check one tensor argument and return it.
+) -> None:
+    """Check one tensor argument.
 
     Args:
-        function: the op's name, for the error line.
-        argument: the argument's name, for the error line.
+        name: the op's and the argument's name, `op: argument`, for the error line.
         value: what the caller passed.
         dtypes: the dtypes accepted.
         shape: expected sizes; a string stands for any size of at least 1.
         device: the device expected, if it matters.
-        contiguous: whether the memory must be dense and in order.
         fix: how to mend a wrong shape.
-
-    Returns:
-        `value`, now known to be a tensor.
 
     Raises:
         TypeError: not a tensor, or of another dtype.
-        ValueError: of another shape, on another device, or not contiguous.
+        ValueError: of another shape, or on another device.
     """
-    name = f"{function}: {argument}"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; pass a torch.Tensor")
     if value.dtype not in dtypes:
@@ -57,7 +49,17 @@ def check_tensor(
         raise ValueError(f"{name} must be of shape {wanted}, got {list(value.shape)}; {fix or 'reshape it'}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device}, got {value.device}; move it with .to({str(device)!r})")
-    if contiguous and not value.is_contiguous():
-        strides = tuple(value.stride())
-        raise ValueError(f"{name} must be contiguous, got strides {strides}; call .contiguous() once, outside the loop")
-    return value
+
+
+def check_contiguous(function: str, **values: Tensor | None) -> None:
+    """Check that the memory of an op's tensors, by the arguments' names, is dense and in order.
+
+    Raises:
+        ValueError: that of one is not.
+    """
+    for name, value in values.items():
+        if value is not None and not value.is_contiguous():
+            raise ValueError(
+                f"{function}: {name} must be contiguous, got strides {tuple(value.stride())}; "
+                "call .contiguous() once, outside the loop"
+            )

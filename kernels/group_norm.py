@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import OUT_DTYPES, check_tensor
+from .checks import OUT_DTYPES, check_contiguous, check_tensor
 from .dispatch import runs_triton
 from .group_norm_native import takes, threads_for
 
@@ -183,35 +183,39 @@ def _channels_last(tensor: Tensor | None) -> Tensor | None:
 
 
 def _check(x: Tensor, norm: Norm, terms: Terms, projection: Projection | None) -> None:
-    name, groups, (bias, residual, skip) = "add_group_norm", norm.groups, terms
-    check_tensor(name, "x", x, dtypes=OUT_DTYPES, shape=("B", "C", "H", "W"))
+    groups, (bias, residual, skip) = norm.groups, terms
+    check_tensor("add_group_norm: x", x, dtypes=OUT_DTYPES, shape=("B", "C", "H", "W"))
     batch, own, height, width = x.shape
-    like = functools.partial(check_tensor, name, dtypes=(x.dtype,), device=x.device)
-    check = functools.partial(check_tensor, name, dtypes=OUT_DTYPES, device=x.device, contiguous=True)
+    like = functools.partial(check_tensor, dtypes=(x.dtype,), device=x.device)
+    check = functools.partial(check_tensor, dtypes=OUT_DTYPES, device=x.device)
     channels = own
     if skip is not None:
-        like("skip", skip, shape=(batch, "C'", height, width))
+        like("add_group_norm: skip", skip, shape=(batch, "C'", height, width))
         channels += skip.shape[1]
     if residual is not None:
-        like("residual", residual, shape=tuple(x.shape))
+        like("add_group_norm: residual", residual, shape=tuple(x.shape))
     if groups < 1 or channels % groups:
-        raise ValueError(f"{name}: groups must divide the channels ({channels}), got {groups}; choose a divisor")
-    for argument, value in (("weight", norm.weight), ("beta", norm.beta)):
-        check(argument, value, shape=(channels,))
+        raise ValueError(
+            f"add_group_norm: groups must divide the channels ({channels}), got {groups}; choose a divisor"
+        )
+    check("add_group_norm: weight", norm.weight, shape=(channels,))
+    check("add_group_norm: beta", norm.beta, shape=(channels,))
     if bias is not None:
-        check("bias", bias, shape=(own,))
+        check("add_group_norm: bias", bias, shape=(own,))
+    check_contiguous("add_group_norm", weight=norm.weight, beta=norm.beta, bias=bias)
     if projection is None:
         return
     row, mode, column, row_of = projection
     if mode not in _MODES:
-        raise ValueError(f"{name}: mode must be one of {', '.join(_MODES)}, got {mode!r}; pick one")
-    check("row", row, shape=(batch if row_of is None else "R", "D"))
+        raise ValueError(f"add_group_norm: mode must be one of {', '.join(_MODES)}, got {mode!r}; pick one")
+    check("add_group_norm: row", row, shape=(batch if row_of is None else "R", "D"))
+    check_contiguous("add_group_norm", row=row)
     wanted = own if mode == "add" else 2 * channels
     if not 0 <= column <= row.shape[1] - wanted:
         raise ValueError(
-            f"{name}: column must leave {wanted} entries of the row's {row.shape[1]}, got {column}; "
+            f"add_group_norm: column must leave {wanted} entries of the row's {row.shape[1]}, got {column}; "
             "pass all projections and this norm's first column"
         )
     if row_of is not None:
         fix = "pass one row number per picture"
-        check_tensor(name, "row_of", row_of, dtypes=(torch.int64,), shape=(batch,), device=x.device, fix=fix)
+        check_tensor("add_group_norm: row_of", row_of, dtypes=(torch.int64,), shape=(batch,), device=x.device, fix=fix)

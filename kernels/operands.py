@@ -6,23 +6,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import OUT_DTYPES, check_tensor
+from .checks import OUT_DTYPES, check_contiguous, check_tensor
 
-COLUMNS = (
-    "a_x",
-    "a_o",
-    "c_0",
-    "c_x",
-    "c_o",
-    "c_h",
-    "sigma",
-    "bound",
-    "log_beta",
-    "log_beta_tilde",
-    "c_h2",
-    "k_0",
-    "k_z",
-)
+
+class Row(NamedTuple):
+    """One row of a solver's table as numbers; `fastddpm.process.table` explains them."""
+
+    a_x: float
+    a_o: float
+    c_0: float
+    c_x: float
+    c_o: float
+    c_h: float
+    sigma: float
+    bound: float
+    log_beta: float
+    log_beta_tilde: float
+    c_h2: float
+    k_0: float
+    k_z: float
+
+
+COLUMNS = Row._fields
 """The columns of a solver's table, in their order in memory."""
 
 
@@ -89,25 +94,25 @@ def check_operands(given: Operands, stochastic: bool) -> None:
     if not isinstance(given, Operands):
         raise TypeError(f"p_sample: it must be given Operands, got {type(given).__name__}; see kernels.Operands")
     f32, i64 = (torch.float32,), (torch.int64,)
-    check_tensor("p_sample", "x", given.x, dtypes=f32, shape=("B", "C", "H", "W"), contiguous=True)
+    check_tensor("p_sample: x", given.x, dtypes=f32, shape=("B", "C", "H", "W"))
     shape = batch, channels, height, width = tuple(given.x.shape)
-    check = functools.partial(check_tensor, "p_sample", device=given.x.device)
+    check = functools.partial(check_tensor, device=given.x.device)
     fix = "pass the network's output for this x"
-    check("out", given.out, dtypes=OUT_DTYPES, shape=(batch, "C or 2C", height, width), fix=fix)
+    check("p_sample: out", given.out, dtypes=OUT_DTYPES, shape=(batch, "C or 2C", height, width), fix=fix)
     if given.out.shape[1] not in (channels, 2 * channels):
         raise ValueError(
             f"p_sample: out must be of {channels} channels (fixed variance) or {2 * channels} (learned), "
             f"got {given.out.shape[1]}; check the network's out_channels"
         )
     fix = "make it with fastddpm.make_table; kernels.COLUMNS names its columns"
-    check("table", given.table, dtypes=f32, shape=("R", len(COLUMNS)), contiguous=True, fix=fix)
+    check("p_sample: table", given.table, dtypes=f32, shape=("R", len(COLUMNS)), fix=fix)
     rows, fix = (given.table.shape[0],), "pass one timestep for each row of the table"
-    check("timesteps", given.timesteps, dtypes=i64, shape=rows, contiguous=True, fix=fix)
+    check("p_sample: timesteps", given.timesteps, dtypes=i64, shape=rows, fix=fix)
     for name in ("step", "end", "sample_id", "seed"):
-        check(name, getattr(given, name), dtypes=i64, shape=(batch,), fix="pass one per sample")
+        check(f"p_sample: {name}", getattr(given, name), dtypes=i64, shape=(batch,), fix="pass one per sample")
     if given.noise is not None:
         fix = "pass normals for N rows of the table"
-        check("noise", given.noise, dtypes=f32, shape=("N", *shape), contiguous=True, fix=fix)
+        check("p_sample: noise", given.noise, dtypes=f32, shape=("N", *shape), fix=fix)
         if given.noise.shape[0] * batch >= 2**32:  # the kernel counts pictures in 32 bits
             raise ValueError(
                 f"p_sample: noise must hold fewer than 2**32 pictures, got {given.noise.shape[0]} × {batch}; "
@@ -116,8 +121,9 @@ def check_operands(given: Operands, stochastic: bool) -> None:
     _check_pair(given, "out_uncond", "guidance")
     if given.out_uncond is not None:
         fix = "pass both halves of one batch"
-        check("out_uncond", given.out_uncond, dtypes=(given.out.dtype,), shape=tuple(given.out.shape), fix=fix)
-        check("guidance", given.guidance, dtypes=f32, shape=(batch,), fix="pass one scale per sample")
+        as_out = tuple(given.out.shape)
+        check("p_sample: out_uncond", given.out_uncond, dtypes=(given.out.dtype,), shape=as_out, fix=fix)
+        check("p_sample: guidance", given.guidance, dtypes=f32, shape=(batch,), fix="pass one scale per sample")
     if given.history2 is not None and given.history is None:
         raise ValueError("p_sample: history must be given with history2, got None; pass both, or history alone")
     _check_pair(given, "known", "mask")
@@ -127,9 +133,13 @@ def check_operands(given: Operands, stochastic: bool) -> None:
         )
     for name in ("history", "history2", "known", "mask"):
         if (value := getattr(given, name)) is not None:
-            check(name, value, dtypes=f32, shape=shape, contiguous=True, fix="expand it to one number per element")
+            check(f"p_sample: {name}", value, dtypes=f32, shape=shape, fix="expand it to one number per element")
+    check_contiguous(
+        "p_sample", x=given.x, table=given.table, timesteps=given.timesteps, noise=given.noise, history=given.history,
+        history2=given.history2, known=given.known, mask=given.mask,
+    )  # fmt: skip
     if given.bound is not None:
-        check("bound", given.bound, dtypes=f32, shape=(batch,), fix="pass one per sample")
+        check("p_sample: bound", given.bound, dtypes=f32, shape=(batch,), fix="pass one per sample")
 
 
 def _check_pair(given: Operands, *names: str) -> None:

@@ -26,12 +26,13 @@ def bound_by_the_textbook(
         eps = noise[i].to(F64)
         x_t = spaced.q_sample(x_start, t, eps)
         out = sampler.network(x_t.float(), spec.times_fed(fed), y).to(F64)
-        estimate = p_mean_variance(spaced, out, x_t, t, **how).x_start
+        p = p_mean_variance(spaced, out, x_t, t, **how)
         # Far from the mean, Φ's differences vanish in float32 and meet the floor of 1e-12, there as here.
         wide = F64 if i < S - 1 else torch.float32
-        columns["vlb"].append(vlb_terms(spaced, x_start.to(wide), x_t.to(wide), t, out.to(wide), **how).to(F64))
-        columns["x_start_mse"].append((estimate - x_start).square().flatten(1).mean(1))
-        again = spaced.predict_eps_from_x_start(x_t, t, estimate)
+        as_wide = p_mean_variance(spaced, out.to(wide), x_t.to(wide), t, **how)
+        columns["vlb"].append(vlb_terms(spaced, x_start.to(wide), x_t.to(wide), t, as_wide).to(F64))
+        columns["x_start_mse"].append((p.x_start - x_start).square().flatten(1).mean(1))
+        again = spaced.predict_eps_from_x_start(x_t, t, p.x_start)
         columns["eps_mse"].append((again - eps).square().flatten(1).mean(1))
     found = {name: torch.stack(column, 1) for name, column in columns.items()}
     found["prior_bpd"] = prior_bits(sampler.schedule, x_start, int(timesteps[0]))

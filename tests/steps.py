@@ -29,14 +29,9 @@ def begin(
     rows = [None] * len(ids) if told or labels is None else list(labels)
     uncond = spec.null_class if guided and book.holds_classes else None
     with stepper.undisturbed(), book.open(table, rows, uncond) as places:
-        state = State.create(
-            spec.shape,
-            torch.tensor(ids),
-            seed,
-            places,
-            labels=torch.tensor(labels) if told else None,
-            guidance=torch.full((len(ids),), guidance) if guided else None,
-        )
+        state = State.create(spec.shape, torch.tensor(ids), seed, places)
+        state.labels = torch.tensor(labels) if told else None
+        state.guidance = torch.full((len(ids),), guidance) if guided else None
     wanted = StepForm.of(spec, table, guided=guided, labelled=told)
     return Call(Step(stepper.network, wanted), state, book).formed(**form)
 

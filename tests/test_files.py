@@ -183,9 +183,11 @@ def test_json_and_tensors_come_back(tmp_path):
 
 FULL_DISK = """
 import os, resource, sys
+from pathlib import Path
 import torch
 from fastddpm import files
-from fastddpm.images import save_gif, save_image, save_npz, make_grid
+from fastddpm.cli.drawing import Outputs
+from fastddpm.images import save_gif, save_image, make_grid
 folder = sys.argv[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 noise = torch.randint(0, 256, (20, 1, 32, 32), dtype=torch.uint8)
@@ -196,7 +198,7 @@ writers = {
     "image.png": lambda p: save_image(p, grid),
     "image.jpg": lambda p: save_image(p, grid),
     "movie.gif": lambda p: save_gif(p, [grid, grid.rotate(90)]),
-    "arrays.npz": lambda p: save_npz(p, noise),
+    "arrays.npz": lambda p: Outputs(npz=Path(p)).write(20, lambda n: noise, None),
 }
 for name, write in writers.items():
     try:

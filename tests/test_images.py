@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from fastddpm.cli.drawing import Outputs
 from fastddpm.images import (
     make_grid,
     read_folder,
     save_folder,
     save_gif,
     save_image,
-    save_npz,
     to_output,
     to_pil,
     to_uint8,
@@ -106,10 +106,10 @@ def test_a_folder_of_mixed_pictures_is_refused(tmp_path):
         read_folder(tmp_path, [0, 1])
 
 
-@pytest.mark.parametrize("labels", [None, torch.tensor([2, 0])], ids=["alone", "labels"])
+@pytest.mark.parametrize("labels", [None, [2, 0]], ids=["alone", "labels"])
 def test_npz_layout(tmp_path, labels):
     pictures = noise(2, 3)
-    save_npz(tmp_path / "a.npz", pictures, labels)
+    Outputs(npz=tmp_path / "a.npz").write(2, lambda n: pictures, None, labels)
     with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
         assert archive.files == ["arr_0"] + ([] if labels is None else ["arr_1"])
         assert archive["arr_0"].dtype == np.uint8 and archive["arr_0"].shape == (2, 5, 7, 3)

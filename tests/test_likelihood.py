@@ -14,7 +14,6 @@ from fastddpm import ModelSpec, NoiseSchedule, Sampler
 from fastddpm.process.likelihood import Likelihood
 from fastddpm.process.noise import normals
 from fastddpm.process.timesteps import respace
-from fastddpm.step.request import RunOptions
 from tests.bounds import F64, bound_by_the_textbook, discretised_normal_bits
 from tests.checkpoints.test_dialects import FIXTURES
 from tests.checkpoints.test_dialects import sampler as peers_sampler
@@ -265,7 +264,7 @@ def test_batches_come_as_they_are_finished_and_files_are_read_when_their_turn_co
         Image.fromarray(picture[0].numpy()).save(files[-1])
     expected = measured(sampler, images, steps=3, batch_size=2)
     files[4].unlink()
-    stream = sampler.stream_likelihood(files, RunOptions(batch_size=2, progress=False), steps=3)
+    stream = sampler.stream_likelihood(files, batch_size=2, progress=False, steps=3)
     parts = [next(stream), next(stream)]
     assert [len(part) for part in parts] == [2, 2]
     torch.testing.assert_close(torch.cat([part.vlb for part in parts]), expected.vlb[:4])
@@ -319,6 +318,7 @@ WRONG = [
     ({"noise": torch.zeros(2, 3, 1, 8, 8)}, ValueError, "noise must have shape"),
     ({"class_labels": [0, 1]}, ValueError, "class_labels must be one label or n = 3"),
     ({"sample_ids": [1]}, ValueError, "sample_ids must have n = 3"),
+    ({"guidance_scale": 2.0}, TypeError, "likelihood: options must be .*got guidance_scale"),
 ]
 
 

@@ -138,7 +138,7 @@ class TestAgainstTheReference:
             eta=0.5,
             noise=z,
             y=y,
-            rederive_eps=clipped_eps == "rederive",
+            clipped_eps=clipped_eps,
         )
         got = sampler.sample(2, timesteps=timesteps, eta=0.5, noise=z, class_labels=y, output="raw")
         assert float((got - expected).abs().max()) <= 1e-4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -53,6 +52,11 @@ class Bar:
     def met(self) -> bool:
         """Whether the target is reached."""
         return self.value <= self.limit if self.at_most else self.value >= self.limit
+
+    @property
+    def wanted(self) -> str:
+        """What the value must be, for people."""
+        return f"{'≤' if self.at_most else '≥'} {self.limit:g}"
 
 
 def judge(results: Iterable[WorkloadResult], device: str = "cpu") -> list[Bar]:
@@ -162,7 +166,7 @@ def _alone(one: BatchResult, precision: str) -> PeerResult | None:
     """Our fastest of those that are all our own."""
     end = "" if precision == "fp32" else f"-{precision}"
     there = [found for name in OWN if (found := one.find(f"{name}{end}")) is not None and found.ms_per_step is not None]
-    return min(there, key=lambda peer: peer.ms_per_step.p50 if peer.ms_per_step else math.inf, default=None)
+    return min(there, key=PeerResult.median, default=None)
 
 
 def _has_amx() -> bool:

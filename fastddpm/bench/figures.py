@@ -126,6 +126,10 @@ class PeerResult:
     whole_bytes: int | None = None
     note: str = ""
 
+    def median(self) -> float:
+        """Milliseconds per step; infinite where it was not timed."""
+        return math.inf if self.ms_per_step is None else self.ms_per_step.p50
+
     @property
     def compile_s(self) -> float | None:
         """What the first run took more than the second."""
@@ -209,7 +213,7 @@ class BatchResult:
             and is_ours(result.peer) == ours
             and (ours or (result.equality is not None and result.equality.measure != "none"))
         ]
-        return min(timed, key=lambda result: result.ms_per_step.p50 if result.ms_per_step else math.inf, default=None)
+        return min(timed, key=PeerResult.median, default=None)
 
 
 def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> Quantiles:

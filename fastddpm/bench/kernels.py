@@ -194,14 +194,14 @@ def noising_case(shape: tuple[int, ...], noise_given: bool, uint8: bool, device:
     epses = _randn(shape, device, count, 0)
     xs = [((x + 4) * 30).clamp(0, 255).to(torch.uint8) if uint8 else x for x in _randn(shape, device, count, 1)]
     schedule = NoiseSchedule.linear(T, dtype=torch.float32)
-    signal, spread = alphas = schedule.levels(device)
+    signal, spread = levels = schedule.levels(device)
     ids, seed = torch.arange(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)
     t = torch.arange(B, device=device) * 37 % T
 
     def ours(i: int) -> Tensor:
         if noise_given:
-            return q_sample(xs[i], t, alphas, epses[i])[0]
-        return q_sample(xs[i], t, alphas, Draw(seed, ids))[0]
+            return q_sample(xs[i], t, levels, epses[i])[0]
+        return q_sample(xs[i], t, levels, Draw(seed, ids))[0]
 
     def drawn(x: Tensor) -> tuple[Tensor, Tensor]:
         eps = torch.randn(x.shape, device=x.device)

@@ -80,8 +80,7 @@ class View:
             return
         table = Table("target", "ours", "other", "ratio", "limit", "met", title="targets", title_justify="left")
         for bar in found:
-            limit = f"{'≤' if bar.at_most else '≥'} {bar.limit:g}"
-            table.add_row(bar.what, bar.ours, bar.other, f"{bar.value:.3g}", limit, "yes" if bar.met else "no")
+            table.add_row(bar.what, bar.ours, bar.other, f"{bar.value:.3g}", bar.wanted, "yes" if bar.met else "no")
         self.console.print(table)
 
     def say(self, text: str) -> None:

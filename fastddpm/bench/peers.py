@@ -7,6 +7,7 @@ common noise, to be compared, and `run` as its users would call it, or the steps
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -23,7 +24,7 @@ from fastddpm.process.reference import p_sample_loop
 from fastddpm.sampler import Sampler
 from fastddpm.step.request import RunOptions, make_request
 
-OUTSIDE_STEPS = 200
+OUTSIDE_STEPS, OUTSIDE_ROUNDS = 200, 5
 
 
 class MissingError(RuntimeError):
@@ -94,18 +95,18 @@ class Peer:
         return arithmetic(self.precision, self.job.device)
 
 
-def outside_ms(peer: Peer, job: Job, batch: int, rounds: int = 5) -> float:
+def outside_ms(peer: Peer, job: Job, batch: int) -> float:
     """The median milliseconds of a step of `peer`, whose network is then `Half`."""
     steps = min(OUTSIDE_STEPS, job.T)
     peer.load(job.without_network())
     peer.prepare(batch, steps)
     peer.run()
     times = []
-    for _ in range(rounds):
+    for _ in range(OUTSIDE_ROUNDS):
         began = time.perf_counter()
         peer.run()
         times.append(time.perf_counter() - began)
-    return sorted(times)[rounds // 2] / steps * 1e3
+    return statistics.median(times) / steps * 1e3
 
 
 def count_flops(network: nn.Module, *example: Tensor) -> float:

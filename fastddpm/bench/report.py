@@ -100,9 +100,8 @@ def bar_table(found: Sequence[bars.Bar]) -> list[str]:
     """The targets as a Markdown table."""
     lines = ["| target | ours | other | ratio | limit | met |", "|---|---|---|---|---|---|"]
     for bar in found:
-        limit = f"{'≤' if bar.at_most else '≥'} {bar.limit:g}"
         met = "yes" if bar.met else "**no**"
-        lines.append(f"| {bar.what} | {bar.ours} | {bar.other} | {bar.value:.3g} | {limit} | {met} |")
+        lines.append(f"| {bar.what} | {bar.ours} | {bar.other} | {bar.value:.3g} | {bar.wanted} | {met} |")
     return lines
 
 
@@ -119,7 +118,7 @@ def batch_table(one: BatchResult) -> list[str]:
 
 def in_order(one: BatchResult) -> list[PeerResult]:
     """The fastest first, then those that were not timed."""
-    return sorted(one.peers, key=lambda peer: peer.ms_per_step.p50 if peer.ms_per_step else float("inf"))
+    return sorted(one.peers, key=PeerResult.median)
 
 
 def cells(one: BatchResult, peer: PeerResult) -> list[str]:

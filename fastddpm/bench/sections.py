@@ -23,6 +23,7 @@ from fastddpm.bench.lineup import Lineup
 from fastddpm.bench.peaks import Peaks
 from fastddpm.bench.settings import Settings
 from fastddpm.bench.workloads import ON_GPU, Workload
+from fastddpm.common.wording import first_line
 from fastddpm.engines.choose import EngineName
 from fastddpm.sampler import Sampler
 
@@ -117,7 +118,7 @@ def measure_kernels(
         try:
             found.append(cases.measure(make(), device, cases.Effort.of(device, dry), copy))
         except Exception as error:  # whatever a compiler or a driver raises is a line in the report
-            failed.append(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            failed.append(f"{name}: {type(error).__name__}: {first_line(error)}")
         on_case(known())
     return known()
 

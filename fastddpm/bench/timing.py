@@ -13,9 +13,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-WARM_UPS = 3
-"""Calls before a capture, as PyTorch's documentation has it: libraries allocate their workspaces in the first ones."""
-
+from fastddpm.engines.gpu import capture_cuda_graph
 
 Mark = TypeVar("Mark")
 
@@ -113,15 +111,4 @@ def replayed(call: Callable[[int], object], times: int, device: torch.device | s
         for i in range(times):
             call(i)
 
-    if torch.device(device).type != "cuda":
-        return loop
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for i in range(WARM_UPS):
-            call(i % times)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loop()
-    return graph.replay
+    return capture_cuda_graph(loop).replay if torch.device(device).type == "cuda" else loop

@@ -23,22 +23,21 @@ class NoTwinError(ValueError):
     """A network that diffusers cannot run; the message says why."""
 
 
-def random_checkpoint(folder: Path, config: Mapping[str, object], variance: Variance, T: int = 1000) -> Path:
+def random_checkpoint(folder: Path, config: Mapping[str, object], variance: Variance) -> Path:
     """Write a checkpoint with a seeded random network whose outputs are about 1.
 
     Args:
         folder: where.
         config: arguments of diffusers' UNet2DModel, which need not be installed.
         variance: of the steps.
-        T: training steps.
 
     Returns:
         The folder.
     """
     structure = unet_config(config, "random_checkpoint")
-    network = random_unet(structure, T)
+    network = random_unet(structure)
     shape = (structure.in_channels, *structure.sample_size)
-    native.save(folder, network, NoiseSchedule.linear(T), ModelSpec(shape, variance=variance))
+    native.save(folder, network, NoiseSchedule.linear(), ModelSpec(shape, variance=variance))
     return folder
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastddpm.checkpoints.base import Checkpoint, CheckpointError, blamed_on, check_file, load_weights
 from fastddpm.checkpoints.flags import Flags, classes_of
@@ -162,7 +162,7 @@ def check_agreement(unet: UNetConfig, spec: ModelSpec) -> None:
 
 def save(
     path: Path,
-    network: nn.Module,
+    network: RowNetwork,
     schedule: NoiseSchedule,
     spec: ModelSpec,
     *,
@@ -184,8 +184,11 @@ def save(
         TypeError: If the network is of another kind.
         OSError: If a file cannot be written.
     """
-    if not isinstance(network, RowNetwork):
-        raise TypeError(f"native.save: network must be a UNet, got {type(network).__name__}; only those can be stored")
+    try:
+        structure: dict[str, object] = {network.kind: network.config.to_dict()}
+    except AttributeError:
+        got = type(network).__name__
+        raise TypeError(f"native.save: network must be a UNet, got {got}; only those can be stored") from None
     tensors = dict(weights or {name: value.float() for name, value in network.state_dict().items()})
     if isinstance(schedule, RoundedSchedule) and network.kind == _LUCIDRAINS:
         known = {name for name in BUFFERS if name == "betas" or name in vars(schedule)}
@@ -196,7 +199,7 @@ def save(
         {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            network.kind: network.config.to_dict(),
+            **structure,
             "schedule": schedule.to_config(),
             "spec": spec.to_dict(),
             "training": dict(training or {}),

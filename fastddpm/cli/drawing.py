@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -15,11 +15,10 @@ from fastddpm.cli.condition import ConditionFiles
 from fastddpm.cli.errors import Stopped
 from fastddpm.cli.picture_folder import PictureFolder, checksums
 from fastddpm.common.progress import StepProgress
-from fastddpm.files import check_replaceable, check_writable
+from fastddpm.common.wording import counted
+from fastddpm.files import atomic_path, check_replaceable, check_writable
 from fastddpm.images import (
     SHOWN_CHANNELS,
-    ToBytes,
-    ToUnit,
     folder_file,
     grid_size,
     make_grid,
@@ -27,13 +26,15 @@ from fastddpm.images import (
     save_folder,
     save_gif,
     save_image,
-    save_npz,
     to_uint8,
 )
 from fastddpm.process.method import Method
+from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import DynamicThreshold
 from fastddpm.sampler import Batch, Preview, Sampler
-from fastddpm.step.request import RunOptions, default_batch_size, make_request
+from fastddpm.shards.formats import to_pieces
+from fastddpm.shards.npz import write_npz
+from fastddpm.step.request import RunOptions, default_batch_size, in_turn, make_request
 
 MOST_PICTURES = 10**7
 MOST_BYTES = 64 << 30
@@ -45,14 +46,41 @@ CONDITIONS = 256
 _LARGEST = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535}  # pixels a side
 
 
+class Animation:
+    """Keeps pictures of some of the states on the way, evenly spread, over all batches that it is shown."""
+
+    def __init__(self, spec: ModelSpec, *, frames: int = GIF_FRAMES, estimates: bool = False) -> None:
+        """Choose at most so many of the steps, the last one included; of each the state, or its estimate of x_0."""
+        self._spec, self._frames, self._estimates = spec, frames, estimates
+        self._shown: dict[int, list[Tensor]] = {}
+
+    def __call__(self, preview: Preview) -> None:
+        """Take in the state after a step."""
+        if not self._shown:
+            self._shown = {step: [] for step in evenly(preview.steps, self._frames)}
+        if preview.step in self._shown:
+            x = preview.x_start if self._estimates else preview.x
+            self._shown[preview.step].append(to_uint8(x, self._spec.to_bytes, self._spec.to_unit).cpu())
+
+    def frames(self) -> list[Tensor]:
+        """The pictures of each chosen step, uint8 [n, C, H, W]."""
+        return [torch.cat(parts) for parts in self._shown.values()]
+
+
+def evenly(steps: int, most: int) -> list[int]:
+    """At most so many of the steps 1 … steps, the last one included."""
+    count = min(most, steps)
+    return [round((i + 1) * steps / count) for i in range(count)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Outputs:
     """Where the pictures go: any of one grid, a folder of PNGs, an .npz archive, an animation."""
 
-    grid: Path | None
-    folder: Path | None
-    npz: Path | None
-    gif: Path | None
+    grid: Path | None = None
+    folder: Path | None = None
+    npz: Path | None = None
+    gif: Path | None = None
 
     def check(self, shape: tuple[int, int, int], n: int) -> None:
         """Refuse before the work what would fail after it.
@@ -90,6 +118,47 @@ class Outputs:
         if self.folder or self.npz:
             return n
         return min(n, max(GRID_LIMIT if self.grid else 0, GIF_LIMIT if self.gif else 0))
+
+    def write(
+        self,
+        n: int,
+        first: Callable[[int], Tensor],
+        animation: Animation | None,
+        labels: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Write everything that holds many pictures at once.
+
+        Args:
+            n: how many there are.
+            first: gives the first so many of them, uint8 [k, C, H, W].
+            animation: has seen them come about, where there is to be a GIF.
+            labels: the class of each, where they have any.
+
+        Returns:
+            A line for each file.
+
+        Raises:
+            OSError: If one cannot be written.
+        """
+        lines = []
+
+        def note(path: Path, shown: int) -> None:
+            lines.append(f"wrote {path}" + (f" (the first {shown} of {n})" if shown < n else ""))
+
+        if self.grid is not None:
+            shown = min(n, GRID_LIMIT)
+            save_image(self.grid, make_grid(first(shown), min_side=480))
+            note(self.grid, shown)
+        if self.npz is not None:
+            arrays = to_pieces(first(n))
+            with atomic_path(self.npz) as temporary:
+                write_npz(temporary, [arrays], (n, *arrays.shape[1:]), labels)
+            note(self.npz, n)
+        if self.gif is not None and animation is not None:
+            shown = min(n, GIF_LIMIT)
+            save_gif(self.gif, [make_grid(frame[:shown], min_side=240) for frame in animation.frames()])
+            note(self.gif, shown)
+        return lines
 
 
 def _check_fits(path: Path, shape: tuple[int, int, int], shown: int) -> None:
@@ -138,7 +207,7 @@ class Drawing:
         folder = self._folder(outputs)
         lines = [note for note in (folder and folder.check(),) if note]
         ids = range(self.first_id, self.first_id + outputs.wanted(self.n))
-        animation = Animation(steps, self.sampler.spec.to_bytes, self.sampler.spec.to_unit) if outputs.gif else None
+        animation = Animation(self.sampler.spec) if outputs.gif else None
         parts = self._parts(ids, folder, outputs.gif is not None)
         drawn = sum(map(len, parts))
         kept = self._room(len(ids)) if folder is None else None
@@ -156,7 +225,11 @@ class Drawing:
             raise Stopped("; the same command continues" if outputs.folder else "") from None
         if folder is not None:
             lines.append(_told(folder.path, drawn, len(ids) - drawn))
-        return lines + self._write_files(ids, outputs, kept, animation)
+
+        def first(k: int) -> Tensor:
+            return kept[:k] if kept is not None else read_folder(str(outputs.folder), ids[:k])
+
+        return lines + outputs.write(self.n, first, animation, self.labels(ids))
 
     def check(self, outputs: Outputs) -> int:
         """Refuse before the work, and before anything is written, what would fail after it.
@@ -189,13 +262,12 @@ class Drawing:
         return steps
 
     def labels(self, ids: Sequence[int]) -> list[int] | None:
-        """The class of each id: a function of the id, so that runs over different ranges agree.
+        """The class of each id.
 
         Raises:
             ValueError: If the classes are not understood or the network has none.
         """
-        cycle = self.cycle()
-        return None if cycle is None else [cycle[i % len(cycle)] for i in ids]
+        return in_turn(self.cycle(), ids)
 
     def cycle(self) -> list[int] | None:
         """The classes that the ids go through in turn, or None for no labels.
@@ -247,29 +319,6 @@ class Drawing:
         """Memory for n pictures, laid out as the .npz archive has them."""
         return torch.empty((n, *self.sampler.spec.shape), dtype=torch.uint8, memory_format=torch.channels_last)
 
-    def _write_files(self, ids: range, outputs: Outputs, kept: Tensor | None, animation: Animation | None) -> list[str]:
-        """Write everything that holds many pictures at once; returns a line for each file."""
-        lines = []
-
-        def note(path: Path, shown: int) -> None:
-            lines.append(f"wrote {path}" + (f" (the first {shown} of {self.n})" if shown < self.n else ""))
-
-        def pictures(n: int) -> Tensor:
-            return kept[:n] if kept is not None else read_folder(str(outputs.folder), ids[:n])
-
-        if outputs.grid is not None:
-            shown = min(len(ids), GRID_LIMIT)
-            save_image(outputs.grid, make_grid(pictures(shown), min_side=480))
-            note(outputs.grid, shown)
-        if outputs.npz is not None:
-            labels = self.labels(ids)
-            save_npz(outputs.npz, pictures(len(ids)), None if labels is None else torch.tensor(labels))
-            note(outputs.npz, len(ids))
-        if outputs.gif is not None and animation is not None:
-            save_gif(outputs.gif, [make_grid(frame, min_side=240) for frame in animation.frames()])
-            note(outputs.gif, min(len(ids), GIF_LIMIT))
-        return lines
-
     def _folder(self, outputs: Outputs) -> PictureFolder | None:
         """The folder of pictures with what determines a picture besides its id, if one is asked for."""
         if outputs.folder is None:
@@ -288,32 +337,4 @@ def _told(folder: Path, drawn: int, found: int) -> str:
     if not drawn:
         return f"{folder}/ holds all {found} already" if found > 1 else f"{folder}/ holds the picture already"
     there = f" ({found} were there already)" if found else ""
-    return f"wrote {drawn} picture{'s' if drawn > 1 else ''} to {folder}/{there}"
-
-
-class Animation:
-    """Keeps pictures of some of the states on the way, evenly spread, over all batches that it is shown."""
-
-    def __init__(
-        self,
-        steps: int,
-        to_bytes: ToBytes = "round",
-        to_unit: ToUnit = "clamp",
-        *,
-        frames: int = GIF_FRAMES,
-        estimates: bool = False,
-    ) -> None:
-        """Choose at most so many of the steps, the last one included; of each the state, or its estimate of x_0."""
-        self._to_bytes, self._to_unit, self._estimates = to_bytes, to_unit, estimates
-        count = min(frames, steps)
-        self.shown: dict[int, list[Tensor]] = {round((i + 1) * steps / count): [] for i in range(count)}
-
-    def __call__(self, preview: Preview) -> None:
-        """Take in the state after a step."""
-        if preview.step in self.shown:
-            x = preview.x_start if self._estimates else preview.x
-            self.shown[preview.step].append(to_uint8(x, self._to_bytes, self._to_unit).cpu())
-
-    def frames(self) -> list[Tensor]:
-        """The pictures of each chosen step, uint8 [n, C, H, W]."""
-        return [torch.cat(parts) for parts in self.shown.values()]
+    return f"wrote {counted(drawn, 'picture')} to {folder}/{there}"

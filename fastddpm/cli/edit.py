@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,12 +30,7 @@ from fastddpm.cli.engine_options import (
     PrecisionOption,
     QuietOption,
 )
-from fastddpm.cli.flags import FlagOption, parse_flags
-
-if TYPE_CHECKING:
-    from fastddpm.cli.drawing import Outputs
-    from fastddpm.cli.editing import Edit
-    from fastddpm.engines.choose import EngineName
+from fastddpm.cli.flags import FlagOption
 
 edit = typer.Typer(
     name="edit",
@@ -86,14 +81,14 @@ def img2img(
 
     - `fastddpm edit img2img mnist seven.png --strength 0.6 --class-labels 2 --guidance-scale 2 --grid two.png`
     """
-    asked = _edit(
-        model, flag, solver, steps, eta, classes, guidance, seed, batch_size, device, engine, precision, quiet
-    )
-    sampler = asked.sampler
+    from fastddpm.cli.drawing import Outputs  # late, for --help: see `sample`
+    from fastddpm.cli.editing import Edit
+
+    asked = Edit(model, flag, solver, steps, eta, classes, guidance, seed, batch_size, device, engine, precision, quiet)
     asked.run(
         len(pictures),
-        _outputs(grid, folder, npz, gif),
-        lambda options: sampler.img2img([*pictures], strength, output="raw", **options),
+        Outputs(grid, folder, npz, gif),
+        lambda options: asked.sampler.img2img([*pictures], strength, output="raw", **options),
     )
 
 
@@ -151,16 +146,17 @@ def inpaint(
 
     - `fastddpm edit inpaint mnist seven.png --mask middle --each 6 --seed 3 --grid six.png`
     """
-    asked = _edit(
-        model, flag, solver, steps, eta, classes, guidance, seed, batch_size, device, engine, precision, quiet
-    )
+    from fastddpm.cli.drawing import Outputs  # late, for --help: see `sample`
+    from fastddpm.cli.editing import Edit
+
+    asked = Edit(model, flag, solver, steps, eta, classes, guidance, seed, batch_size, device, engine, precision, quiet)
     if each < 1:
         raise ValueError(f"--each must be at least 1, got {each}; leave it out for one")
-    sampler, files = asked.sampler, [path for path in pictures for _ in range(each)]
+    files = [path for path in pictures for _ in range(each)]
     asked.run(
         len(files),
-        _outputs(grid, folder, npz, gif),
-        lambda options: sampler.inpaint(
+        Outputs(grid, folder, npz, gif),
+        lambda options: asked.sampler.inpaint(
             [*files], mask, fill=fill, jump_length=jump_length, resamplings=resamplings, output="raw", **options
         ),
     )
@@ -211,14 +207,14 @@ def interpolate(
 
     - `fastddpm edit interpolate mnist two.png seven.png --path slerp -n 8 --steps 100`
     """
-    asked = _edit(
-        model, flag, solver, steps, eta, classes, guidance, seed, batch_size, device, engine, precision, quiet
-    )
-    sampler = asked.sampler
+    from fastddpm.cli.drawing import Outputs  # late, for --help: see `sample`
+    from fastddpm.cli.editing import Edit
+
+    asked = Edit(model, flag, solver, steps, eta, classes, guidance, seed, batch_size, device, engine, precision, quiet)
     asked.run(
         n,
-        _outputs(grid, folder, npz, gif),
-        lambda options: sampler.interpolate(first, second, n, path=path, level=level, output="raw", **options),
+        Outputs(grid, folder, npz, gif),
+        lambda options: asked.sampler.interpolate(first, second, n, path=path, level=level, output="raw", **options),
     )
 
 
@@ -249,41 +245,9 @@ def invert(
     Examples:
     - `fastddpm edit invert mnist seven.png --steps 100`
     """
-    asked = _edit(
+    from fastddpm.cli.editing import Edit  # late, for --help: see `sample`
+
+    asked = Edit(
         model, flag, "ddim", steps, None, classes, guidance, seed, batch_size, device, engine, precision, quiet
     )
     asked.invert(pictures, latents, grid)
-
-
-def _edit(
-    model: str,
-    flag: list[str] | None,
-    solver: Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"],
-    steps: int | None,
-    eta: float | None,
-    classes: str,
-    guidance: float,
-    seed: int,
-    batch_size: int | None,
-    device: str | None,
-    engine: EngineName,
-    precision: Literal["fp32", "tf32", "bf16", "fp16"],
-    quiet: bool,
-) -> Edit:
-    """What was asked for, with the model loaded."""
-    from fastddpm.cli.editing import Edit  # late, for --help: see `sample`
-    from fastddpm.process.method import Method
-    from fastddpm.sampler import Sampler
-
-    flags, method = parse_flags(flag), Method(solver, steps, eta=eta)
-    sampler = Sampler.from_pretrained(model, device=device, engine=engine, precision=precision, flags=flags)
-    return Edit(sampler, model, method, classes, guidance, seed, batch_size, quiet)
-
-
-def _outputs(grid: Path | None, folder: Path | None, npz: Path | None, gif: Path | None) -> Outputs:
-    """Where the pictures go."""
-    from fastddpm.cli.drawing import Outputs
-
-    if not any((grid, folder, npz, gif)):
-        grid = Path("samples/edited.png")
-    return Outputs(grid, folder, npz, gif)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from fastddpm.cli.engine_options import SolverName
 
 HOW, METHOD, OUTPUT, RUN = "How to edit", "How to draw", "Where to write (several may be given)", "Running"
 
@@ -26,7 +28,7 @@ GuidanceOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(help="Another seed draws another picture.", rich_help_panel=METHOD)]
 SolverOption = Annotated[
-    Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"],
+    SolverName,
     typer.Option(help="As in `fastddpm sample`, and so are the next two.", rich_help_panel=METHOD),
 ]
 StepsOption = Annotated[

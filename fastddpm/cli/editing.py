@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -14,28 +15,52 @@ import torch
 from torch import Tensor
 
 from fastddpm.cli.classes import class_cycle
-from fastddpm.cli.drawing import GIF_LIMIT, GRID_LIMIT, Animation, Outputs
+from fastddpm.cli.drawing import Animation, Outputs
 from fastddpm.cli.engine_options import tell_engine
+from fastddpm.cli.flags import parse_flags
 from fastddpm.common.terminal import say
+from fastddpm.common.wording import counted
+from fastddpm.engines.choose import EngineName
 from fastddpm.engines.options import SampleOptions
+from fastddpm.engines.precision import Precision
 from fastddpm.files import atomic_path, check_replaceable, check_writable
-from fastddpm.images import make_grid, save_folder, save_gif, save_image, save_npz, to_uint8
+from fastddpm.images import make_grid, save_folder, save_image, to_uint8
 from fastddpm.process.method import Method
-from fastddpm.sampler import Preview, Sampler
+from fastddpm.process.table import Solver
+from fastddpm.sampler import Sampler
+from fastddpm.step.request import in_turn
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
     """The options that all edits have; `fastddpm edit … --help` explains them."""
 
-    sampler: Sampler
     model: str
-    method: Method
+    flag: list[str] | None
+    solver: Solver
+    steps: int | None
+    eta: float | None
     classes: str
     guidance: float
     seed: int
     batch_size: int | None
+    device: str | None
+    engine: EngineName
+    precision: Precision
     quiet: bool
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """What edits.
+
+        Raises:
+            ValueError: the flags are not understood, or the device is not available.
+            CheckpointError: there is no such checkpoint.
+        """
+        flags = parse_flags(self.flag)
+        return Sampler.from_pretrained(
+            self.model, device=self.device, engine=self.engine, precision=self.precision, flags=flags
+        )
 
     def options(self, n: int) -> SampleOptions:
         """What `Sampler`'s edits are given for n pictures.
@@ -43,35 +68,43 @@ class Edit:
         Raises:
             ValueError: the classes are not understood.
         """
-        cycle = class_cycle(self.sampler.spec, self.classes, self.model)
-        labels = None if cycle is None else [cycle[i % len(cycle)] for i in range(n)]
+        labels = in_turn(class_cycle(self.sampler.spec, self.classes, self.model), range(n))
         return {
-            "method": self.method, "class_labels": labels, "guidance_scale": self.guidance, "seed": self.seed,
-            "batch_size": self.batch_size, "progress": False if self.quiet else None,
-        }  # fmt: skip
+            "method": Method(self.solver, self.steps, eta=self.eta),
+            "class_labels": labels,
+            "guidance_scale": self.guidance,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "progress": False if self.quiet else None,
+        }
 
     def run(self, n: int, outputs: Outputs, draw: Callable[[SampleOptions], object]) -> None:
         """Draw n pictures and write them.
 
         Args:
             n: how many there will be.
-            outputs: where they go.
+            outputs: where they go; samples/edited.png, if no place is given.
             draw: takes the options, returns the raw states, float32 [n, C, H, W].
 
         Raises:
             ValueError: an option is out of range.
             OSError: a place is not writable.
         """
-        outputs.check(self.sampler.spec.shape, n)
+        outputs = Outputs(Path("samples/edited.png")) if outputs == Outputs() else outputs
+        spec = self.sampler.spec
+        outputs.check(spec.shape, n)
         if outputs.folder is not None and outputs.folder.is_dir() and os.listdir(outputs.folder):
             raise ValueError(f"{outputs.folder} must be a new or empty folder, got one with files; use another folder")
         options = self.options(n)
-        film = Film(self.sampler) if outputs.gif is not None else None
-        if film is not None:
-            options["callback"] = film
-        states = cast(Tensor, draw(options))
-        pictures = to_uint8(states, self.sampler.spec.to_bytes, self.sampler.spec.to_unit).cpu()
-        self.close(_written(pictures, outputs, film))
+        animation = Animation(spec) if outputs.gif is not None else None
+        if animation is not None:
+            options["callback"] = animation
+        pictures = to_uint8(cast(Tensor, draw(options)), spec.to_bytes, spec.to_unit).cpu()
+        lines = []
+        if outputs.folder is not None:
+            save_folder(outputs.folder, pictures, range(n))
+            lines.append(f"wrote {counted(n, 'picture')} to {outputs.folder}")
+        self.close(lines + outputs.write(n, lambda k: pictures[:k], animation))
 
     def close(self, lines: list[str]) -> None:
         """Say what was done, and how steps ran."""
@@ -92,7 +125,7 @@ class Edit:
         check_replaceable(latents)
         check_writable(latents.parent)
         spec, n = self.sampler.spec, len(pictures)
-        Outputs(grid, None, None, None).check(spec.shape, 2 * n)
+        Outputs(grid).check(spec.shape, 2 * n)
         options = self.options(n)
         states = self.sampler.invert([*pictures], **options)
         options["x_T"] = states
@@ -108,44 +141,3 @@ class Edit:
             save_image(grid, make_grid((both * 255).round().clamp(0, 255).to(torch.uint8), columns=2, min_side=480))
             lines.append(f"wrote {grid}")
         self.close(lines)
-
-
-def _written(pictures: Tensor, outputs: Outputs, film: Film | None) -> list[str]:
-    """Write all outputs; returns a line for each."""
-    lines = []
-
-    def note(path: Path, shown: int) -> None:
-        lines.append(f"wrote {path}" + (f" (the first {shown} of {len(pictures)})" if shown < len(pictures) else ""))
-
-    if outputs.folder is not None:
-        save_folder(outputs.folder, pictures, range(len(pictures)))
-        lines.append(f"wrote {len(pictures)} picture{'s' if len(pictures) > 1 else ''} to {outputs.folder}")
-    if outputs.grid is not None:
-        save_image(outputs.grid, make_grid(pictures[:GRID_LIMIT], min_side=480))
-        note(outputs.grid, GRID_LIMIT)
-    if outputs.npz is not None:
-        save_npz(outputs.npz, pictures)
-        note(outputs.npz, len(pictures))
-    if outputs.gif is not None and film is not None:
-        save_gif(outputs.gif, [make_grid(frame[:GIF_LIMIT], min_side=240) for frame in film.frames()])
-        note(outputs.gif, GIF_LIMIT)
-    return lines
-
-
-class Film:
-    """An `Animation` that learns how many steps there are when it sees the first."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        """Nothing is seen yet."""
-        self._sampler = sampler
-        self._animation: Animation | None = None
-
-    def __call__(self, preview: Preview) -> None:
-        """Take in the state after a step."""
-        if self._animation is None:
-            self._animation = Animation(preview.steps, self._sampler.spec.to_bytes, self._sampler.spec.to_unit)
-        self._animation(preview)
-
-    def frames(self) -> list[Tensor]:
-        """The pictures of each chosen step, uint8 [n, C, H, W]."""
-        return [] if self._animation is None else self._animation.frames()

@@ -23,6 +23,8 @@ QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress bar, no closing lines.", rich_help_panel=_PANEL)
 ]
 
+SolverName = Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"]
+"""`fastddpm.process.table.Solver`, which takes PyTorch's seconds to import."""
 EngineOption = Annotated[
     Literal["auto", "eager", "compiled", "cuda_graph", "onnx", "openvino"],
     typer.Option(

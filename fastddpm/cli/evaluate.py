@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from fastddpm.cli.engine_options import DeviceOption, EngineOption, PrecisionOption
+from fastddpm.cli.engine_options import DeviceOption, EngineOption, PrecisionOption, SolverName
 from fastddpm.cli.facts import facts_lines, facts_table
 from fastddpm.cli.flags import FlagOption, parse_flags
 from fastddpm.common.terminal import NARROW, say, tell
@@ -85,7 +85,7 @@ def evaluate(
         float, typer.Option("--guidance-scale", help="Scale of classifier-free guidance.", rich_help_panel=SAMPLING)
     ] = 1.0,
     solver: Annotated[
-        Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"],
+        SolverName,
         typer.Option(help="How the steps are made.", rich_help_panel=SAMPLING),
     ] = "ddim",
     steps: Annotated[int | None, typer.Option(help="Sampling steps.", rich_help_panel=SAMPLING)] = None,

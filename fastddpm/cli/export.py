@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from fastddpm.cli.engine_options import SolverName
 from fastddpm.cli.flags import FlagOption, parse_flags
 from fastddpm.common.terminal import patience, say
 
@@ -49,7 +50,7 @@ def export(
         typer.Option(help="chain: pictures in 0 … 1, or the final state as it is.", rich_help_panel=WHAT),
     ] = "unit",
     solver: Annotated[
-        Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"],
+        SolverName,
         typer.Option(help="As in `fastddpm sample`, and so are the next four.", rich_help_panel=METHOD),
     ] = "ddim",
     steps: Annotated[int | None, typer.Option(help="Sampling steps.", rich_help_panel=METHOD)] = None,

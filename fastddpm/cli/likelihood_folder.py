@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors.torch import load_file
 
-from fastddpm.cli.picture_folder import RUN_FILE, check_settings, read_settings
-from fastddpm.files import check_regular, check_writable, remove_leftovers, write_json, write_tensors
+from fastddpm.cli.picture_folder import RUN_FILE, SettingsFolder, check_settings, read_settings
+from fastddpm.files import check_regular, check_writable, remove_leftovers, write_tensors
 from fastddpm.process.rate_distortion import LikelihoodSums
 
 _PART = re.compile(r"(\d{6,})-(\d{6,})\.safetensors")
 _PARTS = "parts"
 
 
-@dataclasses.dataclass(frozen=True)
-class LikelihoodFolder:
-    """A folder with one small file for each batch, and the run's settings in run.json.
-
-    Args:
-        path: The folder.
-        settings: What determines a picture's bound besides its number, as JSON-ready values.
-    """
-
-    path: Path
-    settings: Mapping[str, object]
+class LikelihoodFolder(SettingsFolder):
+    """A folder with one small file for each batch."""
 
     def check(self) -> None:
         """See that the folder can be written to, and that its run is the same one.
@@ -36,7 +26,7 @@ class LikelihoodFolder:
             ValueError: If the run has other settings, or what is there is of no run at all.
             OSError: If nothing can be written there.
         """
-        file = self.path / RUN_FILE
+        file = self.run_file
         check_regular(file)
         check_writable(self.path)
         if file.exists():
@@ -44,11 +34,6 @@ class LikelihoodFolder:
             remove_leftovers(self.path / _PARTS, alone=True)
         elif (self.path / _PARTS).exists():
             raise ValueError(f"{self.path} must be a run's, got {_PARTS} without {RUN_FILE}; use another folder")
-
-    def begin(self) -> None:
-        """Write down the settings, before the first batch."""
-        if not (self.path / RUN_FILE).exists():
-            write_json(self.path / RUN_FILE, self.settings)
 
     def file(self, first: int, end: int) -> Path:
         """Where pictures first … end − 1 are kept."""

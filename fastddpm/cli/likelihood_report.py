@@ -135,11 +135,7 @@ def draw_progressive(sampler: Sampler, method: Method, folder: Path, *, seed: in
         OSError: If a file cannot be written.
     """
     spec = sampler.spec
-    steps = sampler.table(method).S
-    strip, film = (
-        Animation(steps, spec.to_bytes, spec.to_unit, frames=frames, estimates=True)
-        for frames in (STRIP_STEPS, GIF_FRAMES)
-    )
+    strip, film = (Animation(spec, frames=frames, estimates=True) for frames in (STRIP_STEPS, GIF_FRAMES))
 
     def look(preview: Preview) -> None:
         strip(preview)

@@ -19,7 +19,7 @@ from fastddpm.process.likelihood import Likelihood
 from fastddpm.process.method import Method
 from fastddpm.process.rate_distortion import LikelihoodSums
 from fastddpm.sampler import Sampler
-from fastddpm.step.request import RunOptions, default_batch_size
+from fastddpm.step.request import default_batch_size
 
 Part = tuple[int, int]
 """A batch: its first picture, and the one after its last."""
@@ -133,6 +133,12 @@ class LikelihoodRun:
         numbers = [i for first, end in missing for i in range(first, end)]
         # A run that is one short batch is not filled up.
         size = self._size() if self.batch_size is not None or self.count > self._size() else None
-        options = RunOptions(self.seed, numbers, None if labels is None else labels[numbers], batch_size=size)
-        pictures = [self.data.pictures[i] for i in numbers]
-        return self.sampler.stream_likelihood(pictures, options, steps=self.steps, timesteps=self.timesteps)
+        return self.sampler.stream_likelihood(
+            [self.data.pictures[i] for i in numbers],
+            steps=self.steps,
+            timesteps=self.timesteps,
+            seed=self.seed,
+            sample_ids=numbers,
+            class_labels=None if labels is None else labels[numbers],
+            batch_size=size,
+        )

@@ -137,9 +137,8 @@ class Measuring:
             return
         evaluator = Evaluator(
             reference,
-            load_features(self.features, weights=self.weights, device=self.device),
+            load_features(self.features, weights=self.weights, device=self.device).seeing(self.channels),
             metrics=metrics,
-            channels=self.channels,
             batch_size=self.batch_size,
             k=self.k,
             progress=False if self.quiet else None,

@@ -23,16 +23,30 @@ _FOR_PEOPLE = ("model", "engine")  # the weights count, and engines differ by ro
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureFolder:
-    """A folder of PNGs with its run's settings in run.json.
+class SettingsFolder:
+    """A folder with its run's settings in run.json.
 
     Args:
         path: The folder.
-        settings: What determines a picture besides its id, as JSON-ready values.
+        settings: What determines what is in it, as JSON-ready values.
     """
 
     path: Path
     settings: Mapping[str, object]
+
+    @property
+    def run_file(self) -> Path:
+        """Where the settings are."""
+        return self.path / RUN_FILE
+
+    def begin(self) -> None:
+        """Write down the settings, before anything else."""
+        if not self.run_file.exists():
+            write_json(self.run_file, self.settings)
+
+
+class PictureFolder(SettingsFolder):
+    """A folder of PNGs, named by their ids."""
 
     def check(self) -> str:
         """See that the folder's run is the same one, as pictures of two settings must not mix.
@@ -43,7 +57,7 @@ class PictureFolder:
         Raises:
             ValueError: If the run has other settings, is not readable, or the pictures are of no run at all.
         """
-        file = self.path / RUN_FILE
+        file = self.run_file
         check_regular(file)
         # In this order: another process of the same run writes its settings before its first picture.
         foreign = min((name for name in self.names() if _PICTURE.fullmatch(name)), default=None)
@@ -61,11 +75,6 @@ class PictureFolder:
     def names(self) -> set[str]:
         """The names of all files that are there."""
         return set(os.listdir(self.path)) if self.path.is_dir() else set()
-
-    def begin(self) -> None:
-        """Write down the settings, before the first picture."""
-        if not (self.path / RUN_FILE).exists():
-            write_json(self.path / RUN_FILE, self.settings)
 
 
 def read_settings(file: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from fastddpm.cli.engine_options import (
     ModelArgument,
     PrecisionOption,
     QuietOption,
+    SolverName,
     tell_engine,
 )
 from fastddpm.cli.flags import FlagOption, parse_flags
@@ -118,7 +119,7 @@ def sample(
         ),
     ] = None,
     solver: Annotated[
-        Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m"],
+        SolverName,
         typer.Option(
             help="ddpm: the original, with fresh noise in each step. ddim, dpmpp_2m, dpmpp_3m: fewer steps, no noise.",
             rich_help_panel=METHOD,
@@ -172,14 +173,14 @@ def sample(
     """
     from fastddpm.cli.condition import ConditionFiles  # late: PyTorch takes seconds to import, --help should not
     from fastddpm.cli.drawing import Drawing, Outputs
-    from fastddpm.cli.sharding import sharding_of
+    from fastddpm.cli.sharding import Sharding
     from fastddpm.process.method import Method
     from fastddpm.process.table import DynamicThreshold
     from fastddpm.sampler import Sampler
 
     flags = parse_flags(flag)
     files = {"--grid": grid, "--folder": folder, "--npz": npz, "--gif": gif}
-    sharding = sharding_of(shards, shard_size, format, part, ray, cpus_per_worker, files)
+    sharding = Sharding(shards, shard_size, format, part, ray, cpus_per_worker).checked(files)
     if sharding is not None:
         if condition is not None:
             raise ValueError("--condition must be left out with --shards, got both; draw into a --folder")

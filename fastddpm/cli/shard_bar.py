@@ -6,6 +6,7 @@ from types import TracebackType
 
 from fastddpm.common.progress import progress_bar
 from fastddpm.common.terminal import on_terminal, tell
+from fastddpm.common.wording import counted
 
 
 class ShardBar:
@@ -29,7 +30,7 @@ class ShardBar:
 
     def waiting(self, shards: int) -> None:
         """So many shards are still being drawn by others."""
-        words = f"waiting for {shards} shard{'' if shards == 1 else 's'} that others draw"
+        words = f"waiting for {counted(shards, 'shard')} that others draw"
         self._bar.update(self._task, description=words)
         if not (self._waits or self._visible or self._quiet):
             tell(f"{words} …")

@@ -11,6 +11,7 @@ import torch
 from fastddpm.cli.drawing import Drawing, Outputs
 from fastddpm.cli.errors import Stopped
 from fastddpm.cli.shard_bar import ShardBar
+from fastddpm.common.wording import counted
 from fastddpm.shards.formats import FormatName
 from fastddpm.shards.maker import Maker, Recipe
 from fastddpm.shards.part import local_gpu, parse_part, part_of
@@ -19,52 +20,42 @@ from fastddpm.shards.store import Store
 from fastddpm.shards.worker import Done, Worker
 
 
-def sharding_of(
-    out: str | None,
-    shard_size: int | None,
-    format: FormatName | None,
-    part: str | None,
-    ray: str | None,
-    cpus_per_worker: int | None,
-    files: Mapping[str, object],
-) -> Sharding | None:
-    """The options about shards; None where no shards are asked for.
-
-    Raises:
-        ValueError: options do not go together, or one is out of range.
-    """
-    mine = {
-        "--shard-size": shard_size,
-        "--format": format,
-        "--part": part,
-        "--ray": ray,
-        "--cpus-per-worker": cpus_per_worker,
-    }
-    if out is None:
-        if given := [name for name, value in mine.items() if value is not None]:
-            raise ValueError(f"{given[0]} must be given with --shards, got it alone; name the place of the shards")
-        return None
-    if given := [name for name, value in files.items() if value is not None]:
-        raise ValueError(f"--shards must be given without {given[0]}, got both; `fastddpm shards gather` joins shards")
-    if ray is not None and part is not None:
-        raise ValueError("--part must be left out with --ray, got both; Ray says which actor draws what")
-    if cpus_per_worker is not None and (ray is None or cpus_per_worker < 1):
-        raise ValueError(
-            f"--cpus-per-worker must be at least 1, and given with --ray, got {cpus_per_worker}; correct it"
-        )
-    return Sharding(out, 1000 if shard_size is None else shard_size, format or "npz", part, ray, cpus_per_worker)
-
-
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """The options of `fastddpm sample` that are about shards; see there."""
+    """The options of `fastddpm sample` that are about shards; see there, and `checked`."""
 
-    out: str
-    shard_size: int
-    format: FormatName
-    part: str | None
-    ray: str | None
-    cpus_per_worker: int | None
+    out: str | None
+    shard_size: int | None = None
+    format: FormatName | None = None
+    part: str | None = None
+    ray: str | None = None
+    cpus_per_worker: int | None = None
+
+    def checked(self, files: Mapping[str, object]) -> Sharding | None:
+        """The same, if shards are asked for; otherwise None.
+
+        Args:
+            files: the options that ask for other files, which do not go together with shards.
+
+        Raises:
+            ValueError: options do not go together, or one is out of range.
+        """
+        mine = [name for name, value in vars(self).items() if name != "out" and value is not None]
+        if self.out is None:
+            if mine:
+                name = mine[0].replace("_", "-")
+                raise ValueError(f"--{name} must be given with --shards, got it alone; name the place of the shards")
+            return None
+        if given := [name for name, value in files.items() if value is not None]:
+            raise ValueError(
+                f"--shards must be given without {given[0]}, got both; `fastddpm shards gather` joins shards"
+            )
+        if self.ray is not None and self.part is not None:
+            raise ValueError("--part must be left out with --ray, got both; Ray says which actor draws what")
+        cpus = self.cpus_per_worker
+        if cpus is not None and (self.ray is None or cpus < 1):
+            raise ValueError(f"--cpus-per-worker must be at least 1, and given with --ray, got {cpus}; correct it")
+        return self
 
     def device(self, asked: str | None) -> str | None:
         """Where this process samples, unless it was told: on the GPU that its launcher has picked for it.
@@ -89,20 +80,20 @@ class Sharding:
             OSError: the place cannot be written or read.
             Stopped: on Ctrl-C.
         """
-        drawing.check(Outputs(None, None, None, None))
+        drawing.check(Outputs())
         recipe = self._recipe(drawing)
-        store = Store(self.out)
+        store = Store(str(self.out))
         try:
             done = self._on_ray(drawing, recipe, store) if self.ray is not None else self._here(drawing, recipe, store)
         except KeyboardInterrupt:
             raise Stopped("; the same command continues") from None
-        return [_told(self.out, done, len(recipe.plan))]
+        return [_told(str(self.out), done, len(recipe.plan))]
 
     def _recipe(self, drawing: Drawing) -> Recipe:
         cycle = drawing.cycle()
         return Recipe(
-            Plan(drawing.n, self.shard_size, drawing.first_id),
-            self.format,
+            Plan(drawing.n, 1000 if self.shard_size is None else self.shard_size, drawing.first_id),
+            self.format or "npz",
             drawing.method,
             None if cycle is None else tuple(cycle),
             drawing.guidance,
@@ -129,5 +120,5 @@ def _told(out: str, done: Done, shards: int) -> str:
     if not done.drawn:
         return f"{out} holds all {shards} shards already" if shards > 1 else f"{out} holds the shard already"
     mended = f"; {done.mended} had been damaged" if done.mended else ""
-    drawn = f"{done.drawn} shard{'' if done.drawn == 1 else 's'} ({done.pictures:,} pictures{mended})"
+    drawn = f"{counted(done.drawn, 'shard')} ({done.pictures:,} pictures{mended})"
     return f"wrote {drawn} to {out}; all {shards} are there"

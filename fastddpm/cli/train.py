@@ -163,7 +163,7 @@ def train(
     check_writable(out)
     remove_leftovers(out / SAMPLES)
     torch.manual_seed(seed)
-    trainer = Trainer(out, UNet(unet), NoiseSchedule.by_name(schedule, T), spec, pictures, config, device=target)
+    trainer = Trainer(out, UNet(unet).to(target), NoiseSchedule.by_name(schedule, T), spec, pictures, config)
     _announce(trainer, spec, pictures)
     shown = shape[0] in SHOWN_CHANNELS
     if not (shown or no_grids):

@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from fastddpm.common.terminal import NARROW, on_terminal
+from fastddpm.common.wording import counted
 
 _REDRAW_S = 0.05  # telling the bar of each step would take longer than a small network's update
 
@@ -54,7 +55,7 @@ class StepProgress:
             doing: what is done with them.
         """
         visible = on_terminal() if show is None else show
-        self._caption = f"{doing} {samples} picture{'' if samples == 1 else 's'}"
+        self._caption = f"{doing} {counted(samples, 'picture')}"
         self._progress = progress_bar("{task.description}", visible=visible)
         self._task = self._progress.add_task(self._caption, total=total)
         self._total, self._done, self._in_batch = total, 0, 0

@@ -12,8 +12,8 @@ from fastddpm.bench.cases import LOW_TOLERANCE
 from fastddpm.doctor.surroundings import ProblemError
 from fastddpm.kernels import (
     COLUMNS,
-    Alphas,
     Draw,
+    Levels,
     Operands,
     normals_reference,
     p_sample,
@@ -90,8 +90,8 @@ def check_q_sample(device: torch.device) -> str:
         for given in (True, False):
             eps = torch.randn(SHAPE, generator=generator) if given else made
             noise = eps.to(device) if given else Draw(ids.to(device), ids.to(device))
-            alphas = Alphas(*(table.to(device) for table in tables))
-            got, _ = q_sample(x.to(device), t.to(device), alphas, noise)
+            levels = Levels(*(table.to(device) for table in tables))
+            got, _ = q_sample(x.to(device), t.to(device), levels, noise)
             # The map of bytes to [-1, 1] rounds too, by up to a unit of 1.
             size = (signal * exact).abs() + (spread * eps).abs() + signal
             what = f"q_sample, {_name(dtype)}, noise {'given' if given else 'made'}"

@@ -6,6 +6,7 @@ import re
 
 import torch
 
+from fastddpm.common.wording import first_line
 from fastddpm.engines.no_gpu import why_no_gpu
 
 LEAST_FREE = 2 << 30
@@ -64,7 +65,7 @@ def _memory(device: torch.device, name: str) -> str:
     try:
         free, total = torch.cuda.mem_get_info(device)
     except RuntimeError as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise ProblemError(f"{device} ({name}): its memory cannot be used ({reason}); {_ELSEWHERE}") from error
     if free < LEAST_FREE:
         raise ProblemError(

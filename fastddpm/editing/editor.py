@@ -13,9 +13,11 @@ from fastddpm.editing.plans import Fill, Plan, Planner
 from fastddpm.engines.options import SampleOptions, split_options
 from fastddpm.images import Output, check_output
 from fastddpm.pictures.inputs import Picture, Pictures, from_pictures
+from fastddpm.process.method import Method
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import check_choice
+from fastddpm.step.request import RunOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,8 +86,7 @@ class Editor(abc.ABC):
             FloatingPointError: the samples ran into NaN or infinity.
         """
         check_output(output)
-        method, run = split_options(options)
-        return self.drawn(self.planner.img2img(images, strength, method, run), output)
+        return self.drawn(self.planner(*split_options(options)).img2img(images, strength), output)
 
     def inpaint(
         self,
@@ -127,9 +128,8 @@ class Editor(abc.ABC):
             FloatingPointError: the samples ran into NaN or infinity.
         """
         check_output(output)
-        method, run = split_options(options)
-        plan = self.planner.inpaint(images, mask, fill, jump_length, resamplings, method, run)
-        return self.drawn(plan, output)
+        planner = self.planner(*split_options(options))
+        return self.drawn(planner.inpaint(images, mask, fill, jump_length, resamplings), output)
 
     def invert(self, images: Pictures, **options: Unpack[SampleOptions]) -> Tensor:
         """The noise x_T from which DDIM draws given pictures (Song et al. 2021, sec. 4.3): its steps, walked upwards.
@@ -151,8 +151,7 @@ class Editor(abc.ABC):
             OSError: a file cannot be opened.
             FloatingPointError: the samples ran into NaN or infinity.
         """
-        method, run = split_options(options)
-        return cast(Tensor, self.drawn(self.planner.invert(images, method, run), "raw"))
+        return cast(Tensor, self.drawn(self.planner(*split_options(options)).invert(images), "raw"))
 
     def interpolate(
         self,
@@ -194,15 +193,13 @@ class Editor(abc.ABC):
         """
         check_output(output)
         check_choice("interpolate", "path", path, ("noise", "slerp"))
-        method, run = split_options(options)
-        planner = self.planner
+        planner = self.planner(*split_options(options))
         if path == "noise":
-            return self.drawn(planner.between(a, b, n, 0.5 if level is None else level, method, run), output)
+            return self.drawn(planner.between(a, b, n, 0.5 if level is None else level), output)
         level = 1.0 if level is None else level
-        inverted = self.drawn(planner.inverted_ends(a, b, level, method, run), "raw")
-        return self.drawn(planner.along(cast(Tensor, inverted), n, level, method, run), output)
+        inverted = self.drawn(planner.inverted_ends(a, b, level), "raw")
+        return self.drawn(planner.along(cast(Tensor, inverted), n, level), output)
 
-    @property
-    def planner(self) -> Planner:
-        """Makes the plans of edits."""
-        return Planner(self.spec, self.schedule, self.device)
+    def planner(self, method: Method, run: RunOptions) -> Planner:
+        """Makes the plans of one edit."""
+        return Planner(self.spec, self.schedule, self.device, method, run)

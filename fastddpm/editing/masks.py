@@ -18,7 +18,7 @@ Part = Literal["middle", "left", "right", "top", "bottom"]
 PARTS: tuple[Part, ...] = typing.get_args(Part)
 
 
-def from_mask(mask: Picture | Part, n: int, shape: tuple[int, int, int], *, function: str = "inpaint") -> Tensor:
+def from_mask(mask: Picture | Part, n: int, shape: tuple[int, int, int]) -> Tensor:
     """A mask for each of n pictures: 1 (white, True) where it is to be drawn anew, 0 (black) where it stays.
 
     Args:
@@ -27,7 +27,6 @@ def from_mask(mask: Picture | Part, n: int, shape: tuple[int, int, int], *, func
             their luma; gray mixes.
         n: how many pictures there are.
         shape: (C, H, W) of the network.
-        function: name that starts the error messages.
 
     Returns:
         float32 [n, C, H, W] in [0, 1] on the CPU, contiguous.
@@ -40,18 +39,17 @@ def from_mask(mask: Picture | Part, n: int, shape: tuple[int, int, int], *, func
     C, H, W = shape
     if isinstance(mask, (str, os.PathLike)) and str(mask) not in PARTS and not Path(mask).exists():
         raise ValueError(
-            f"{function}: mask must be an image file or one of {', '.join(PARTS)}, got {str(mask)!r}; mend the path"
+            f"inpaint: mask must be an image file or one of {', '.join(PARTS)}, got {str(mask)!r}; mend the path"
         )
     if isinstance(mask, str) and mask in PARTS:
         planes = _part(mask, H, W)
     else:
-        planes = from_pictures(
-            [_numbers(function, mask)], (1, H, W), unit_range=True, function=function, argument="mask"
-        ).cpu()
+        numbers = [_numbers(mask)]
+        planes = from_pictures(numbers, (1, H, W), unit_range=True, function="inpaint", argument="mask").cpu()
     if len(planes) not in (1, n):
-        raise ValueError(f"{function}: mask must be one for all or {n}, one for each picture, got {len(planes)}")
+        raise ValueError(f"inpaint: mask must be one for all or {n}, one for each picture, got {len(planes)}")
     if not bool((planes > 0).flatten(1).any(1).all()):
-        raise ValueError(f"{function}: mask must be white where the picture is to be drawn anew, got one that is black")
+        raise ValueError("inpaint: mask must be white where the picture is to be drawn anew, got one that is black")
     return planes.clamp(0, 1).expand(n, C, H, W).contiguous()
 
 
@@ -68,7 +66,7 @@ def _part(name: Part, height: int, width: int) -> Tensor:
     return mask
 
 
-def _numbers(function: str, mask: Picture) -> Picture:
+def _numbers(mask: Picture) -> Picture:
     """A mask in a form that pictures have: truth values as numbers, a plane of a tensor with its channel."""
     if isinstance(mask, np.ndarray) and mask.dtype == np.bool_:
         mask = mask.astype(np.float32)
@@ -76,5 +74,5 @@ def _numbers(function: str, mask: Picture) -> Picture:
         mask = mask.float() if mask.dtype == torch.bool else mask
         mask = mask[None] if mask.ndim == 2 else mask
     if isinstance(mask, (np.ndarray, Tensor)) and "uint8" in str(mask.dtype) and mask.size and int(mask.max()) == 1:
-        raise ValueError(f"{function}: mask of bytes must be 0 … 255, got 0 and 1; convert it to bool or float")
+        raise ValueError("inpaint: mask of bytes must be 0 … 255, got 0 and 1; convert it to bool or float")
     return mask

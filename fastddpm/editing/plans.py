@@ -44,37 +44,34 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Planner:
-    """Makes the plans of edits with one network; `fastddpm.editing.editor.Editor` explains the arguments.
+    """Makes the plans of one edit with one network; `fastddpm.editing.editor.Editor` explains the arguments.
 
     Attributes:
         spec: the network's conventions.
         schedule: the noise schedule that it was trained with.
         device: where it runs.
+        method: how to sample.
+        run: the rest of what is asked for.
     """
 
     spec: ModelSpec
     schedule: NoiseSchedule
     device: torch.device
+    method: Method
+    run: RunOptions
 
-    def img2img(self, images: Pictures, strength: float, method: Method, run: RunOptions) -> Plan:
+    def img2img(self, images: Pictures, strength: float) -> Plan:
         """Pictures noised to x_t, t the first timestep visited that is at most strength · T, and the run from there.
 
         Raises:
             TypeError, ValueError, OSError: see `Editor.img2img`.
         """
         pictures = self._pictures("img2img", images)
-        table = tail_table(method, self.schedule, self.spec, strength, function="img2img")
-        return self._from_pictures(table, pictures, run)
+        table = tail_table(self.method, self.schedule, self.spec, strength, function="img2img")
+        return self._from_pictures(table, pictures)
 
     def inpaint(
-        self,
-        images: Pictures,
-        mask: Picture | Part,
-        fill: Fill,
-        jump_length: int | None,
-        resamplings: int,
-        method: Method,
-        run: RunOptions,
+        self, images: Pictures, mask: Picture | Part, fill: Fill, jump_length: int | None, resamplings: int
     ) -> Plan:
         """A run in which what is known is held at each row's level, with the jumps back up of RePaint.
 
@@ -83,32 +80,31 @@ class Planner:
         """
         check_choice("inpaint", "fill", fill, ("repaint", "replace"))
         pictures = self._pictures("inpaint", images)
-        table = method.table(self.schedule, self.spec)
+        table = self.method.table(self.schedule, self.spec)
         if fill == "repaint":
             table = resampled(
                 table, self.schedule, jump_length=jump_length, resamplings=resamplings, function="inpaint"
             )
         mask = from_mask(mask, len(pictures), self.spec.shape)
-        request = make_request(self.spec, self.device, len(pictures), run)
-        return Plan(table, dataclasses.replace(request, known=pictures, mask=mask), run)
+        request = dataclasses.replace(self._request(len(pictures)), known=pictures, mask=mask)
+        return Plan(table, request, self.run)
 
-    def invert(self, images: Pictures, method: Method, run: RunOptions) -> Plan:
+    def invert(self, images: Pictures) -> Plan:
         """DDIM upwards to the method's first timestep.
 
         Raises:
             TypeError, ValueError, OSError: see `Editor.invert`.
         """
-        return self._upwards("invert", self._pictures("invert", images), 1.0, method, run)
+        return self._upwards("invert", self._pictures("invert", images), 1.0)
 
-    def _upwards(self, function: str, pictures: Tensor, level: float, method: Method, run: RunOptions) -> Plan:
+    def _upwards(self, function: str, pictures: Tensor, level: float) -> Plan:
         """DDIM upwards to the method's first timestep t ≤ level · T."""
-        if method.solver != "ddim":
-            raise ValueError(
-                f"{function}: solver must be ddim, got {method.solver}; only its way can be walked upwards"
-            )
-        if run.x_T is not None:
+        solver = self.method.solver
+        if solver != "ddim":
+            raise ValueError(f"{function}: solver must be ddim, got {solver}; only its way can be walked upwards")
+        if self.run.x_T is not None:
             raise ValueError(f"{function}: x_T must be left out, got one; it follows from the pictures")
-        table = tail_table(method, self.schedule, self.spec, level, function=function, name="level")
+        table = self._tail(level, function)
         if table.uses_noise:
             raise ValueError(f"{function}: eta must be 0, got more; a way with noise cannot be walked upwards")
         upwards = inversion_table(
@@ -117,10 +113,9 @@ class Planner:
             prediction=self.spec.prediction,
             final_alpha_to_one=self.spec.final_alpha_to_one,
         )
-        request = make_request(self.spec, self.device, len(pictures), run)
-        return Plan(upwards, dataclasses.replace(request, x_T=pictures), run)
+        return Plan(upwards, dataclasses.replace(self._request(len(pictures)), x_T=pictures), self.run)
 
-    def between(self, a: Pictures, b: Pictures, n: int, level: float, method: Method, run: RunOptions) -> Plan:
+    def between(self, a: Pictures, b: Pictures, n: int, level: float) -> Plan:
         """Pictures between two, all with the same noise at the first timestep t ≤ level · T, and the run from there.
 
         With one ε, (1−λ) x_t(a) + λ x_t(b) is x_t of (1−λ) a + λ b.
@@ -130,32 +125,30 @@ class Planner:
         """
         first, second = self.ends(a, b)
         weights = self.weights(n)
-        run = shared_noise(run, n)
-        table = tail_table(method, self.schedule, self.spec, level, function="interpolate", name="level")
-        return self._from_pictures(table, torch.lerp(first, second, weights), run)
+        one = self._sharing_noise(n)
+        return one._from_pictures(one._tail(level), torch.lerp(first, second, weights))
 
-    def inverted_ends(self, a: Pictures, b: Pictures, level: float, method: Method, run: RunOptions) -> Plan:
+    def inverted_ends(self, a: Pictures, b: Pictures, level: float) -> Plan:
         """Two pictures inverted, with the labels and scales of the first and the last of those between them.
 
         Raises:
             TypeError, ValueError, OSError: see `Editor.interpolate`.
         """
+        labels, scales = _ends(self.run.class_labels), _ends(self.run.guidance_scale)
         both = dataclasses.replace(
-            run, sample_ids=None, noise=None, callback=None, class_labels=_ends(run.class_labels),
-            guidance_scale=_ends(run.guidance_scale),
-        )  # fmt: skip
-        return self._upwards("interpolate", torch.cat(self.ends(a, b)), level, method, both)
+            self.run, sample_ids=None, noise=None, callback=None, class_labels=labels, guidance_scale=scales
+        )
+        return dataclasses.replace(self, run=both)._upwards("interpolate", torch.cat(self.ends(a, b)), level)
 
-    def along(self, latents: Tensor, n: int, level: float, method: Method, run: RunOptions) -> Plan:
+    def along(self, latents: Tensor, n: int, level: float) -> Plan:
         """Runs down from n states on the great circle between two inverted pictures, [2, C, H, W].
 
         Raises:
             TypeError, ValueError: see `Editor.interpolate`.
         """
-        table = tail_table(method, self.schedule, self.spec, level, function="interpolate", name="level")
-        run = shared_noise(run, n)
-        request = make_request(self.spec, self.device, n, run)
-        return Plan(table, dataclasses.replace(request, x_T=slerp(latents[:1], latents[1:], self.weights(n))), run)
+        table, one = self._tail(level), self._sharing_noise(n)
+        x_T = slerp(latents[:1], latents[1:], self.weights(n))
+        return Plan(table, dataclasses.replace(one._request(n), x_T=x_T), one.run)
 
     def ends(self, a: Pictures, b: Pictures) -> tuple[Tensor, Tensor]:
         """The two pictures of an interpolation, [1, C, H, W] each."""
@@ -178,10 +171,32 @@ class Planner:
         unit_range = self.spec.to_unit == "identity"
         return from_pictures(images, self.spec.shape, unit_range=unit_range, function=function).cpu()
 
-    def _from_pictures(self, table: StepTable, pictures: Tensor, run: RunOptions) -> Plan:
+    def _sharing_noise(self, n: int) -> Planner:
+        """Makes the plan where all of n samples have the noise of one.
+
+        Raises:
+            TypeError: the id is no integer.
+            ValueError: more than one id is given, or x_T.
+        """
+        if self.run.x_T is not None:
+            raise ValueError("interpolate: x_T must be left out, got one; it follows from the pictures")
+        ids = [0] if self.run.sample_ids is None else list(self.run.sample_ids)
+        if len(ids) != 1:
+            raise ValueError(f"interpolate: sample_ids must be one id, whose noise all pictures share, got {len(ids)}")
+        return dataclasses.replace(self, run=dataclasses.replace(self.run, sample_ids=[int(ids[0])] * n))
+
+    def _tail(self, level: float, function: str = "interpolate") -> StepTable:
+        """The method's rows from the first timestep t ≤ level · T on."""
+        return tail_table(self.method, self.schedule, self.spec, level, function=function, name="level")
+
+    def _request(self, n: int) -> Request:
+        """The options of n samples, checked."""
+        return make_request(self.spec, self.device, n, self.run)
+
+    def _from_pictures(self, table: StepTable, pictures: Tensor) -> Plan:
         """A run that starts from pictures at the level of its first timestep."""
-        n = len(pictures)
-        request = make_request(self.spec, self.device, n, run)
+        n, run = len(pictures), self.run
+        request = self._request(n)
         eps = request.x_T
         if eps is None and isinstance(run.noise, torch.Generator):
             eps = torch.randn(pictures.shape, generator=run.noise, device=run.noise.device)
@@ -189,21 +204,6 @@ class Planner:
         noise = own if eps is None else eps.to("cpu", torch.float32)
         x_t, _ = q_sample(pictures, table.timesteps[:1].expand(n), self.schedule.levels(), noise)
         return Plan(table, dataclasses.replace(request, x_T=x_t), run)
-
-
-def shared_noise(run: RunOptions, n: int) -> RunOptions:
-    """The options of a run of n samples that all have the noise of one.
-
-    Raises:
-        TypeError: the id is no integer.
-        ValueError: more than one id is given, or x_T.
-    """
-    if run.x_T is not None:
-        raise ValueError("interpolate: x_T must be left out, got one; it follows from the pictures")
-    ids = [0] if run.sample_ids is None else list(run.sample_ids)
-    if len(ids) != 1:
-        raise ValueError(f"interpolate: sample_ids must be one id, whose noise all pictures share, got {len(ids)}")
-    return dataclasses.replace(run, sample_ids=[int(ids[0])] * n)
 
 
 def _ends(values: Values) -> Values:

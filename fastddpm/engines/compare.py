@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from fastddpm.common.wording import first_line
 from fastddpm.engines.runner import StepFunction, StepRunner
 from fastddpm.kernels.operands import COLUMNS
 from fastddpm.step.likelihood import LikelihoodStep
+from fastddpm.step.network import Network
 from fastddpm.step.state import State
 from fastddpm.step.step import Call
 
@@ -86,4 +89,4 @@ def _agree(off: Tensor, tolerance: Tensor, eager: State, compiled: State) -> Non
 def _tolerance(call: Call) -> float:
     network = call.step.network
     is_float32 = all(p.dtype == torch.float32 for p in network.parameters() if p.is_floating_point())
-    return _TOLERANCE if is_float32 and not getattr(network, "dtype", None) else _LOW_TOLERANCE
+    return _TOLERANCE if is_float32 and cast(Network, network).dtype in (None, torch.float32) else _LOW_TOLERANCE

@@ -26,7 +26,7 @@ from fastddpm.step.step import Call, Step, StepForm
 
 GRAPH_STEPS = 10
 """Steps that one launch from the host makes; what a run's length leaves over is made by graphs of one step."""
-_WARM_UPS = 3  # as PyTorch's documentation has it: libraries allocate their workspaces in the first calls
+WARM_UPS = 3  # as PyTorch's documentation has it: libraries allocate their workspaces in the first calls
 _MANY = 1 << 16
 _Kind = tuple[StepForm | LikelihoodForm, tuple[int, ...]]
 
@@ -52,7 +52,7 @@ def capture_cuda_graph(launches: Callable[[], object]) -> Graph:
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        for _ in range(_WARM_UPS):
+        for _ in range(WARM_UPS):
             launches()
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):

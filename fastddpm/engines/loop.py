@@ -59,11 +59,8 @@ class Begin(Protocol):
         self,
         batch: Request,
         *,
-        x_T: Tensor | None = None,
         noise: bool = False,
-        previews: bool = False,
         to_come: int = 0,
-        eager: bool = False,
         on_compile: Callable[[bool], None] = ...,
     ) -> contextlib.AbstractContextManager[Runner]:
         """The batch at its start, for the length of the block."""
@@ -124,17 +121,10 @@ class Loop:
     def _finished(self, batch: Request, to_come: int, watch: Watch) -> Tensor:
         """The final states of one batch."""
         rewind = self.noise.get_state() if isinstance(self.noise, torch.Generator) else None
-        n, looks = len(batch.ids), self.callback is not None
-        with self.begin(
-            batch.filled(),
-            x_T=self._drawn(batch),
-            noise=self.hands_noise,
-            previews=looks,
-            to_come=to_come,
-            on_compile=watch.compiling,
-        ) as runner:
+        n, start = len(batch.ids), self._start(batch)
+        with self.begin(start, noise=self.hands_noise, to_come=to_come, on_compile=watch.compiling) as runner:
             watch.advance_to(0)
-            for i in self.driven(runner, batch, one_by_one=looks):
+            for i in self.driven(runner, batch, one_by_one=batch.previews):
                 state = runner.state
                 if self.callback is not None and state.history is not None:
                     x, x_start, t = state.x[:n].clone(), state.history[:n].clone(), self.course.timesteps[i - 1]
@@ -169,7 +159,7 @@ class Loop:
     def _where_it_broke(self, batch: Request) -> FloatingPointError:
         """Run a batch again, which noise as a pure function allows, and name the step where the trouble began."""
         S = self.course.S
-        with self.begin(batch.filled(), x_T=self._drawn(batch), noise=self.hands_noise, eager=True) as runner:
+        with self.begin(self._start(batch), noise=self.hands_noise) as runner:
             for i in self.driven(runner, batch, one_by_one=True):
                 bad = ~torch.isfinite(runner.state.x[: len(batch.ids)]).flatten(1).all(1)
                 if bool(bad.any()):
@@ -189,12 +179,13 @@ class Loop:
         """Whether each step is handed its z."""
         return self.noise is not None and self.course.takes_noise
 
-    def _drawn(self, batch: Request) -> Tensor | None:
-        """x_T of a filled batch where a generator draws it; None where it is the batch's own or seeded noise."""
-        if batch.x_T is not None or not isinstance(self.noise, torch.Generator):
-            return None
-        shape = (len(batch.ids), *self.shape)
-        return batch.fill(torch.randn(shape, generator=self.noise, device=self.noise.device))
+    def _start(self, batch: Request) -> Request:
+        """The batch filled, with its x_T where a generator draws that."""
+        if batch.x_T is None and isinstance(self.noise, torch.Generator):
+            shape = (len(batch.ids), *self.shape)
+            x_T = torch.randn(shape, generator=self.noise, device=self.noise.device)
+            batch = dataclasses.replace(batch, x_T=x_T)
+        return batch.filled()
 
     def _source(self, batch: Request) -> Callable[[int], Tensor | None] | None:
         """What gives z of a loop step, float32 [1, B, C, H, W] of a filled batch; None where nothing is asked for."""

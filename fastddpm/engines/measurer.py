@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ from fastddpm.process.noise import NoiseSource
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from fastddpm.step.request import Request, RunOptions, check_noise, make_request
+
+
+class LikelihoodOptions(TypedDict, total=False):
+    """The options of `Sampler.likelihood`, for type checkers."""
+
+    class_labels: int | Sequence[int] | Tensor | None
+    noise: NoiseSource | None
+    seed: int
+    sample_ids: Sequence[int] | Tensor | None
+    batch_size: int | None
+    progress: bool | None
 
 
 class Measurer:
@@ -39,14 +51,9 @@ class Measurer:
         self,
         images: Pictures,
         *,
-        class_labels: int | Sequence[int] | Tensor | None = None,
         steps: int | None = None,
         timesteps: str | Sequence[int] | Tensor | None = None,
-        noise: NoiseSource | None = None,
-        seed: int = 0,
-        sample_ids: Sequence[int] | Tensor | None = None,
-        batch_size: int | None = None,
-        progress: bool | None = None,
+        **options: Unpack[LikelihoodOptions],
     ) -> Likelihood:
         """The variational bound on pictures' likelihood in bits per dimension (Ho et al. 2020, eq. 5 and 13).
 
@@ -55,45 +62,44 @@ class Measurer:
         (Nichol & Dhariwal 2021, eq. 19). A picture's bound depends on its seed and id alone, as a sample does; a
         self-conditioned network is told nothing of x_0.
 
+        Options:
+
+        - class_labels: one class or N of them; None asks without class, which needs a network trained for that.
+        - noise: ε for each row instead of seeded noise, as in `sample`: a tensor [S, N, C, H, W] in the order of the
+          timesteps, a function, or a torch.Generator.
+        - seed: in [0, 2**64); 0 unless given. Its noise is another than that of sampling with the same seed.
+        - sample_ids: N ids in [0, 2**64); None is 0 … N−1.
+        - batch_size: pictures that run together, as in `sample`.
+        - progress: whether to show a progress bar; None shows it on terminals.
+
         Args:
             images: N pictures of the network's size: image files, PIL images, arrays or tensors (uint8, or float in
                 [0, 1]; arrays [N, H, W, C], tensors [N, C, H, W]). A list of files is read batch by batch.
-            class_labels: one class or N of them; None asks without class, which needs a network trained for that.
             steps: S, at most T; None is T, or what the checkpoint says of ancestral sampling.
             timesteps: instead of `steps`, the training timesteps, descending, or OpenAI's respacing string.
-            noise: ε for each row instead of seeded noise, as in `sample`: a tensor [S, N, C, H, W] in the order of the
-                timesteps, a function, or a torch.Generator.
-            seed: in [0, 2**64). Its noise is another than that of sampling with the same seed.
-            sample_ids: N ids in [0, 2**64); None is 0 … N−1.
-            batch_size: pictures that run together, as in `sample`.
-            progress: whether to show a progress bar; None shows it on terminals.
+            options: as above.
 
         Returns:
             The bound and its terms, on the sampler's device.
 
         Raises:
-            TypeError: an argument has the wrong type.
+            TypeError: an argument has the wrong type, or an option is unknown.
             ValueError: an argument is out of range or does not fit the network.
             FloatingPointError: a term is NaN or infinite; says at which timestep.
         """
-        run = RunOptions(seed, sample_ids, class_labels, batch_size=batch_size, noise=noise, progress=progress)
-        return joined(list(self.stream_likelihood(images, run, steps=steps, timesteps=timesteps)))
+        return joined(list(self.stream_likelihood(images, steps=steps, timesteps=timesteps, **options)))
 
     def stream_likelihood(
         self,
         images: Pictures,
-        run: RunOptions | None = None,
         *,
         steps: int | None = None,
         timesteps: str | Sequence[int] | Tensor | None = None,
+        **options: Unpack[LikelihoodOptions],
     ) -> Iterator[Likelihood]:
-        """As `likelihood`, but batch by batch as they are finished; memory is that of one.
+        """As `likelihood`, arguments too, but batch by batch as they are finished; memory is that of one.
 
-        Args:
-            images: as in `likelihood`; all but the files after the first are checked before the first batch.
-            run: seed, sample_ids, class_labels, batch_size, noise and progress, as in `likelihood`.
-            steps: as in `likelihood`.
-            timesteps: likewise.
+        All but the files after the first are checked before the first batch.
 
         Returns:
             An iterator over the batches, in the order of the pictures.
@@ -103,7 +109,10 @@ class Measurer:
             ValueError: see there.
             FloatingPointError: see there; raised by the iterator.
         """
-        run, spec = run or RunOptions(), self.spec
+        known = LikelihoodOptions.__annotations__
+        if foreign := ", ".join(options.keys() - known.keys()):
+            raise TypeError(f"likelihood: options must be {', '.join(known)}, got {foreign}; mend the name")
+        run, spec = RunOptions(**options), self.spec
         unit_range = spec.to_unit == "identity"
         pictures = PictureBatches(images, spec.shape, unit_range=unit_range, function="likelihood")
         with self.stepper.undisturbed():

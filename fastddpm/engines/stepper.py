@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastddpm.engines.choose import Engine, Settled
 from fastddpm.engines.precision import DTYPES, Precision
-from fastddpm.engines.runner import Runner, StepRunner
+from fastddpm.engines.runner import Runner
 from fastddpm.engines.surroundings import undisturbed
 from fastddpm.engines.weights import Weights
 from fastddpm.process.likelihood_table import LikelihoodTable
@@ -96,11 +96,8 @@ class Stepper:
         table: Table,
         batch: Request,
         *,
-        x_T: Tensor | None = None,
         noise: bool = False,
-        previews: bool = False,
         to_come: int = 0,
-        eager: bool = False,
         on_compile: Callable[[bool], None] = lambda _: None,
         settled: Settled | None = None,
     ) -> Iterator[Runner]:
@@ -110,11 +107,8 @@ class Stepper:
             table: the run, or the rows of a bound: then the samples are pictures in the network's range, as the batch's
                 x_T, and after each step the state's `terms` are what it found.
             batch: the samples.
-            x_T: float32 [B, C, H, W] to start from instead of the batch's own or seeded noise.
             noise: whether each step will be handed its z, or ε.
-            previews: whether somebody wants to see x̂_0.
             to_come: steps of such batches that are to be made; 0 is this batch's.
-            eager: whether to run eagerly, whatever the engine.
             on_compile: called with True before and False after compiling.
             settled: the choice of the run that the batch belongs to, where one engine must make all of its steps.
 
@@ -124,12 +118,8 @@ class Stepper:
         Raises:
             CompileError: the engine is not "auto" and the step does not compile.
         """
-        with self.call(table, batch, x_T=x_T, noise=noise, previews=previews) as call:
-            if eager:
-                runner: Runner = StepRunner(call.step, call)
-            else:
-                steps = to_come or table.S
-                runner = self.engine.runner(call, to_come=steps, on_compile=on_compile, settled=settled)
+        with self.call(table, batch, noise=noise) as call:
+            runner = self.engine.runner(call, to_come=to_come or table.S, on_compile=on_compile, settled=settled)
             try:
                 yield runner
             except BaseException:
@@ -144,30 +134,16 @@ class Stepper:
             return self.engine.compile(call)
 
     @contextlib.contextmanager
-    def call(
-        self,
-        table: Table,
-        batch: Request,
-        *,
-        x_T: Tensor | None = None,
-        noise: bool = False,
-        previews: bool = False,
-    ) -> Iterator[Call]:
+    def call(self, table: Table, batch: Request, *, noise: bool = False) -> Iterator[Call]:
         """A batch's call, with its samples at their start; its rows are in the book until the context ends."""
         guided, labelled = batch.guidance is not None, batch.labels is not None and not self.book.holds_classes
         with self._places(table, batch, guided) as places:
-            state = State.create(
-                self.spec.shape,
-                batch.ids,
-                batch.seed,
-                places,
-                x_T=batch.x_T if x_T is None else x_T,
-                labels=batch.labels if labelled else None,
-                guidance=batch.guidance,
-                known=batch.known,
-                mask=batch.mask,
-                condition=batch.condition,
-            )
+            state = State.create(self.spec.shape, batch.ids, batch.seed, places, x_T=batch.x_T)
+            if labelled and batch.labels is not None:
+                state.labels = batch.labels.to(self.device)
+            for name in ("guidance", "known", "mask", "condition"):
+                if (told := getattr(batch, name)) is not None:
+                    setattr(state, name, told.to(self.device, torch.float32).contiguous())
             example = torch.zeros_like(state.x)[None] if noise else None
             if isinstance(table, LikelihoodTable):
                 state.terms = torch.zeros(len(state.x), len(TERMS), device=self.device)
@@ -175,10 +151,10 @@ class Stepper:
                 yield Call(LikelihoodStep(self.network, bound), state, self.book, example)
                 return
             form = StepForm.of(
-                self.spec, table, guided=guided, labelled=labelled, noise=noise, previews=previews,
-                masked=batch.mask is not None,
-            )  # fmt: skip
-            yield Call(self._step(form, table, batch), state, self.book, example).formed()
+                self.spec, table, guided=guided, labelled=labelled, noise=noise, masked=batch.mask is not None
+            )
+            call = Call(self._step(form, table, batch), state, self.book, example)
+            yield call.formed(history=max(form.history, int(batch.previews)))
 
     def _step(self, form: StepForm, table: StepTable, batch: Request) -> Step:
         """The step of a batch: of the one form, or with a classifier's gradient behind it."""

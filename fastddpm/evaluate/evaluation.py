@@ -71,7 +71,6 @@ class Evaluator:
         features: Features,
         *,
         metrics: Sequence[Metric] | None = None,
-        channels: int | None = None,
         batch_size: int | None = None,
         k: int = 5,
         progress: bool | None = None,
@@ -80,26 +79,21 @@ class Evaluator:
 
         Args:
             reference: pictures, or statistics of the same features.
-            features: what of a picture is compared.
+            features: what of a picture is compared; where it takes pictures of any channels they are those of the first
+                picture of either side, and colour where these differ (see `Features.seeing`).
             metrics: any of "fd", "kid" and "prdc"; None takes all where both sides have pictures, else "fd".
-            channels: of the pictures that the features see, 1 or 3; None takes the features', else those of the first
-                picture of either side, and colour where these differ.
             batch_size: pictures that are in memory at a time; None is 64, on a GPU 256.
             k: of precision, recall, density and coverage.
             progress: whether to show a bar; None shows it on terminals.
 
         Raises:
-            ValueError: a metric is unknown, a number is out of range, or the features take other channels.
+            ValueError: a metric is unknown, or a number is out of range.
         """
         check_metrics(metrics)
         for name, value in (("batch_size", batch_size), ("k", k)):
             if value is not None and value < 1:
                 raise ValueError(f"evaluate: {name} must be at least 1, got {value}; leave it out")
-        if channels not in (None, 1, 3) or features.channels not in (None, channels or features.channels):
-            expected = f"{features.channels} for {features.name}" if features.channels else "1 or 3"
-            raise ValueError(f"evaluate: channels must be {expected}, got {channels}; leave it out")
         self.reference, self.features, self._asked, self._k = reference, features, metrics, k
-        self._channels = channels or features.channels
         self._batch_size, self._progress = batch_size or default_batch_size(features.device), progress
         self._gathered: tuple[Gatherer, Side] | None = None
 
@@ -124,7 +118,7 @@ class Evaluator:
         """
         metrics = check_sets(generated, self.reference, self._asked, self._k)
         each = "kid" in metrics or "prdc" in metrics
-        channels = self._channels or common_channels(generated, self.reference)
+        channels = self.features.channels or common_channels(generated, self.reference)
         how = Gatherer(self.features, channels, "fd" in metrics, each, self._batch_size, self._progress)
         if self._gathered is None or self._gathered[0] != how:
             self._gathered = how, how.gather(self.reference)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastddpm.common.wording import first_line
 from fastddpm.engines.devices import pick_device
 from fastddpm.engines.weights import weights_hash
-from fastddpm.files import check_regular
+from fastddpm.files import check_regular, sha256
 
 INCEPTION = "inception"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -54,6 +54,17 @@ class Features:
     def distance(self) -> str:
         """What the Fréchet distance of these features is called: FID with the network of the FID, and only then."""
         return "FID" if self.is_inception else f"FD ({self.name})"
+
+    def seeing(self, channels: int | None) -> Features:
+        """The same for pictures of so many channels, 1 or 3; None leaves it open.
+
+        Raises:
+            ValueError: it takes others.
+        """
+        if channels not in (None, 1, 3) or self.channels not in (None, channels or self.channels):
+            expected = f"{self.channels} for {self.name}" if self.channels else "1 or 3"
+            raise ValueError(f"evaluate: channels must be {expected}, got {channels}; leave it out")
+        return dataclasses.replace(self, channels=channels or self.channels)
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> Tensor:
@@ -173,13 +184,3 @@ def _load_class(name: str, module: str, attribute: str, device: torch.device) ->
         made = made.eval().to(device)
         digest.update(weights_hash(made).encode())
     return Features(name, digest.hexdigest(), made, device)
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hexadecimal digits.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastddpm.evaluate.features import INCEPTION_SHA256, sha256
-from fastddpm.files import check_regular
+from fastddpm.evaluate.features import INCEPTION_SHA256
+from fastddpm.files import check_regular, sha256
 
 LAYER = "2048"
 _PACKAGE = "torch_fidelity"

@@ -17,6 +17,7 @@ from fastddpm.pictures.arrays import npz_names
 from fastddpm.pictures.data import PICTURE_ARRAYS
 from fastddpm.pictures.streams import PictureStream, open_pictures
 from fastddpm.sampler import Batch, Sampler
+from fastddpm.step.request import in_turn
 
 Opener = Callable[[str, int | None], PictureStream | None]
 OPENERS: tuple[Opener, ...] = (ShardStream.open,)
@@ -91,7 +92,7 @@ class SampledPictures:
             yield pictures if found == channels else pictures.expand(-1, channels, -1, -1)
 
     def _stream(self, batch_size: int) -> Iterator[Batch]:
-        labels = None if self.classes is None else [self.classes[i % len(self.classes)] for i in range(self.n)]
+        labels = in_turn(self.classes, range(self.n))
         mine = {"batch_size": batch_size, **self.options, "seed": self.seed, "class_labels": labels}
         return self.sampler.stream(self.n, output="uint8", **cast(SampleOptions, mine))
 

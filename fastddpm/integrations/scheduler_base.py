@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastddpm.integrations.scheduler_rows import Rows
 from fastddpm.integrations.scheduler_update import Place, fits
-from fastddpm.kernels.q_sample import Alphas, q_sample
+from fastddpm.kernels.q_sample import Levels, q_sample
 from fastddpm.process.table import StepTable
 
 _MOST_TABLES = 16
@@ -124,7 +124,7 @@ class TableSteps:
                 made.forward[scale.device] = signal, spread, -spread
         signal, spread, minus = made.forward[scale.device]
         t = timesteps.to(scale.device, torch.int64).expand(len(scale))
-        return q_sample(scale, t, Alphas(signal, spread if sign > 0 else minus), other)[0]
+        return q_sample(scale, t, Levels(signal, spread if sign > 0 else minus), other)[0]
 
 
 class ForwardSteps(TableSteps):

@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
-from fastddpm.kernels.operands import COLUMNS
+from fastddpm.kernels.operands import COLUMNS, Row
 from fastddpm.process.table import StepTable
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row of a table as Python numbers; `COLUMNS` explains them."""
-
-    a_x: float
-    a_o: float
-    c_0: float
-    c_x: float
-    c_o: float
-    c_h: float
-    sigma: float
-    bound: float
-    log_beta: float
-    log_beta_tilde: float
-    c_h2: float
-    k_0: float
-    k_z: float
 
 
 class Rows:

@@ -15,9 +15,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastddpm.integrations.scheduler_rows import Row, Rows
+from fastddpm.integrations.scheduler_rows import Rows
 from fastddpm.kernels.dispatch import runs_triton
-from fastddpm.kernels.operands import Operands
+from fastddpm.kernels.operands import Operands, Row
 from fastddpm.kernels.p_sample import p_sample, p_sample_reference
 from fastddpm.process.table import StepTable, dynamic_bound
 

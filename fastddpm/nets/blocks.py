@@ -18,25 +18,23 @@ def timestep_embedding(
     *,
     order: Literal["sin_cos", "cos_sin", "interleaved"] = "sin_cos",
     shift: float = 1.0,
-    max_period: float = 10_000.0,
 ) -> Tensor:
     """Sinusoidal embedding of timesteps (Vaswani et al. 2017, section 3.5, as used by Ho et al. 2020).
 
-    With h = dim // 2 frequencies ω_k = max_period^(−k/(h − shift)), the features are sin(ω_k t) and cos(ω_k t).
+    With h = dim // 2 frequencies ω_k = 10000^(−k/(h − shift)), the features are sin(ω_k t) and cos(ω_k t).
 
     Args:
         t: Timesteps [B], integer or fractional, usually in [0, T).
         dim: Width of the result; an odd width gets one zero at the end.
         order: Whether sines come first, cosines come first, or the two alternate.
         shift: 1 in Ho et al., 0 in OpenAI's code.
-        max_period: Longest wavelength divided by 2π.
 
     Returns:
         float32 [B, dim] on t's device.
     """
     half = dim // 2
     # In the order of operations that networks are trained with elsewhere: near t = 1000 the rounding of ω_k shows.
-    exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device)
+    exponent = -math.log(10_000.0) * torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t.to(torch.float32)[:, None] * torch.exp(exponent / max(half - shift, 1e-9))[None]
     sin, cos = torch.sin(angles), torch.cos(angles)
     if order == "interleaved":

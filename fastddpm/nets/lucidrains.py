@@ -83,6 +83,11 @@ class LucidrainsUNet(RowNetwork):
             embedding = torch.cat((embedding, self.classes_mlp(rows[y])), dim=1)
         return torch.cat([block.mlp(embedding) for block in self._blocks()], dim=1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `body` computes in."""
+        return self.init_conv.weight.dtype
+
     def row_numbers(self) -> int:
         """D, the numbers in a row of projections."""
         return sum(self.projection_widths)

@@ -88,6 +88,11 @@ class UNet(RowNetwork):
             embedding = embedding + self.label_embedding(y)
         return torch.as_tensor(self.time_projection(F.silu(embedding)))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `body` computes in."""
+        return self.stem.weight.dtype
+
     def row_numbers(self) -> int:
         """D, the numbers in a row of projections."""
         return self.time_projection.out_features

@@ -63,7 +63,9 @@ def betas_from_alpha_bar(
     return torch.tensor([min(1.0 - b / a, max_beta) for a, b in zip(edges, edges[1:], strict=False)], dtype=dtype)
 
 
-def linear_betas(T: int, beta_start: float, beta_end: float, *, dtype: torch.dtype = torch.float64) -> Tensor:
+def linear_betas(
+    T: int, beta_start: float = 1e-4, beta_end: float = 0.02, *, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Betas that grow linearly from beta_start to beta_end (Ho et al. 2020, sec. 4).
 
     Args:
@@ -84,7 +86,9 @@ def linear_betas(T: int, beta_start: float, beta_end: float, *, dtype: torch.dty
     return torch.linspace(beta_start, beta_end, T, dtype=dtype)
 
 
-def scaled_linear_betas(T: int, beta_start: float, beta_end: float, *, dtype: torch.dtype = torch.float64) -> Tensor:
+def scaled_linear_betas(
+    T: int, beta_start: float = 1e-4, beta_end: float = 0.02, *, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Betas whose square roots grow linearly (Rombach et al. 2022, latent diffusion).
 
     Args:
@@ -173,7 +177,9 @@ def sigmoid_betas(
     return betas.clamp(max=max_beta).to(dtype)
 
 
-def logistic_betas(T: int, beta_start: float, beta_end: float, *, dtype: torch.dtype = torch.float64) -> Tensor:
+def logistic_betas(
+    T: int, beta_start: float = 1e-4, beta_end: float = 0.02, *, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Betas on a logistic curve: β_i = beta_start + (beta_end − beta_start) · σ(−6 + 12 i/(T−1)).
 
     Xu et al. 2022 (GeoDiff). diffusers calls it "sigmoid"; the sigmoid schedule of ᾱ is `sigmoid_betas`.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 from torch import Tensor
 
 from fastddpm.common.arguments import number
-from fastddpm.process.pairs import StepPairs
+from fastddpm.process.outline import Outline, RowOptions
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.spec import Prediction
-from fastddpm.process.table import DynamicThreshold, StepTable, assemble, check_choice
+from fastddpm.process.table import StepTable, check_choice
 
 ClippedEps = Literal["rederive", "raw"]
 
@@ -20,12 +19,10 @@ def ddim_table(
     schedule: NoiseSchedule,
     timesteps: Tensor | Sequence[int],
     *,
-    prediction: Prediction = "eps",
     eta: float = 0.0,
-    clip: float | DynamicThreshold | None = 1.0,
     clipped_eps: ClippedEps = "rederive",
-    prev_timesteps: Tensor | Sequence[int] | None = None,
     final_alpha_to_one: bool = True,
+    **rows: Unpack[RowOptions],
 ) -> StepTable:
     """DDIM (Song et al. 2021, eq. 12 and 16).
 
@@ -39,14 +36,11 @@ def ddim_table(
     Args:
         schedule: the schedule that the network was trained with.
         timesteps: int [S], strictly descending, in 0 … T−1.
-        prediction: what the network returns.
         eta: η, in [0, 1].
-        clip: bound of |x̂_0|, above 0; None for none; a DynamicThreshold for a bound per sample.
         clipped_eps: ε of a clipped x̂_0: "rederive" takes (x_t − √ᾱ_t x̂_0)/√(1−ᾱ_t) after clipping
             (OpenAI, lucidrains), "raw" what the network says (diffusers).
-        prev_timesteps: int [S], where each row leads: −1 (x_0) or below the row's timestep. Default: the
-            next timestep, −1 for the last. diffusers takes max(t − T // S, −1).
         final_alpha_to_one: at prev = −1 take ᾱ = 1; if not, ᾱ_0 (set_alpha_to_one=False of diffusers).
+        rows: prediction, clip and prev_timesteps, see `fastddpm.process.outline.RowOptions`.
 
     Returns:
         The table.
@@ -59,27 +53,24 @@ def ddim_table(
     eta = number("ddim_table", "eta", eta)
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"ddim_table: eta must be in [0, 1], got {eta}; 0 is deterministic, 1 is ancestral")
-    pairs = StepPairs.of("ddim_table", schedule, timesteps, prev_timesteps, final_alpha_to_one)
-    a_t, a_prev = pairs.a_t, pairs.a_prev
+    outline = Outline.of("ddim_table", schedule, timesteps, final_alpha_to_one=final_alpha_to_one, **rows)
+    a_t, a_prev = outline.a_t, outline.a_prev
     sigma = eta * ((1.0 - a_prev) / (1.0 - a_t) * (1.0 - a_t / a_prev)).sqrt()
     direction = (1.0 - a_prev - sigma**2).clamp(min=0.0).sqrt()  # the factor of ε
     signal, noise = a_t.sqrt(), (1.0 - a_t).sqrt()
-    columns = pairs.x_start_columns("ddim_table", prediction) | pairs.known_columns()
+    columns = outline.x_start_columns() | outline.known_columns()
     columns["c_0"] = a_prev.sqrt()
     columns["sigma"] = sigma
     if clipped_eps == "rederive":
         columns["c_0"] = columns["c_0"] - direction * signal / noise
         columns["c_x"] = direction / noise
-    elif prediction == "eps":
+    elif outline.prediction == "eps":
         columns["c_o"] = direction
-    elif prediction == "v":  # ε = √ᾱ v + √(1−ᾱ) x
+    elif outline.prediction == "v":  # ε = √ᾱ v + √(1−ᾱ) x
         columns["c_o"] = direction * signal
         columns["c_x"] = direction * noise
     else:  # ε = (x − √ᾱ x_0)/√(1−ᾱ), with x_0 = a_x x + a_o out
         columns["c_o"] = -direction * signal / noise * columns["a_o"]
         columns["c_x"] = direction / noise * (1.0 - signal * columns["a_x"])
-    shift = pairs.x_start_shift()
-    return assemble(
-        "ddim_table", "ddim", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip,
-        guides=(a_prev.sqrt() * shift - direction * noise, shift),
-    )  # fmt: skip
+    shift = outline.x_start_shift()
+    return outline.table("ddim", columns, guides=(a_prev.sqrt() * shift - direction * noise, shift))

@@ -8,15 +8,15 @@ whose β_t is 1 − ᾱ_t/ᾱ_prev (Nichol & Dhariwal 2021, eq. 19).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
 
-from fastddpm.process.pairs import StepPairs
+from fastddpm.process.outline import Outline, RowOptions
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.spec import Prediction, Variance
-from fastddpm.process.table import DynamicThreshold, StepTable, assemble, check_choice
+from fastddpm.process.spec import Variance
+from fastddpm.process.table import StepTable, check_choice
 
 NoiseGate = Literal["final", "t0"]
 # What a peer that adds noise on a row with β̃ = 0 takes for it, so that its logarithm exists.
@@ -27,11 +27,9 @@ def ddpm_table(
     schedule: NoiseSchedule,
     timesteps: Tensor | Sequence[int],
     *,
-    prediction: Prediction = "eps",
     variance: Variance = "fixed_small",
-    clip: float | DynamicThreshold | None = 1.0,
-    prev_timesteps: Tensor | Sequence[int] | None = None,
     noise_gate: NoiseGate = "final",
+    **rows: Unpack[RowOptions],
 ) -> StepTable:
     """Ancestral sampling, over all timesteps or any of them (Ho et al. 2020, Algorithm 2, eq. 6–7 and 11).
 
@@ -45,15 +43,12 @@ def ddpm_table(
     Args:
         schedule: the schedule that the network was trained with.
         timesteps: int [S], strictly descending, in 0 … T−1.
-        prediction: what the network returns.
         variance: σ_t²; "learned_range" needs a network with 2C output channels.
-        clip: bound of |x̂_0|, above 0; None for none; a DynamicThreshold for a bound per sample.
-        prev_timesteps: int [S], where each row leads: −1 (x_0) or below the row's timestep. Default: the
-            next timestep, −1 for the last.
         noise_gate: where no noise is added. "final": on rows that lead to x_0, as in the papers. "t0":
             on rows with t = 0, and nowhere else, as diffusers does: timesteps that end above 0 then
             leave noise in x_0 if the variance is not "fixed_small". On lists that end at 0 both are the
             same.
+        rows: prediction, clip and prev_timesteps, see `fastddpm.process.outline.RowOptions`.
 
     Returns:
         The table.
@@ -64,13 +59,13 @@ def ddpm_table(
     """
     check_choice("ddpm_table", "variance", variance, get_args(Variance))
     check_choice("ddpm_table", "noise_gate", noise_gate, get_args(NoiseGate))
-    pairs = StepPairs.of("ddpm_table", schedule, timesteps, prev_timesteps)
-    a_t, a_prev = pairs.a_t, pairs.a_prev
+    outline = Outline.of("ddpm_table", schedule, timesteps, **rows)
+    a_t, a_prev = outline.a_t, outline.a_prev
     alpha = a_t / a_prev
     beta = 1.0 - alpha
     beta_tilde = (1.0 - a_prev) / (1.0 - a_t) * beta
-    noisy = ((pairs.prev >= 0) if noise_gate == "final" else (pairs.t > 0)).double()
-    columns = pairs.x_start_columns("ddpm_table", prediction) | pairs.known_columns()
+    noisy = ((outline.prev >= 0) if noise_gate == "final" else (outline.t > 0)).double()
+    columns = outline.x_start_columns() | outline.known_columns()
     columns["c_0"] = a_prev.sqrt() * beta / (1.0 - a_t)
     columns["c_x"] = alpha.sqrt() * (1.0 - a_prev) / (1.0 - a_t)
     if variance == "learned_range":
@@ -84,10 +79,7 @@ def ddpm_table(
         "fixed_large": torch.where(noisy > 0, beta, _lent(beta_tilde, beta)),
         "learned_range": torch.ones_like(beta),
     }[variance]
-    return assemble(
-        "ddpm_table", "ddpm", pairs.t, columns, prediction=prediction, variance=variance, clip=clip,
-        guides=(moved, torch.zeros_like(beta)),
-    )  # fmt: skip
+    return outline.table("ddpm", columns, variance=variance, guides=(moved, torch.zeros_like(beta)))
 
 
 def clipped_log(beta_tilde: Tensor, beta: Tensor, noisy: Tensor) -> Tensor:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
 
-from fastddpm.process.pairs import StepPairs
+from fastddpm.process.outline import Outline, RowOptions
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.spec import Prediction
-from fastddpm.process.table import DynamicThreshold, StepTable, assemble, check_choice
+from fastddpm.process.table import Solver, StepTable, check_choice
 
 SecondDifference = Literal["whole", "half"]
 
@@ -21,11 +20,9 @@ def dpmpp_2m_table(
     schedule: NoiseSchedule,
     timesteps: Tensor | Sequence[int],
     *,
-    prediction: Prediction = "eps",
-    clip: float | DynamicThreshold | None = 1.0,
-    prev_timesteps: Tensor | Sequence[int] | None = None,
     final_alpha_to_one: bool = True,
     lower_order_final: bool = False,
+    **rows: Unpack[RowOptions],
 ) -> StepTable:
     """DPM-Solver++(2M), the midpoint form (Lu et al. 2022, "DPM-Solver++", Algorithm 2).
 
@@ -41,13 +38,11 @@ def dpmpp_2m_table(
     Args:
         schedule: the schedule that the network was trained with.
         timesteps: int [S], strictly descending, in 0 … T−1.
-        prediction: what the network returns.
-        clip: bound of |x̂_0|, above 0; None for none; a DynamicThreshold for a bound per sample.
-        prev_timesteps: int [S], where each row leads. All but the last must be the next timestep,
-            because the method looks back along its own path. Default: the next timestep, −1 for the last.
         final_alpha_to_one: at prev = −1 take ᾱ = 1; if not, ᾱ_0 (final_sigmas_type="sigma_min" of
             diffusers).
         lower_order_final: make the last row first order also where its λ is finite.
+        rows: prediction, clip and prev_timesteps, see `fastddpm.process.outline.RowOptions`. All prev_timesteps but the
+            last must be the next timestep, because the method looks back along its own path.
 
     Returns:
         The table.
@@ -56,26 +51,19 @@ def dpmpp_2m_table(
         TypeError: timesteps are not integers.
         ValueError: an argument is out of range, or ε-prediction meets ᾱ_t = 0 (zero terminal SNR).
     """
-    name = "dpmpp_2m_table"
-    pairs, h = _path(name, schedule, timesteps, prev_timesteps, final_alpha_to_one)
-    columns = _common(pairs, name, prediction) | _second_order(pairs, h, lower_order_final)
-    return assemble(
-        name, "dpmpp_2m", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip,
-        guides=_guides(pairs, columns),
-    )  # fmt: skip
+    outline = Outline.of("dpmpp_2m_table", schedule, timesteps, final_alpha_to_one=final_alpha_to_one, **rows)
+    return _guided("dpmpp_2m", outline, _second_order(outline, _widths(outline), lower_order_final))
 
 
 def dpmpp_3m_table(
     schedule: NoiseSchedule,
     timesteps: Tensor | Sequence[int],
     *,
-    prediction: Prediction = "eps",
-    clip: float | DynamicThreshold | None = 1.0,
-    prev_timesteps: Tensor | Sequence[int] | None = None,
     final_alpha_to_one: bool = True,
     lower_order_final: bool = False,
     lower_order_second: bool = False,
     second_difference: SecondDifference = "whole",
+    **rows: Unpack[RowOptions],
 ) -> StepTable:
     """DPM-Solver++(3M), the multistep solver with two estimates to look back at (Lu et al. 2022).
 
@@ -97,13 +85,11 @@ def dpmpp_3m_table(
     Args:
         schedule: the schedule that the network was trained with.
         timesteps: int [S], strictly descending, in 0 … T−1.
-        prediction: what the network returns.
-        clip: bound of |x̂_0|, above 0; None for none; a DynamicThreshold for a bound per sample.
-        prev_timesteps: as in `dpmpp_2m_table`.
         final_alpha_to_one: as in `dpmpp_2m_table`.
         lower_order_final: make the last row first order also where its λ is finite.
         lower_order_second: make the row before the last second order.
         second_difference: "whole", of third order, or "half", as published code has it.
+        rows: as in `dpmpp_2m_table`.
 
     Returns:
         The table.
@@ -112,10 +98,10 @@ def dpmpp_3m_table(
         TypeError: timesteps are not integers.
         ValueError: an argument is out of range, or ε-prediction meets ᾱ_t = 0 (zero terminal SNR).
     """
-    name = "dpmpp_3m_table"
-    check_choice(name, "second_difference", second_difference, get_args(SecondDifference))
-    pairs, h = _path(name, schedule, timesteps, prev_timesteps, final_alpha_to_one)
-    columns = _common(pairs, name, prediction) | _second_order(pairs, h, lower_order_final)
+    check_choice("dpmpp_3m_table", "second_difference", second_difference, get_args(SecondDifference))
+    outline = Outline.of("dpmpp_3m_table", schedule, timesteps, final_alpha_to_one=final_alpha_to_one, **rows)
+    h = _widths(outline)
+    columns = _second_order(outline, h, lower_order_final)
     third = torch.arange(len(h)) >= 2
     third[h.isposinf()] = False
     if lower_order_final:
@@ -124,57 +110,46 @@ def dpmpp_3m_table(
         third[-2:-1] = False
     columns["c_h2"] = torch.zeros_like(h)
     at, factor = third.nonzero().flatten(), 2.0 if second_difference == "whole" else 1.0
-    for column, values in _third_order(pairs.a_prev[at].sqrt(), h[at], h[at - 1], h[at - 2], factor).items():
+    for column, values in _third_order(outline.a_prev[at].sqrt(), h[at], h[at - 1], h[at - 2], factor).items():
         columns[column][at] = values
-    return assemble(
-        name, "dpmpp_3m", pairs.t, columns, prediction=prediction, variance="fixed_small", clip=clip,
-        guides=_guides(pairs, columns),
-    )  # fmt: skip
+    return _guided("dpmpp_3m", outline, columns)
 
 
-def _path(
-    name: str,
-    schedule: NoiseSchedule,
-    timesteps: Tensor | Sequence[int],
-    prev_timesteps: Tensor | Sequence[int] | None,
-    final_alpha_to_one: bool,
-) -> tuple[StepPairs, Tensor]:
-    """The rows' ends, each the next one's start, and h = λ_prev − λ_t, float64 [S]."""
-    pairs = StepPairs.of(name, schedule, timesteps, prev_timesteps, final_alpha_to_one)
-    broken = (pairs.prev[:-1] != pairs.t[1:]).nonzero()
+def _widths(outline: Outline) -> Tensor:
+    """H = λ_prev − λ_t of each row, float64 [S]; each must lead to where the next one starts."""
+    t, prev = outline.t, outline.prev
+    broken = (prev[:-1] != t[1:]).nonzero()
     if broken.numel():
         i = int(broken[0, 0])
         raise ValueError(
-            f"{name}: prev_timesteps must continue with the next timestep, got {int(pairs.prev[i])} before "
-            f"{int(pairs.t[i + 1])}; leave prev_timesteps out, or choose only its last entry"
+            f"{outline.function}: prev_timesteps must continue with the next timestep, got {int(prev[i])} before "
+            f"{int(t[i + 1])}; leave prev_timesteps out, or choose only its last entry"
         )
-    lam_t, lam_prev = (0.5 * (a.log() - (1.0 - a).log()) for a in (pairs.a_t, pairs.a_prev))
-    return pairs, lam_prev - lam_t
+    lam_t, lam_prev = (0.5 * (a.log() - (1.0 - a).log()) for a in (outline.a_t, outline.a_prev))
+    return lam_prev - lam_t
 
 
-def _common(pairs: StepPairs, name: str, prediction: Prediction) -> dict[str, Tensor]:
-    """The columns that do not depend on the order."""
-    return pairs.x_start_columns(name, prediction) | pairs.known_columns()
+def _guided(solver: Solver, outline: Outline, columns: dict[str, Tensor]) -> StepTable:
+    """The table; a classifier's gradient moves x_{t−1} by way of x̂_0, for the solver sees nothing else."""
+    shift = outline.x_start_shift()
+    return outline.table(solver, columns, guides=(columns["c_0"] * shift, shift))
 
 
-def _guides(pairs: StepPairs, columns: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What a classifier's gradient adds to x_{t−1} and x̂_0: the solver sees the data's prediction alone."""
-    shift = pairs.x_start_shift()
-    return columns["c_0"] * shift, shift
-
-
-def _second_order(pairs: StepPairs, h: Tensor, lower_order_final: bool) -> dict[str, Tensor]:
-    """The update's columns in second order, and in first where it must be."""
+def _second_order(outline: Outline, h: Tensor, lower_order_final: bool) -> dict[str, Tensor]:
+    """All columns in second order, and in first where it must be."""
+    a_t, a_prev = outline.a_t, outline.a_prev
     kappa = torch.zeros_like(h)
     kappa[1:] = h[1:] / (2.0 * h[:-1])  # an infinite h of the row before gives 0, as it must
-    kappa[pairs.a_prev == 1.0] = 0.0
+    kappa[a_prev == 1.0] = 0.0
     if lower_order_final:
         kappa[-1] = 0.0
-    gain = -pairs.a_prev.sqrt() * torch.expm1(-h)
+    gain = -a_prev.sqrt() * torch.expm1(-h)
     return {
+        **outline.x_start_columns(),
+        **outline.known_columns(),
         "c_0": gain * (1.0 + kappa),
         "c_h": -gain * kappa,
-        "c_x": ((1.0 - pairs.a_prev) / (1.0 - pairs.a_t)).sqrt(),
+        "c_x": ((1.0 - a_prev) / (1.0 - a_t)).sqrt(),
     }
 
 

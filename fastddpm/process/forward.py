@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastddpm.kernels.q_sample import Alphas
+from fastddpm.kernels.q_sample import Levels
 
 
 class ForwardProcess:
@@ -142,10 +142,10 @@ class ForwardProcess:
         signal, noise = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
         return self.at(signal, t, x_start) * x_start + self.at(noise, t, x_start) * eps
 
-    def levels(self, device: torch.device | str = "cpu") -> Alphas:
+    def levels(self, device: torch.device | str = "cpu") -> Levels:
         """√ᾱ and √(1 − ᾱ), float32 [T] on a device, as `fastddpm.kernels.q_sample` takes them."""
         exact = (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
-        return Alphas(*(values.to(device, torch.float32) for values in exact))
+        return Levels(*(values.to(device, torch.float32) for values in exact))
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean [B, …], variance and clipped log-variance [B, 1, …] of q(x_{t−1} | x_t, x_0).

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastddpm.process.pairs import StepPairs
+from fastddpm.process.outline import Outline
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import Prediction
-from fastddpm.process.table import StepTable, assemble
+from fastddpm.process.table import StepTable
 from fastddpm.process.timesteps import check_timesteps
 
 
@@ -49,11 +49,12 @@ def inversion_table(
     if final_alpha_to_one:
         a_from[0] = 1.0
     before = torch.where(asked > 0, alpha_bar[(asked - 1).clamp(min=0)], 1.0)
-    columns = StepPairs(asked, to, a_asked, a_to, before).x_start_columns("inversion_table", prediction)
+    outline = Outline("inversion_table", asked, to, a_asked, a_to, before, prediction, clip=None)
+    columns = outline.x_start_columns()
     # ε = e_x · x + e_o · out, of the timestep at which the network is asked.
     signal, noise = a_asked.sqrt(), (1.0 - a_asked).sqrt()
     e_x, e_o = (1.0 - signal * columns["a_x"]) / noise, -signal * columns["a_o"] / noise
     kept = (a_to / a_from).sqrt()
     direction = (1.0 - a_to).sqrt() - kept * (1.0 - a_from).sqrt()
     columns |= {"c_x": kept + direction * e_x, "c_o": direction * e_o}
-    return assemble("inversion_table", "ddim", asked, columns, prediction=prediction, variance="fixed_small", clip=None)
+    return outline.table("ddim", columns)

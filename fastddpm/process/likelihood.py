@@ -11,9 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastddpm.process.reference import p_mean_variance
+from fastddpm.process.reference import PMeanVariance
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.spec import Prediction, Variance
 
 _LN2 = math.log(2.0)
 
@@ -97,11 +96,7 @@ def vlb_terms(
     x_start: Tensor,
     x_t: Tensor,
     t: Tensor,
-    out: Tensor,
-    *,
-    prediction: Prediction = "eps",
-    variance: Variance = "learned_range",
-    clip: float | None = None,
+    p: PMeanVariance,
 ) -> Tensor:
     """One term of the variational bound per sample: L_{t} for t > 0, the decoder's L_0 for t = 0.
 
@@ -112,16 +107,12 @@ def vlb_terms(
         x_start: [B, C, H, W] in [−1, 1].
         x_t: [B, C, H, W], noised x_start.
         t: int64 [B].
-        out: the network's output at (x_t, t), [B, C, H, W] or [B, 2C, H, W].
-        prediction: what the first C channels of `out` are.
-        variance: the model's variance.
-        clip: bound of |x̂_0|, or None, as in training.
+        p: the model's p(x_{t−1} | x_t), see `fastddpm.process.reference.p_mean_variance`.
 
     Returns:
         Float [B], bits per dimension.
     """
     target, _, target_log = schedule.q_posterior(x_start, x_t, t)
-    p = p_mean_variance(schedule, out, x_t, t, prediction=prediction, variance=variance, clip=clip)
     kl = normal_kl(target, target_log, p.mean, p.log_variance).flatten(1).mean(1)
     nll = -discretized_gaussian_log_likelihood(x_start, p.mean, 0.5 * p.log_variance).flatten(1).mean(1)
     return torch.where(t == 0, nll, kl) / _LN2

@@ -17,17 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Unpack, get_args
 
 import torch
 from torch import Tensor
 
 from fastddpm.kernels.philox import LIKELIHOOD
 from fastddpm.process.ddpm import clipped_log
-from fastddpm.process.pairs import StepPairs
+from fastddpm.process.outline import Estimate, Outline
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.spec import Prediction, Variance
-from fastddpm.process.table import DynamicThreshold, check_choice, rounded
+from fastddpm.process.spec import Variance
+from fastddpm.process.table import DynamicThreshold, check_choice
 
 LIKELIHOOD_COLUMNS = (
     "a_x", "a_o", "scale", "signal", "spread", "snr", "decodes", "bound", "log_excess", "log_slope", "log_true",
@@ -68,9 +68,8 @@ def likelihood_table(
     schedule: NoiseSchedule,
     timesteps: Tensor | Sequence[int],
     *,
-    prediction: Prediction = "eps",
     variance: Variance = "fixed_small",
-    clip: float | DynamicThreshold | None = 1.0,
+    **estimate: Unpack[Estimate],
 ) -> LikelihoodTable:
     """The bound over all timesteps, or over any of them (Ho et al. 2020, eq. 5; Nichol & Dhariwal 2021, eq. 19).
 
@@ -80,9 +79,8 @@ def likelihood_table(
     Args:
         schedule: the schedule that the network was trained with.
         timesteps: int [S], strictly descending, in 0 … T−1.
-        prediction: what the network returns.
         variance: the model's σ²; "learned_range" needs a network with 2C output channels.
-        clip: bound of |x̂_0|, above 0; None for none; a DynamicThreshold for a bound per sample.
+        estimate: prediction and clip, see `fastddpm.process.outline.Estimate`.
 
     Returns:
         The table, on the CPU.
@@ -92,14 +90,14 @@ def likelihood_table(
         ValueError: an argument is out of range, or ε-prediction meets ᾱ_t = 0 (zero terminal SNR).
     """
     check_choice("likelihood", "variance", variance, get_args(Variance))
-    pairs = StepPairs.of("likelihood", schedule, timesteps, None)
-    a_t, a_prev = pairs.a_t, pairs.a_prev
+    outline = Outline.of("likelihood", schedule, timesteps, **estimate)
+    a_t, a_prev = outline.a_t, outline.a_prev
     beta = 1.0 - a_t / a_prev
     log_true = clipped_log((1.0 - a_prev) / (1.0 - a_t) * beta, beta, torch.zeros_like(beta))
     large = beta.log() - log_true
-    learned, decodes = variance == "learned_range", pairs.prev < 0
+    learned, decodes = variance == "learned_range", outline.prev < 0
     fixed = torch.where(decodes, 0.0, large) if variance == "fixed_large" else torch.zeros_like(large)
-    columns = pairs.x_start_columns("likelihood", prediction) | {
+    columns = outline.x_start_columns() | {
         "scale": a_prev.sqrt() * beta / (1.0 - a_t) * (-0.5 * log_true).exp(),
         "signal": a_t.sqrt(),
         "spread": (1.0 - a_t).sqrt(),
@@ -109,5 +107,5 @@ def likelihood_table(
         "log_slope": large / 2 if learned else torch.zeros_like(large),
         "log_true": log_true,
     }
-    rows, threshold = rounded("likelihood", pairs.t, columns, clip, LIKELIHOOD_COLUMNS)
-    return LikelihoodTable(rows, torch.cat([pairs.t, pairs.t.new_zeros(1)]), variance, threshold)
+    rows = outline.rounded(columns, LIKELIHOOD_COLUMNS)
+    return LikelihoodTable(rows, outline.timesteps, variance, outline.threshold)

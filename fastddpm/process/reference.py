@@ -8,8 +8,9 @@ W], or from a torch.Generator.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypedDict, Unpack
+from typing import Literal, NamedTuple, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -28,13 +29,42 @@ class Model(Protocol):
         ...
 
 
-class Conventions(TypedDict, total=False):
-    """The options of `p_mean_variance`."""
+class ConventionOptions(TypedDict, total=False):
+    """The fields of `Conventions` as keyword arguments, for type checkers."""
 
     prediction: Prediction
     variance: Variance
     clip: float | None
     threshold: tuple[float, float] | None
+    eta: float
+    clipped_eps: Literal["rederive", "raw"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conventions:
+    """What a network was trained with, and what DDIM makes of it.
+
+    Attributes:
+        prediction: what its first C channels are.
+        variance: which variance.
+        clip: bound of |x̂_0|, or None.
+        threshold: (ratio, max_value) of dynamic thresholding, instead of `clip`.
+        eta: DDIM's η, in [0, 1].
+        clipped_eps: DDIM: take ε from the clipped x̂_0 ("rederive") or from the output as it is ("raw").
+    """
+
+    prediction: Prediction = "eps"
+    variance: Variance = "fixed_small"
+    clip: float | None = 1.0
+    threshold: tuple[float, float] | None = None
+    eta: float = 0.0
+    clipped_eps: Literal["rederive", "raw"] = "rederive"
+
+    def clipped(self, x_start: Tensor) -> Tensor:
+        """x̂_0 within its bound, if there is one."""
+        if self.threshold is not None:
+            return dynamic_threshold(x_start, *self.threshold)
+        return x_start if self.clip is None else x_start.clamp(-self.clip, self.clip)
 
 
 class PMeanVariance(NamedTuple):
@@ -73,11 +103,7 @@ def p_mean_variance(
     out: Tensor,
     x_t: Tensor,
     t: Tensor,
-    *,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_small",
-    clip: float | None = 1.0,
-    threshold: tuple[float, float] | None = None,
+    **conventions: Unpack[ConventionOptions],
 ) -> PMeanVariance:
     """The reverse step's Gaussian (Ho et al. 2020, eq. 7 and 11 through x̂_0; Nichol & Dhariwal 2021, eq. 15).
 
@@ -86,29 +112,22 @@ def p_mean_variance(
         out: [B, C, H, W], or [B, 2C, H, W] for "learned_range".
         x_t: [B, C, H, W].
         t: int64 [B].
-        prediction: what the first C channels are.
-        variance: which variance; the logs are finite at t = 0 too, where the small variance is 0.
-        clip: bound of |x̂_0|, or None.
-        threshold: (ratio, max_value) of dynamic thresholding, instead of `clip`.
+        conventions: see `Conventions`.
 
     Returns:
-        Mean, variance, log-variance and x̂_0.
+        Mean, variance, log-variance and x̂_0; the logs are finite at t = 0 too, where the small variance is 0.
 
     Raises:
         ValueError: `out` has the wrong number of channels, or a name is unknown.
     """
-    C = x_t.shape[1]
+    how = Conventions(**conventions)
+    C, variance = x_t.shape[1], how.variance
     if out.shape[1] != (2 * C if variance == "learned_range" else C):
         raise ValueError(
-            f"p_mean_variance: out must have {C} channels, or {2 * C} for learned_range, got "
-            f"{out.shape[1]} for "
+            f"p_mean_variance: out must have {C} channels, or {2 * C} for learned_range, got {out.shape[1]} for "
             f"{variance}; check the variance"
         )
-    x_start = predict_x_start(schedule, out[:, :C], x_t, t, prediction)
-    if threshold is not None:
-        x_start = dynamic_threshold(x_start, *threshold)
-    elif clip is not None:
-        x_start = x_start.clamp(-clip, clip)
+    x_start = how.clipped(predict_x_start(schedule, out[:, :C], x_t, t, how.prediction))
     mean, small, small_log = schedule.q_posterior(x_start, x_t, t)
     if variance == "fixed_small":
         return PMeanVariance(mean, small, small_log, x_start)
@@ -152,7 +171,7 @@ def p_sample_loop(
     *,
     timesteps: Tensor | None = None,
     y: Tensor | None = None,
-    **conventions: Unpack[Conventions],
+    **conventions: Unpack[ConventionOptions],
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, Algorithm 2), strided if timesteps are given.
 
@@ -165,7 +184,7 @@ def p_sample_loop(
         noise: z of each step; the last step's is not used.
         timesteps: int64 [S], descending; default all T.
         y: int64 [B] labels, passed on to the model.
-        conventions: prediction, variance, clip and threshold, as `p_mean_variance` has them.
+        conventions: see `Conventions`.
 
     Returns:
         x_0, [B, C, H, W].
@@ -190,12 +209,9 @@ def ddim_sample_loop(
     x_T: Tensor,
     timesteps: Tensor,
     *,
-    eta: float = 0.0,
     noise: Noise | None = None,
     y: Tensor | None = None,
-    prediction: Prediction = "eps",
-    clip: float | None = 1.0,
-    rederive_eps: bool = True,
+    **conventions: Unpack[ConventionOptions],
 ) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12 with σ of eq. 16).
 
@@ -204,12 +220,9 @@ def ddim_sample_loop(
         schedule: [T] betas.
         x_T: [B, C, H, W] standard normal; its dtype is the state's.
         timesteps: int64 [S], descending.
-        eta: η, in [0, 1].
         noise: z of each step, needed where η > 0; the last step's is not used.
         y: int64 [B] labels, passed on to the model.
-        prediction: what the model returns.
-        clip: bound of |x̂_0|, or None.
-        rederive_eps: take ε from the clipped x̂_0; else from the output as it is.
+        conventions: see `Conventions`.
 
     Returns:
         x_0, [B, C, H, W].
@@ -217,6 +230,8 @@ def ddim_sample_loop(
     Raises:
         ValueError: η > 0 without noise.
     """
+    how = Conventions(**conventions)
+    eta = how.eta
     if eta > 0.0 and noise is None:
         raise ValueError(f"ddim_sample_loop: noise must be given for eta > 0, got None with eta={eta}; pass noise")
     steps = timesteps.tolist()
@@ -225,12 +240,9 @@ def ddim_sample_loop(
     for i, t in enumerate(steps):
         a_t, a_prev = alpha_bar[t], (alpha_bar[steps[i + 1]] if i + 1 < len(steps) else 1.0)
         index = torch.full((x.shape[0],), t, dtype=torch.int64)
-        x_start = predict_x_start(schedule, _call(model, x, t, y)[:, : x.shape[1]], x, index, prediction)
-        eps = schedule.predict_eps_from_x_start(x, index, x_start)
-        if clip is not None:
-            x_start = x_start.clamp(-clip, clip)
-            if rederive_eps:
-                eps = schedule.predict_eps_from_x_start(x, index, x_start)
+        raw = predict_x_start(schedule, _call(model, x, t, y)[:, : x.shape[1]], x, index, how.prediction)
+        x_start = how.clipped(raw)
+        eps = schedule.predict_eps_from_x_start(x, index, x_start if how.clipped_eps == "rederive" else raw)
         sigma = eta * ((1 - a_prev) / (1 - a_t)) ** 0.5 * (1 - a_t / a_prev) ** 0.5
         x_next = a_prev**0.5 * x_start + max(1 - a_prev - sigma**2, 0.0) ** 0.5 * eps
         if sigma > 0.0 and noise is not None:
@@ -247,8 +259,7 @@ def dpmpp_2m_sample_loop(
     timesteps: Tensor,
     *,
     y: Tensor | None = None,
-    prediction: Prediction = "eps",
-    clip: float | None = 1.0,
+    **conventions: Unpack[ConventionOptions],
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), the last step straight to x_0.
 
@@ -258,21 +269,19 @@ def dpmpp_2m_sample_loop(
         x_T: [B, C, H, W] standard normal; its dtype is the state's.
         timesteps: int64 [S], descending.
         y: int64 [B] labels, passed on to the model.
-        prediction: what the model returns.
-        clip: bound of |x̂_0|, or None.
+        conventions: see `Conventions`.
 
     Returns:
         x_0, [B, C, H, W].
     """
-    steps = timesteps.tolist()
+    how, steps = Conventions(**conventions), timesteps.tolist()
     lam = (0.5 * schedule.log_snr).tolist()
     alpha, sigma = schedule.sqrt_alphas_cumprod.tolist(), schedule.sqrt_one_minus_alphas_cumprod.tolist()
     x, previous = x_T, x_T
     for i, t in enumerate(steps):
         index = torch.full((x.shape[0],), t, dtype=torch.int64)
-        x_start = predict_x_start(schedule, _call(model, x, t, y)[:, : x.shape[1]], x, index, prediction)
-        if clip is not None:
-            x_start = x_start.clamp(-clip, clip)
+        out = _call(model, x, t, y)[:, : x.shape[1]]
+        x_start = how.clipped(predict_x_start(schedule, out, x, index, how.prediction))
         if i + 1 == len(steps):
             return x_start
         t_next = steps[i + 1]

@@ -7,6 +7,7 @@ Symbols as in Ho et al. 2020, with t counted from 0: q(x_t | x_{t−1}) = N(√(
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypedDict, Unpack
@@ -27,14 +28,13 @@ from fastddpm.process.betas import (
 from fastddpm.process.forward import ForwardProcess
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_LINEAR = {"beta_start": 1e-4, "beta_end": 0.02}
-_SCHEDULES: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
-    "linear": (linear_betas, _LINEAR),
-    "scaled_linear": (scaled_linear_betas, _LINEAR),
-    "cosine": (cosine_betas, {"s": 0.008, "max_beta": 0.999}),
-    "sigmoid": (sigmoid_betas, {"start": -3.0, "end": 3.0, "tau": 1.0, "max_beta": 0.999}),
-    "logistic": (logistic_betas, _LINEAR),
-    "laplace": (laplace_betas, {"max_beta": 0.999}),
+_SCHEDULES: dict[str, Callable[..., Tensor]] = {
+    "linear": linear_betas,
+    "scaled_linear": scaled_linear_betas,
+    "cosine": cosine_betas,
+    "sigmoid": sigmoid_betas,
+    "logistic": logistic_betas,
+    "laplace": laplace_betas,
 }
 _ALIASES = {"squaredcos_cap_v2": "cosine"}
 SCHEDULE_NAMES = (*_SCHEDULES, *_ALIASES)
@@ -332,13 +332,16 @@ class NoiseSchedule(ForwardProcess):
 
 
 def _lookup(name: str) -> tuple[Callable[..., Tensor], dict[str, float]]:
+    """The function of a schedule, and its options with their defaults."""
     canonical = _ALIASES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or canonical not in _SCHEDULES:
         raise ValueError(
             f"NoiseSchedule.by_name: name must be one of {', '.join(SCHEDULE_NAMES)}, got {name!r}; "
             "pass other schedules as betas"
         )
-    return _SCHEDULES[canonical]
+    function = _SCHEDULES[canonical]
+    parameters = inspect.signature(function).parameters.values()
+    return function, {option.name: option.default for option in parameters if option.name not in ("T", "dtype")}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

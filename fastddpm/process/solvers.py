@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TypedDict, Unpack, get_args
+from typing import Unpack, get_args
 
 from torch import Tensor
 
 from fastddpm.process.ddim import ClippedEps, ddim_table
 from fastddpm.process.ddpm import NoiseGate, ddpm_table
 from fastddpm.process.dpmpp import SecondDifference, dpmpp_2m_table, dpmpp_3m_table
+from fastddpm.process.outline import RowOptions
 from fastddpm.process.schedule import NoiseSchedule
-from fastddpm.process.spec import Prediction, Variance
-from fastddpm.process.table import DynamicThreshold, Solver, StepTable, check_choice
+from fastddpm.process.spec import Variance
+from fastddpm.process.table import Solver, StepTable, check_choice
 
 _TABLES: dict[Solver, Callable[..., StepTable]] = {
     "ddpm": ddpm_table, "ddim": ddim_table, "dpmpp_2m": dpmpp_2m_table, "dpmpp_3m": dpmpp_3m_table,
 }  # fmt: skip
 
 
-class TableOptions(TypedDict, total=False):
+class TableOptions(RowOptions, total=False):
     """What some solver's table takes besides the schedule and the timesteps; None is its own default."""
 
-    prediction: Prediction
-    clip: float | DynamicThreshold | None
-    prev_timesteps: Tensor | Sequence[int] | None
     variance: Variance | None
     noise_gate: NoiseGate | None
     eta: float | None
@@ -61,7 +59,8 @@ def make_table(
     check_choice("make_table", "solver", solver, get_args(Solver))
     table = _TABLES[solver]
     given = {name: value for name, value in options.items() if value is not None or name == "clip"}
-    known = inspect.signature(table).parameters.keys() - {"schedule", "timesteps"}
+    own = inspect.signature(table).parameters.keys() - {"schedule", "timesteps", "rows"}
+    known = own | RowOptions.__annotations__.keys()
     if foreign := sorted(given.keys() - known):
         raise ValueError(
             f"make_table: options of {solver} must be among {', '.join(sorted(known))}, got {', '.join(foreign)}; "

@@ -17,12 +17,10 @@ both logs, so that the factor is 1: such tables drive networks with C and with 2
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.common.arguments import number
@@ -195,97 +193,3 @@ def check_choice(function: str, name: str, value: object, choices: tuple[str, ..
     """Raise ValueError unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{function}: {name} must be one of {', '.join(choices)}, got {value!r}; pick one of them")
-
-
-def assemble(
-    function: str,
-    solver: Solver,
-    timesteps: Tensor,
-    columns: dict[str, Tensor],
-    *,
-    prediction: Prediction,
-    variance: Variance,
-    clip: float | DynamicThreshold | None,
-    guides: tuple[Tensor, Tensor] | None = None,
-) -> StepTable:
-    """Round float64 columns once to float32, add the identity row, and make the table.
-
-    Args:
-        function: name that starts the error messages.
-        solver: name of the method.
-        timesteps: int64 [S].
-        columns: some of COLUMNS, without bound → float64 [S]; absent columns are 0.
-        prediction: what the network returns.
-        variance: kind of variance.
-        clip: bound of |x̂_0|, None, or a DynamicThreshold.
-        guides: what a classifier's gradient adds to x_{t−1} and to x̂_0, float64 [S] each; infinite where it could not.
-
-    Raises:
-        ValueError: clip is out of range, or a coefficient is not finite in float32.
-    """
-    rows, threshold = rounded(function, timesteps, columns, clip)
-    rows[-1, _COLUMN["c_x"]] = 1.0
-
-    def uses(name: str) -> bool:
-        return bool((rows[:, _COLUMN[name]] != 0).any())
-
-    visited = torch.cat([timesteps, timesteps.new_zeros(1)])
-    return StepTable(
-        rows=rows,
-        timesteps=visited,
-        counters=visited,
-        prediction=prediction,
-        variance=variance,
-        solver=solver,
-        history=2 if uses("c_h2") else int(uses("c_h")),
-        uses_noise=uses("sigma"),
-        threshold=threshold,
-        guides=None if guides is None else F.pad(torch.stack(guides, dim=1).float(), (0, 0, 0, 1)),
-    )
-
-
-def rounded(
-    function: str,
-    timesteps: Tensor,
-    columns: dict[str, Tensor],
-    clip: float | DynamicThreshold | None,
-    names: Sequence[str] = COLUMNS,
-) -> tuple[Tensor, DynamicThreshold | None]:
-    """Float64 columns rounded once to float32, with the bound of x̂_0 and a last row of zeros, whose bound is infinite.
-
-    Args:
-        function: name that starts the error messages.
-        timesteps: int64 [S].
-        columns: some of the names, without bound → float64 [S]; absent columns are 0.
-        clip: bound of |x̂_0|, None, or a DynamicThreshold.
-        names: what the columns are called, in their order in memory.
-
-    Returns:
-        float32 [S+1, len(COLUMNS)], and the dynamic threshold, if `clip` is one.
-
-    Raises:
-        ValueError: clip is out of range, or a coefficient is not finite in float32.
-    """
-    threshold, bound = (clip, None) if isinstance(clip, DynamicThreshold) else (None, clip)
-    bound = None if bound is None else number(function, "clip", bound)
-    if bound is not None and not 0.0 < bound < math.inf:
-        raise ValueError(
-            f"{function}: clip must be above 0 and finite, None or a DynamicThreshold, got {bound}; "
-            "use None for no clipping"
-        )
-    S = timesteps.numel()
-    exact = torch.zeros(S + 1, len(COLUMNS), dtype=torch.float64)
-    for name, values in columns.items():
-        exact[:S, names.index(name)] = values
-    rows = exact.float()
-    bad = (~rows.isfinite()).nonzero()
-    if bad.numel():
-        i, j = bad[0].tolist()
-        raise ValueError(
-            f"{function}: coefficients must be finite in float32, got {names[j]} = {exact[i, j].item()} "
-            f"in row {i}; the signal all but vanishes at t={int(timesteps[i])}: leave that timestep out"
-        )
-    rows[:, _COLUMN["bound"]] = math.inf
-    if bound is not None:
-        rows[:S, _COLUMN["bound"]] = bound
-    return rows, threshold

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
@@ -13,6 +11,7 @@ from torch import Tensor
 from fastddpm.common.terminal import patience
 from fastddpm.engines.choose import EngineName, Settled
 from fastddpm.engines.devices import versions
+from fastddpm.files import sha256
 from fastddpm.images import SHOWN_CHANNELS
 from fastddpm.process.conventions import conventions_checksum
 from fastddpm.process.method import Method
@@ -24,7 +23,7 @@ from fastddpm.shards.plan import Plan, Shard, even_batch_size
 from fastddpm.shards.records import RUN_FILE, ShardRecord
 from fastddpm.shards.shard_set import ShardSet
 from fastddpm.shards.store import Store
-from fastddpm.step.request import RunOptions, default_batch_size, make_request
+from fastddpm.step.request import RunOptions, default_batch_size, in_turn, make_request
 
 _SETTLING_STEPS = 3
 """Steps after which an engine that chooses has chosen."""
@@ -55,8 +54,8 @@ class Recipe:
     note: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def labels(self, ids: Sequence[int]) -> list[int] | None:
-        """The class of each id: a function of the id, so that it does not matter how a run is cut."""
-        return None if self.classes is None else [self.classes[i % len(self.classes)] for i in ids]
+        """The class of each id."""
+        return in_turn(self.classes, ids)
 
     def settings(self) -> dict[str, Any]:
         """What it asks for, as JSON-ready values."""
@@ -155,7 +154,7 @@ class Maker:
             form.write(path, shard, self._pictures(shard, labels, told), labels)
             files = sorted(path.iterdir()) if form.in_folder else [path]
             names = [f"{target}/{file.name}" for file in files] if form.in_folder else [target]
-            sizes, sums = tuple(file.stat().st_size for file in files), tuple(_sha256(file) for file in files)
+            sizes, sums = tuple(file.stat().st_size for file in files), tuple(sha256(file) for file in files)
         known = None if labels is None else tuple(labels)
         record = ShardRecord(
             shard.number, shard.first_id, shard.count, self.set.run.digest, tuple(names), sizes, sums, known
@@ -197,11 +196,6 @@ def _check_shown(sampler: Sampler, form: FormatName) -> None:
         raise ValueError(
             f"format must be npz for pictures of {channels} channels, got {form}: image files hold 1, 3 or 4; change it"
         )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plain(value: object) -> object:

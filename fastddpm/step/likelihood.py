@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.kernels.normals import normals
-from fastddpm.kernels.q_sample import Alphas, q_sample_reference
+from fastddpm.kernels.q_sample import Levels, q_sample_reference
 from fastddpm.process.likelihood import discretized_gaussian_log_likelihood, normal_kl
 from fastddpm.process.likelihood_table import LIKELIHOOD_COLUMNS, LikelihoodTable
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import DynamicThreshold, dynamic_bound
 from fastddpm.step.network import Network
 
+ALWAYS = ("x", "step", "end", "sample_id", "seed", "rows", "timesteps", "conditions")
+"""The arguments that every step has."""
 TERMS = ("vlb", "x_start_mse", "eps_mse")
 """What a step finds out of each picture, in the order of the numbers in `State.terms`."""
 
@@ -58,8 +60,7 @@ class LikelihoodForm:
     def names(self) -> tuple[str, ...]:
         """The step's arguments, in order."""
         wanted = {"labels": self.labelled, "terms": True, "noise": self.noise}
-        always = ("x", "step", "end", "sample_id", "seed", "rows", "timesteps", "conditions")
-        return (*always, *(name for name, is_wanted in wanted.items() if is_wanted))
+        return (*ALWAYS, *(name for name, is_wanted in wanted.items() if is_wanted))
 
     def for_packages(self) -> LikelihoodForm:
         """The form that is compiled ahead of time for such steps."""
@@ -127,8 +128,8 @@ class LikelihoodStep(nn.Module):
         given = dict(zip(self.names, tensors, strict=True))
         x_start, step, rows = given["x"], given["step"], given["rows"]
         eps = given["noise"][0] if self.form.noise else self._noise(given)
-        alphas = Alphas(rows[:, _COLUMN["signal"]], rows[:, _COLUMN["spread"]])
-        x_t, _ = q_sample_reference(x_start, step, alphas, eps)
+        levels = Levels(rows[:, _COLUMN["signal"]], rows[:, _COLUMN["spread"]])
+        x_t, _ = q_sample_reference(x_start, step, levels, eps)
         network = cast(Network, self.network)
         guess = torch.zeros_like(x_t) if self.form.self_condition else None
         out = network.body(x_t, given["conditions"], step, given.get("labels"), guess).float()

@@ -6,8 +6,8 @@ A network's dependence on time is known before a run begins, so it is asked twic
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, Self, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import Protocol, Self, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,14 @@ TABLE_BYTES = 256 << 20
 
 @runtime_checkable
 class Network(Protocol):
-    """A network that can be asked for rows."""
+    """A module that can be asked for rows."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What its arithmetic is in; None where only its own code could tell."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its weights, as modules have them."""
 
     def tabulate(self, times: Tensor, label: int | None = None) -> Tensor:
         """What `body` has to know of each row.
@@ -72,10 +79,10 @@ class Foreign(nn.Module):
 
         Args:
             model: the callable; a module becomes a submodule.
-            dtype: what its arithmetic is cast to, by autocast, or None.
+            dtype: what its arithmetic is cast to, by autocast, or None; float32 needs no cast.
         """
         super().__init__()
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype = model, None if dtype == torch.float32 else dtype
 
     def forward(self, x: Tensor, t: Tensor, *labels: Tensor, **more: Tensor) -> Tensor:
         """The model's own call."""
@@ -119,8 +126,8 @@ def as_network(model: Callable[..., Tensor] | Network) -> nn.Module:
     Raises:
         TypeError: it cannot be called.
     """
-    if isinstance(model, Network) and isinstance(model, nn.Module):
-        return model
+    if isinstance(model, Network):
+        return cast(nn.Module, model)
     if not callable(model):
         raise TypeError(f"network: model must be a module or a callable, got {type(model).__name__}; pass (x, t) → ε")
     return Foreign(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -73,6 +73,7 @@ class Request:
         cond_fn: a classifier's gradient that guides the samples, or None.
         classifier_labels: int64 [n], what it is told as y, or None.
         condition: float32 [n, C', H, W], what the network sees behind x, or None.
+        previews: whether somebody wants to see x̂_0 of each step.
     """
 
     ids: Tensor
@@ -88,6 +89,7 @@ class Request:
     cond_fn: ConditionFunction | None = None
     classifier_labels: Tensor | None = None
     condition: Tensor | None = None
+    previews: bool = False
 
     def filled(self) -> Request:
         """A batch with its last sample repeated up to `batch_size`, if that was asked for; otherwise as it is."""
@@ -125,6 +127,14 @@ class Request:
 
 def _taken(index: Tensor, values: Tensor, axis: int) -> Tensor:
     return values.index_select(axis, index.to(values.device))
+
+
+def in_turn(classes: Sequence[int] | None, ids: Iterable[int]) -> list[int] | None:
+    """The class of each id where ids go through classes in turn; None for none.
+
+    It is a function of the id alone, so that it does not matter how a run is cut.
+    """
+    return None if classes is None else [classes[i % len(classes)] for i in ids]
 
 
 def default_batch_size(device: torch.device) -> int:
@@ -178,6 +188,7 @@ def make_request(spec: ModelSpec, device: torch.device, n: int, run: RunOptions)
     return Request(
         ids, labels, guidance, x_T, supplied, size, batch_size is not None, whole("sample", "seed", run.seed),
         cond_fn=run.cond_fn, classifier_labels=for_classifier, condition=condition,
+        previews=run.callback is not None,
     )  # fmt: skip
 
 

@@ -59,14 +59,9 @@ class State:
         places: Places,
         *,
         x_T: Tensor | None = None,
-        labels: Tensor | None = None,
-        guidance: Tensor | None = None,
         history: bool = False,
-        known: Tensor | None = None,
-        mask: Tensor | None = None,
-        condition: Tensor | None = None,
     ) -> State:
-        """Samples at the start of their run: x_T, each clock at its chapter's first row.
+        """Samples at the start of their run: x_T, each clock at its chapter's first row; `replace` adds what is told.
 
         Args:
             shape: (C, H, W).
@@ -74,12 +69,7 @@ class State:
             seed: in [0, 2**64).
             places: where in the book the samples begin and end; their device is the state's.
             x_T: float [B, C, H, W] to start from instead of Philox noise; it is copied.
-            labels: int64 [B].
-            guidance: float [B].
             history: whether to keep x̂_0.
-            known: float [B, C, H, W].
-            mask: float [B, C, H, W].
-            condition: float [B, C', H, W]; it is copied.
 
         Returns:
             The new state.
@@ -95,13 +85,8 @@ class State:
             places.end.clone(),
             ids,
             seeds,
-            None if labels is None else labels.to(device),
-            None if places.uncond is None else places.uncond.clone(),
-            None if guidance is None else guidance.to(device, torch.float32),
-            torch.zeros_like(x) if history else None,
-            known=None if known is None else known.to(device, torch.float32).contiguous(),
-            mask=None if mask is None else mask.to(device, torch.float32).contiguous(),
-            condition=None if condition is None else condition.to(device, torch.float32, copy=True).contiguous(),
+            uncond=None if places.uncond is None else places.uncond.clone(),
+            history=torch.zeros_like(x) if history else None,
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -18,12 +18,10 @@ from fastddpm.kernels.p_sample import p_sample, p_sample_reference
 from fastddpm.process.spec import ModelSpec
 from fastddpm.process.table import DynamicThreshold, StepTable, dynamic_bound
 from fastddpm.step.book import Book
-from fastddpm.step.likelihood import LikelihoodForm, LikelihoodStep
+from fastddpm.step.likelihood import ALWAYS, LikelihoodForm, LikelihoodStep
 from fastddpm.step.network import Network
 from fastddpm.step.state import State
 
-ALWAYS = ("x", "step", "end", "sample_id", "seed", "rows", "timesteps", "conditions")
-"""The arguments that every step has."""
 HISTORIES = ("history", "history2")
 """Where the estimates of x_0 of the last steps are kept, the newest first."""
 KNOWN = ("known", "mask")
@@ -120,7 +118,6 @@ class StepForm:
         guided: bool = False,
         labelled: bool = False,
         noise: bool = False,
-        previews: bool = False,
         masked: bool = False,
     ) -> StepForm:
         """The leanest form for a run.
@@ -131,13 +128,12 @@ class StepForm:
             guided: whether any sample's guidance scale is not 1.
             labelled: whether the network is told the class in each step.
             noise: whether each step is handed its z.
-            previews: whether somebody wants to see x̂_0.
             masked: whether a part of some picture is known.
         """
         return cls(
             guided=guided,
             labelled=labelled,
-            history=max(table.history, int(spec.self_condition or previews)),
+            history=max(table.history, int(spec.self_condition)),
             noise=noise,
             stochastic=table.uses_noise or masked,
             learned=table.variance == "learned_range",

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.checkpoints import native
@@ -27,7 +26,7 @@ from fastddpm.pictures.data import ImageData
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import ModelSpec
 from fastddpm.train.config import TrainConfig as TrainConfig
-from fastddpm.train.losses import hybrid_loss, target_of
+from fastddpm.train.losses import simple_loss, variance_loss
 from fastddpm.train.run_folder import RunFolder, TrainState
 
 
@@ -63,35 +62,33 @@ class Trainer:
         spec: ModelSpec,
         data: ImageData,
         config: TrainConfig,
-        *,
-        device: torch.device | str = "cpu",
     ) -> None:
         """Prepare a run, or resume the one that the folder holds.
 
         Args:
             folder: Where the run lives; made if missing.
-            network: A freshly made network; its weights are replaced when resuming.
+            network: A freshly made network; its weights are replaced when resuming. It is trained where it is: move it
+                to a GPU before.
             schedule: The forward process.
             spec: The conventions to train.
             data: The pictures.
             config: How to train.
-            device: Where to train.
 
         Raises:
             ValueError: If data, network and conventions disagree, or the folder's state belongs to another run.
             CheckpointError: If the folder's state is damaged.
         """
         _check_data(data, network, spec, config)
-        self.folder, self.device = Path(folder), torch.device(device)
+        self.folder, self.device = Path(folder), network.time_projection.weight.device
         self.schedule, self.spec, self.data, self.config = schedule, spec, data, config
-        self.network = network.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.network = network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.network.gradient_checkpointing = config.gradient_checkpointing
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.weights = {name: value.detach() for name, value in self.network.state_dict().items()}
         self.ema = {name: value.clone() for name, value in self.weights.items()}
-        self.alphas = schedule.levels(self.device)
+        self.levels = schedule.levels(self.device)
         self.steps_per_epoch = len(data.images) // config.batch_size
         self.total = self.steps_per_epoch * config.epochs
         self.step = 0
@@ -176,13 +173,15 @@ class Trainer:
     def loss(self, x_start: Tensor, t: Tensor, labels: Tensor | None, numbers: Tensor) -> Tensor:
         """The loss of these pictures, each at its own timestep, with the noise of its number in the run."""
         draw = Draw(torch.full_like(numbers, self.config.seed), numbers, TRAINING)
-        x_t, eps = q_sample(x_start, t, self.alphas, draw)
+        x_t, eps = q_sample(x_start, t, self.levels, draw)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bf16"):
             out = self.network(x_t, self.spec.times_fed(t), labels)
         out, clean = out.float(), x_start.float() / 127.5 - 1
+        schedule, prediction = self.schedule, self.spec.prediction
+        loss = simple_loss(schedule, clean, t, eps, out, prediction)
         if self.spec.learned_variance:
-            return hybrid_loss(self.schedule, clean, x_t, t, eps, out, self.spec.prediction, self.config.vlb_weight)
-        return F.mse_loss(out, target_of(self.schedule, clean, eps, t, self.spec.prediction))
+            loss = loss + self.config.vlb_weight * variance_loss(schedule, clean, x_t, t, out, prediction)
+        return loss.mean()
 
     def batch(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """The pictures of this step, their labels, and their numbers in the run (int64, unique)."""

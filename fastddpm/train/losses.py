@@ -1,4 +1,4 @@
-"""Training losses of Ho et al. 2020 and Nichol & Dhariwal 2021; the bound is `fastddpm.process.likelihood`'s."""
+"""The two parts of the training loss (Ho et al. 2020, Nichol & Dhariwal 2021); the bound is that of `likelihood`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.process.likelihood import vlb_terms
+from fastddpm.process.reference import p_mean_variance
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import Prediction
 
@@ -53,39 +54,34 @@ def simple_loss(
     return ((target - out[:, : target.shape[1]]) ** 2).flatten(1).mean(1)
 
 
-def hybrid_loss(
+def variance_loss(
     schedule: NoiseSchedule,
     x_start: Tensor,
     x_t: Tensor,
     t: Tensor,
-    eps: Tensor,
     out: Tensor,
     prediction: Prediction = "eps",
-    vlb_weight: float = 1e-3,
 ) -> Tensor:
-    """L_hybrid = L_simple + λ L_vlb for networks with learned variance (Nichol & Dhariwal 2021, eq. 16).
+    """L_vlb of networks with learned variance, of which L_hybrid = L_simple + λ L_vlb (Nichol & Dhariwal 2021, eq. 16).
 
-    L_vlb is estimated by T times the term of the sampled t. It trains the variance only: the mean enters
-    it with its gradient stopped.
+    It is estimated by T times the term of the sampled t, and trains the variance only: the mean enters with its
+    gradient stopped.
 
     Args:
         schedule: [T] betas.
         x_start: [B, C, H, W] in [−1, 1].
         x_t: [B, C, H, W], noised x_start.
         t: int64 [B], uniform in 0 … T−1.
-        eps: the noise in x_t, [B, C, H, W].
         out: the network's output, [B, 2C, H, W].
         prediction: what the first C channels of `out` are.
-        vlb_weight: λ.
 
     Returns:
-        The loss averaged over the batch, 0-d.
+        Float [B].
 
     Raises:
         ValueError: `out` has not 2C channels, or the prediction is unknown.
     """
     C = x_start.shape[1]
     frozen = torch.cat([out[:, :C].detach(), out[:, C:]], dim=1)
-    bound = vlb_terms(schedule, x_start, x_t, t, frozen, prediction=prediction, variance="learned_range")
-    simple = simple_loss(schedule, x_start, t, eps, out, prediction)
-    return (simple + vlb_weight * schedule.T * bound).mean()
+    p = p_mean_variance(schedule, frozen, x_t, t, prediction=prediction, variance="learned_range", clip=None)
+    return schedule.T * vlb_terms(schedule, x_start, x_t, t, p)

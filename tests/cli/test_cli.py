@@ -249,11 +249,10 @@ def test_gif_shows_the_way_to_the_pictures(fastddpm, place, model):
 
 
 def test_long_runs_make_short_gifs(fastddpm, place, plain_model, tmp_path):
-    from fastddpm.cli.drawing import GIF_FRAMES, Animation
+    from fastddpm.cli.drawing import GIF_FRAMES, evenly
 
-    animation = Animation(1000)
-    assert len(animation.shown) == GIF_FRAMES and max(animation.shown) == 1000
-    assert list(Animation(3).shown) == [1, 2, 3]
+    assert len(set(evenly(1000, GIF_FRAMES))) == GIF_FRAMES and max(evenly(1000, GIF_FRAMES)) == 1000
+    assert evenly(3, GIF_FRAMES) == [1, 2, 3]
 
 
 def test_all_outputs_together_show_the_same_pictures(fastddpm, place, model):

@@ -338,7 +338,7 @@ def moments(table, gains):
 def repaint_table(sampler, jump_length, resamplings, method):
     """The table of such an inpainting."""
     pair = torch.full((1, 1, 2), 0.5)
-    return sampler.planner.inpaint(pair, "right", "repaint", jump_length, resamplings, method, RunOptions()).table
+    return sampler.planner(method, RunOptions()).inpaint(pair, "right", "repaint", jump_length, resamplings).table
 
 
 @pytest.mark.parametrize("method", [Method("ddpm", variance="fixed_large"), Method(steps=100)], ids=["ddpm", "ddim"])

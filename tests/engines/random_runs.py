@@ -107,7 +107,7 @@ def loop(sampler, run, model, x_T, noise, timesteps, labels) -> torch.Tensor:
     if run.options["solver"] == "ddim":
         return reference.ddim_sample_loop(
             model, sampler.schedule, x_T, timesteps, eta=run.options["eta"], noise=noise, y=labels, clip=bound,
-            rederive_eps=run.options["clipped_eps"] == "rederive",
+            clipped_eps=run.options["clipped_eps"],
         )  # fmt: skip
     return reference.dpmpp_2m_sample_loop(model, sampler.schedule, x_T, timesteps, y=labels, clip=bound)
 

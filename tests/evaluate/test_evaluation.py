@@ -195,7 +195,7 @@ def test_gray_against_colour_is_compared_in_colour(sides, pooled, tmp_path):
     expected = numpy_statistics(np.repeat(GENERATED[..., None], 3, -1)), numpy_statistics(pictures(90, 8, 1, 1.0, 3))
     assert found.fd == pytest.approx(frechet_distance(*expected), rel=1e-6)
     with pytest.raises(ValueError, match="must have 1 channels, got 3"):
-        Evaluator(open_set(tmp_path / "c.npz"), pooled, channels=1).measure(sides[0])
+        Evaluator(open_set(tmp_path / "c.npz"), pooled.seeing(1)).measure(sides[0])
 
 
 def test_too_few_pictures_are_named(sides, pooled, tmp_path):
@@ -226,13 +226,14 @@ def test_what_cannot_be_compared_is_refused(sides, pooled, tmp_path):
         ({"metrics": []}, "got none"),
         ({"k": 0}, "k must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"channels": 2}, "channels must be 1 or 3, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             Evaluator(reference, pooled, **options)
+    with pytest.raises(ValueError, match="channels must be 1 or 3, got 2"):
+        pooled.seeing(2)
     inception = type(pooled)("inception", "", pooled.network, pooled.device, channels=3)
     with pytest.raises(ValueError, match="channels must be 3 for inception, got 1"):
-        Evaluator(reference, inception, channels=1)
+        inception.seeing(1)
 
 
 def test_memory_does_not_grow_with_the_pictures(pooled, tmp_path):

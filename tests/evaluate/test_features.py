@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.evaluate import inception, load_features
-from fastddpm.evaluate.features import INCEPTION_SHA256, sha256
+from fastddpm.evaluate.features import INCEPTION_SHA256
+from fastddpm.files import sha256
 from tests.evaluate.common import Pooled, scripted
 
 BATCH = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

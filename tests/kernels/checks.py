@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import torch
 
-from fastddpm.kernels import COLUMNS, Alphas, Draw, p_sample, q_sample, q_sample_reference
+from fastddpm.kernels import COLUMNS, Draw, Levels, p_sample, q_sample, q_sample_reference
 from fastddpm.kernels.p_sample import P_SAMPLE_RTOL
 from fastddpm.kernels.philox import LIKELIHOOD, NORMALS_ATOL
 from fastddpm.kernels.q_sample import Q_SAMPLE_RTOL
@@ -114,7 +114,7 @@ def check_identity(device: str = "cpu") -> None:
 
 
 def q_arguments(shape, source, given, device="cpu", seed=0):
-    """x₀, t, alphas and noise of `q_sample`: `source` is float or uint8, ε is given or made."""
+    """x₀, t, levels and noise of `q_sample`: `source` is float or uint8, ε is given or made."""
     g = torch.Generator().manual_seed(seed)
     batch = shape[0]
     if source == "uint8":
@@ -123,20 +123,20 @@ def q_arguments(shape, source, given, device="cpu", seed=0):
         x = torch.randn(shape, generator=g)
     t = (torch.arange(batch) * 7 + 9) % 10
     angles = torch.linspace(0, torch.pi / 2, 10)
-    alphas = Alphas(angles.cos().to(device), angles.sin().to(device))
+    levels = Levels(angles.cos().to(device), angles.sin().to(device))
     numbers = torch.arange(batch, device=device)
     noise = torch.randn(shape, generator=g).to(device) if given else Draw(numbers - 2**63, numbers + 2**33, LIKELIHOOD)
-    return x.to(device), t.to(device), alphas, noise
+    return x.to(device), t.to(device), levels, noise
 
 
 def check_q_sample(shape, source, given, device="cpu") -> None:
     """The op against its reference, which is itself checked against float64."""
-    arguments, (x, t, alphas, noise) = q_arguments(shape, source, given, device), q_arguments(shape, source, given)
-    want, want_eps = q_sample_reference(x, t, alphas, noise)
+    arguments, (x, t, levels, noise) = q_arguments(shape, source, given, device), q_arguments(shape, source, given)
+    want, want_eps = q_sample_reference(x, t, levels, noise)
     got, eps = q_sample(*arguments)
     assert got.dtype == eps.dtype == torch.float32 and got.shape == eps.shape == shape
     x = x.double() / 127.5 - 1 if source == "uint8" else x.double()
-    signal, spread = (table[t].double().reshape(-1, 1, 1, 1) for table in alphas)
+    signal, spread = (table[t].double().reshape(-1, 1, 1, 1) for table in levels)
     size = (signal * x).abs() + (spread * want_eps).abs() + signal
     assert_within(eps.cpu(), want_eps, np.zeros(shape), 0.0, "eps")
     assert_within(got.cpu(), want, size.numpy(), Q_SAMPLE_RTOL, "x_t")
@@ -147,22 +147,22 @@ def check_q_sample(shape, source, given, device="cpu") -> None:
 
 def check_gradients(device: str = "cpu") -> None:
     """Gradients of a float x₀ and a given ε are √ᾱ and √(1−ᾱ) times what comes in; ε's own is passed on."""
-    x, t, alphas, eps = q_arguments((3, 2, 5, 5), "float", True, device)
+    x, t, levels, eps = q_arguments((3, 2, 5, 5), "float", True, device)
     x.requires_grad_(True)
     eps.requires_grad_(True)
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device)
-    x_t, same = q_sample(x, t, alphas, eps)
+    x_t, same = q_sample(x, t, levels, eps)
     ((x_t * weight).sum() + (same * 3).sum()).backward()
-    torch.testing.assert_close(x.grad, alphas.signal[t].reshape(-1, 1, 1, 1) * weight)
-    torch.testing.assert_close(eps.grad, alphas.spread[t].reshape(-1, 1, 1, 1) * weight + 3)
+    torch.testing.assert_close(x.grad, levels.signal[t].reshape(-1, 1, 1, 1) * weight)
+    torch.testing.assert_close(eps.grad, levels.spread[t].reshape(-1, 1, 1, 1) * weight + 3)
 
     x.grad = None
-    x_t, made = q_sample(x, t, alphas, Draw(t, t))
+    x_t, made = q_sample(x, t, levels, Draw(t, t))
     (x_t * weight).sum().backward()
-    torch.testing.assert_close(x.grad, alphas.signal[t].reshape(-1, 1, 1, 1) * weight)
+    torch.testing.assert_close(x.grad, levels.signal[t].reshape(-1, 1, 1, 1) * weight)
 
     def once(argument: torch.Tensor) -> torch.Tensor:
-        return q_sample(argument, t, alphas, eps.detach())[0]
+        return q_sample(argument, t, levels, eps.detach())[0]
 
     # The op is linear in x₀, so a wide step of the finite differences costs no accuracy in float32.
     with warnings.catch_warnings():

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastddpm.kernels import Alphas, Draw, Operands, p_sample, q_sample
+from fastddpm.kernels import Draw, Levels, Operands, p_sample, q_sample
 from tests.kernels.cases import make_case
 from tests.kernels.checks import check_p_sample, check_q_sample, q_arguments
 from tests.kernels.norm_cases import TERMS, call, check_norm, norm_case
@@ -21,14 +21,14 @@ def all_calls():
     """Each op's name, the function and its arguments by name."""
     case = make_case((3, 2, 4, 4), torch.bfloat16, ("history",))
     yield "p_sample", lambda **given: p_sample(Operands(**given)), case.positional | case.options
-    x, t, alphas, draw = q_arguments((3, 2, 4, 4), "uint8", False)
-    tensors = {"x_start": x, "t": t, **alphas._asdict(), "seed": draw.seed, "sample_id": draw.sample_id}
+    x, t, levels, draw = q_arguments((3, 2, 4, 4), "uint8", False)
+    tensors = {"x_start": x, "t": t, **levels._asdict(), "seed": draw.seed, "sample_id": draw.sample_id}
     yield "q_sample", noised, tensors
     yield "add_group_norm", call, norm_case((2, 16, 4, 6), 2, TERMS["everything, add"])
 
 
 def noised(x_start, t, signal, spread, seed, sample_id):
-    return q_sample(x_start, t, Alphas(signal, spread), Draw(seed, sample_id))
+    return q_sample(x_start, t, Levels(signal, spread), Draw(seed, sample_id))
 
 
 def by_compile(function, tensors) -> str:

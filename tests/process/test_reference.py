@@ -45,7 +45,8 @@ def test_reverse_gaussian_and_bound_equal_openai(peer):
         close(p.log_variance, log_variance)
         close(p.variance, log_variance.exp())
         # In float32 as there: far from the mean, differences of Φ vanish in float32 and meet the floor of 1e-12.
-        bound = likelihood.vlb_terms(schedule, x_start.float(), x_t.float(), t, out.float(), clip=1.0)
+        p = reference.p_mean_variance(schedule, out.float(), x_t.float(), t, variance="learned_range", clip=1.0)
+        bound = likelihood.vlb_terms(schedule, x_start.float(), x_t.float(), t, p)
         close(bound, data["fwd/vb"][k], rtol=1e-4)
 
 
@@ -127,6 +128,11 @@ def batch(schedule, C=2, seed=0):
     return x_start, eps, t, schedule.q_sample(x_start, t, eps)
 
 
+def vlb(schedule, x_start, x_t, t, out):
+    p = reference.p_mean_variance(schedule, out, x_t, t, variance="learned_range", clip=None)
+    return likelihood.vlb_terms(schedule, x_start, x_t, t, p)
+
+
 @pytest.mark.parametrize("prediction", ["eps", "x_start", "v"])
 def test_a_perfect_network_has_no_simple_loss_and_a_wrong_one_its_square(prediction):
     schedule = NoiseSchedule.cosine(100)
@@ -141,33 +147,24 @@ def test_a_perfect_small_variance_network_has_no_kl():
     schedule = NoiseSchedule.cosine(100)
     x_start, eps, t, x_t = batch(schedule)
     out = torch.cat([eps, -torch.ones_like(eps)], dim=1)
-    bound = likelihood.vlb_terms(schedule, x_start, x_t, t, out)
+    bound = vlb(schedule, x_start, x_t, t, out)
     assert bound[1:].abs().max() < 1e-9
     assert bound[0] > 0
 
 
-def test_hybrid_loss_trains_the_mean_by_the_simple_part_alone():
+def test_the_bound_trains_the_variance_alone_and_the_simple_loss_the_mean():
     schedule = NoiseSchedule.cosine(100)
     x_start, eps, t, x_t = batch(schedule)
     generator = torch.Generator().manual_seed(1)
     out = torch.randn(4, 4, 3, 3, generator=generator, dtype=F64, requires_grad=True)
-    (hybrid,) = torch.autograd.grad(losses.hybrid_loss(schedule, x_start, x_t, t, eps, out), out)
+    loss, whole = losses.variance_loss(schedule, x_start, x_t, t, out), vlb(schedule, x_start, x_t, t, out)
+    torch.testing.assert_close(loss, schedule.T * whole)
+    (stopped,) = torch.autograd.grad(loss.mean(), out)
     (simple,) = torch.autograd.grad(losses.simple_loss(schedule, x_start, t, eps, out).mean(), out)
-    (bound,) = torch.autograd.grad(likelihood.vlb_terms(schedule, x_start, x_t, t, out).mean(), out)
-    torch.testing.assert_close(hybrid[:, :2], simple[:, :2])
-    assert simple[:, 2:].abs().max() == 0
+    (bound,) = torch.autograd.grad(whole.mean(), out)
+    assert simple[:, 2:].abs().max() == 0 and stopped[:, :2].abs().max() == 0
     assert bound[:, :2].abs().max() > 0  # what is stopped
-    torch.testing.assert_close(hybrid[:, 2:], 1e-3 * schedule.T * bound[:, 2:])
-
-
-def test_hybrid_loss_is_the_weighted_sum():
-    schedule = NoiseSchedule.linear(50)
-    x_start, eps, t, x_t = batch(schedule)
-    out = torch.cat([0.5 * eps, 0.1 * eps], dim=1)
-    simple = losses.simple_loss(schedule, x_start, t, eps, out).mean()
-    bound = likelihood.vlb_terms(schedule, x_start, x_t, t, out).mean()
-    hybrid = losses.hybrid_loss(schedule, x_start, x_t, t, eps, out, vlb_weight=0.02)
-    torch.testing.assert_close(hybrid, simple + 0.02 * 50 * bound)
+    torch.testing.assert_close(stopped[:, 2:], schedule.T * bound[:, 2:])
 
 
 # ------------------------------------------------------------------ the reverse process

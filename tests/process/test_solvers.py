@@ -289,7 +289,7 @@ def test_ddim_equals_the_textbook(prediction, eta, clipped_eps, clip):
         noise=z,
         prediction=prediction,
         clip=clip,
-        rederive_eps=clipped_eps == "rederive",
+        clipped_eps=clipped_eps,
     )
     same_run(run_table(table, model, x_T, z), expected)
 

@@ -21,12 +21,12 @@ RUN = RunOptions(seed=5, class_labels=1)
 def plans(sampler: Sampler) -> list[Plan]:
     """A plain run, one from pictures, and two with jumps, three samples each; all in a form that knows of masks."""
     images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    planner, plain = sampler.planner, Method("dpmpp_2m", steps=7)
+    plain = Method("dpmpp_2m", steps=7)
     made = [
         Plan(sampler.table(plain), make_request(sampler.spec, sampler.device, 3, RUN), RUN),
-        planner.img2img(images, 0.6, Method("ddpm", steps=12), RUN),
-        planner.inpaint(images, "left", "repaint", 2, 3, Method(steps=6), RUN),
-        planner.inpaint(images, "middle", "repaint", 3, 2, Method("ddpm", steps=8), RUN),
+        sampler.planner(Method("ddpm", steps=12), RUN).img2img(images, 0.6),
+        sampler.planner(Method(steps=6), RUN).inpaint(images, "left", "repaint", 2, 3),
+        sampler.planner(Method("ddpm", steps=8), RUN).inpaint(images, "middle", "repaint", 3, 2),
     ]
     empty = {"known": torch.full((3, 1, 8, 8), 7.0), "mask": torch.ones(3, 1, 8, 8)}
     for i in (0, 1):

@@ -7,6 +7,7 @@ import torch
 
 from fastddpm.engines.runner import StepRunner
 from fastddpm.sampler import Sampler
+from fastddpm.step.request import RunOptions, make_request
 from fastddpm.step.state import State
 from fastddpm.step.step import Step, StepForm
 from tests.networks import tiny_sampler
@@ -133,9 +134,10 @@ def test_a_history_is_kept_only_where_somebody_reads_it():
     assert not StepForm.of(sampler.spec, ddim).history
     assert StepForm.of(sampler.spec, multistep).history
     assert StepForm.of(conditioned, ddim).history
-    assert StepForm.of(sampler.spec, ddim, previews=True).history == 1
-    third = sampler.table(solver="dpmpp_3m", steps=4)
-    assert StepForm.of(sampler.spec, third, previews=True).history == 2
+    looked_at = make_request(sampler.spec, sampler.device, 1, RunOptions(class_labels=0, callback=print))
+    for table, depth in ((ddim, 1), (multistep, 1), (sampler.table(solver="dpmpp_3m", steps=4), 2)):
+        with sampler.stepper.undisturbed(), sampler.stepper.call(table, looked_at) as call:
+            assert call.step.form.history == depth
     for depth, kept in enumerate(((), ("history",), ("history", "history2"))):
         assert [name for name in StepForm(history=depth).names if "history" in name] == list(kept)
     with pytest.raises(ValueError, match="history must be at least 1 for a self-conditioned network, got 0"):

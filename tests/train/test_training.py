@@ -25,7 +25,7 @@ from fastddpm.process.noise import normals
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.sampler import Sampler
 from fastddpm.train.loop import TrainConfig, Trainer
-from fastddpm.train.losses import simple_loss
+from fastddpm.train.losses import simple_loss, variance_loss
 from tests.tiny import SPEC, UNET, T, environment, pictures, unconditional
 
 pytestmark = pytest.mark.usefixtures("single_thread")  # sums in one order are equal bit for bit
@@ -86,10 +86,11 @@ def test_learned_variance_trains_and_its_checkpoint_samples(tmp_path):
     assert not torch.equal(sampler.sample(1, solver="ddpm", progress=False), torch.zeros(1, 1, 8, 8))
 
 
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
 @pytest.mark.parametrize("prediction", ["eps", "x_start", "v"])
-def test_the_loss_is_the_textbooks(tmp_path, prediction):
+def test_the_loss_is_the_textbooks(tmp_path, prediction, variance):
     """The loop's loss at its own timesteps and noise, against the schedule's and the losses' own functions."""
-    unet, spec = unconditional(prediction=prediction)
+    unet, spec = unconditional(prediction=prediction, variance=variance)
     run = trainer(tmp_path, unet=unet, spec=spec)
     for parameter in run.network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -98,8 +99,11 @@ def test_the_loss_is_the_textbooks(tmp_path, prediction):
     eps = normals(torch.zeros(16, dtype=torch.int64), numbers, t + TRAINING, (1, 8, 8))
     x_start = images.float() / 127.5 - 1
     with torch.no_grad():
-        out = run.network(run.schedule.q_sample(x_start, t, eps), t)
+        x_t = run.schedule.q_sample(x_start, t, eps)
+        out = run.network(x_t, t)
         expected = simple_loss(run.schedule, x_start, t, eps, out, prediction).mean()
+        if spec.learned_variance:
+            expected += run.config.vlb_weight * variance_loss(run.schedule, x_start, x_t, t, out, prediction).mean()
         assert float(run.loss(images, t, None, numbers)) == pytest.approx(float(expected), rel=1e-5)
 
 
