@@ -106,7 +106,7 @@ def test_what_a_section_started_ends_with_it(tmp_path):
         child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
         open(sys.argv[1] + "/pid", "w").write(str(child.pid))
         time.sleep(600)"""
-    (outcome,) = gpu.run_stage({"trace": [sys.executable, "-S", "-c", code, str(tmp_path)]}, tmp_path, 5)
+    (outcome,) = gpu.run_stage({"trace": [sys.executable, "-S", "-c", code, str(tmp_path)]}, tmp_path, 2)
     assert not outcome.ok
     child = int((tmp_path / "pid").read_text())
     assert gone(child)
