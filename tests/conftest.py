@@ -1,5 +1,6 @@
 """What every test shares: the markers' skip logic and hypothesis' profile."""
 
+import functools
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+import typer.main
 from hypothesis import settings
 
 from tests.command_line import Result
@@ -52,6 +54,12 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@functools.cache
+def parser(app: typer.Typer, markup: str | None, make: Callable[[typer.Typer], object]) -> object:
+    """The command line's parser: making it takes longer than most commands of the tests."""
+    return make(app)
+
+
 @pytest.fixture
 def fastddpm(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], single_thread: None
@@ -59,6 +67,8 @@ def fastddpm(
     """Run the command line in this process."""
     from fastddpm import cli
 
+    make = typer.main.get_command
+    monkeypatch.setattr(typer.main, "get_command", lambda app: parser(app, app.rich_markup_mode, make))
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("FASTDDPM_TRACEBACK", raising=False)
 
