@@ -1,5 +1,6 @@
 """What every test shares: the markers' skip logic and hypothesis' profile."""
 
+import functools
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+import typer.main
 from hypothesis import settings
 
 from tests.command_line import Result
@@ -52,6 +54,12 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@functools.cache
+def parser(app: typer.Typer, markup: str | None, make: Callable[[typer.Typer], object]) -> object:
+    """The command line's parser: making it takes longer than most commands of the tests."""
+    return make(app)
+
+
 @pytest.fixture
 def fastddpm(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], single_thread: None
@@ -59,6 +67,8 @@ def fastddpm(
     """Run the command line in this process."""
     from fastddpm import cli
 
+    make = typer.main.get_command
+    monkeypatch.setattr(typer.main, "get_command", lambda app: parser(app, app.rich_markup_mode, make))
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("FASTDDPM_TRACEBACK", raising=False)
 
@@ -81,9 +91,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 DEAR = (
-    "export/test_onnx_export.py", "checkpoints/test_lucidrains.py", "engines/test_ahead_of_time.py", "cli/test_cli.py",
-    "kernels/test_interpreter.py", "bench/test_bench.py", "engines/test_gpu_path.py", "test_readme.py", "test_docs.py",
-    "export/test_onnx_cli.py", "kernels/test_aot.py", "engines/test_random_runs.py", "train/test_training.py",
+    "kernels/test_interpreter.py", "export/test_onnx_export.py", "bench/test_bench.py",
+    "checkpoints/test_lucidrains.py",
+    "cli/test_cli.py", "kernels/test_aot.py", "test_sampler.py", "engines/test_gpu_path.py", "test_readme.py",
+    "kernels/test_group_norm.py", "test_shipped.py", "engines/test_ahead_of_time.py", "test_docs.py",
+    "export/test_onnx_cli.py", "train/test_training.py", "checkpoints/test_dialect_files.py", "kernels/test_lazy.py",
 )  # fmt: skip
 """The files that take longest, the longest first: they are begun first, so that processes side by side end together."""
 

@@ -47,17 +47,17 @@ def one_level_sampler(T: int = 40, **options: object) -> Sampler:
 class TwoLayers(nn.Module):
     """A network of somebody's own, told of time and class: what takes long with a U-Net is quick with it."""
 
-    def __init__(self) -> None:
-        """Random weights, always the same."""
+    def __init__(self, in_channels: int = 1) -> None:
+        """Random weights, always the same; channels beyond the first are a condition's."""
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.last = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 1, 3, padding=1)
+        self.first, self.last = nn.Conv2d(in_channels, 16, 3, padding=1), nn.Conv2d(16, 1, 3, padding=1)
         self.classes = nn.Embedding(4, 16)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The output for x [B, 1, H, W], t [B] and y [B]."""
+        """The output for x [B, C, H, W], t [B] and y [B]."""
         told = (self.classes(y) + t[:, None] / 400)[:, :, None, None]
-        return 0.5 * x + 0.5 * self.last(torch.tanh(self.first(x) + told))
+        return 0.5 * x[:, :1] + 0.5 * self.last(torch.tanh(self.first(x) + told))
 
 
 def two_layers_sampler(T: int = 40, **options: object) -> Sampler:

@@ -377,12 +377,17 @@ def test_the_steps_alone_are_those_of_a_sample(model):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the package openvino")
-def test_other_runtimes_draw_the_same_pictures(tmp_path):
+@pytest.mark.parametrize(
+    "runtimes",
+    [("openvino", "onnxruntime"), pytest.param(("openvino-bf16",), marks=pytest.mark.slow)],
+    ids=["fp32", "bf16"],
+)
+def test_other_runtimes_draw_the_same_pictures(tmp_path, runtimes):
     pytest.importorskip("diffusers")
     one_level = dataclasses.replace(tiny.UNET, channels=(8,), attention=(True,))  # is exported in half the time
     job = job_of(tiny.save_checkpoint(tmp_path / "model", one_level), tmp_path)
     drawn = {}
-    for name in ("reference", "openvino", "openvino-bf16", "onnxruntime"):
+    for name in ("reference", *runtimes):
         worker = Worker(name)
         answer = worker.answer({"do": "load", "job": dataclasses.asdict(job)})
         assert answer["ok"], answer

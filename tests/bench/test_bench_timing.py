@@ -1,5 +1,6 @@
 """Times, peaks, kernels and a GPU's sections: on this machine's clock, and through fakes of what only a GPU has."""
 
+import dataclasses
 import json
 import time
 
@@ -254,8 +255,15 @@ def test_a_case_that_fails_stops_no_other(monkeypatch):
 
 
 def test_steps_section(monkeypatch):
-    """Ours in two precisions, diffusers, diffusers under torch.compile and the textbook, in one process."""
+    """Ours in two precisions, diffusers, diffusers under torch.compile and the textbook, in one process.
+
+    `test_bench.py` has them in processes of their own, each of which imports everything anew.
+    """
     pytest.importorskip("diffusers")
+    settings = sections._settings
+    monkeypatch.setattr(
+        sections, "_settings", lambda *given: dataclasses.replace(settings(*given), local=True, side_by_side=1)
+    )
     found = plain(sections.measure_steps("cpu", sections.networks(dry=True), dry=True))
     for one in found["networks"][0]["batches"]:
         timed = {peer["peer"] for peer in one["peers"] if peer["seconds"]}

@@ -93,7 +93,7 @@ def run(out, monkeypatch, minutes):
 
 def test_a_section_that_fails_or_takes_too_long_stops_no_other(tmp_path, monkeypatch):
     (tmp_path / "kernels.json").write_text('{"ok": true, "says": "of an earlier run"}')
-    outcomes = run(tmp_path, monkeypatch, 0.2)
+    outcomes = run(tmp_path, monkeypatch, 0.1)
     assert ended(outcomes) == [("doctor", False), ("tests", False), ("kernels", False), ("trace", True)]
     assert outcomes[0].says == "exit code 1: out of luck" and outcomes[2].says == "exit code 3: reason"
     assert "that it may take; by then: well | done" in outcomes[1].says and outcomes[1].seconds < 30
@@ -106,7 +106,7 @@ def test_what_a_section_started_ends_with_it(tmp_path):
         child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
         open(sys.argv[1] + "/pid", "w").write(str(child.pid))
         time.sleep(600)"""
-    (outcome,) = gpu.run_stage({"trace": [sys.executable, "-S", "-c", code, str(tmp_path)]}, tmp_path, 5)
+    (outcome,) = gpu.run_stage({"trace": [sys.executable, "-S", "-c", code, str(tmp_path)]}, tmp_path, 2)
     assert not outcome.ok
     child = int((tmp_path / "pid").read_text())
     assert gone(child)

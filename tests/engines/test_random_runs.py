@@ -35,7 +35,6 @@ def orders(run):
     return st.permutations(range(len(run.ids)))
 
 
-@hypothesis.settings(max_examples=100)
 @given(data=st.data())
 def test_eager_runs_are_the_textbooks(plain, data):
     run = data.draw(runs(T))
@@ -43,7 +42,6 @@ def test_eager_runs_are_the_textbooks(plain, data):
     check(plain, plain, run, order, data.draw(st.sampled_from([None, 1, 3])))
 
 
-@hypothesis.settings(max_examples=40)
 @given(data=st.data())
 def test_replayed_runs_are_the_textbooks(graphs, plain, data):
     run = data.draw(runs(T, n=2, guided=data.draw(st.booleans())))

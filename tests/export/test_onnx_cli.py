@@ -27,12 +27,12 @@ def run(arguments, folder):
     return subprocess.run(arguments, cwd=folder, env=tiny.environment(), capture_output=True, text=True, check=False)
 
 
-def grids(fastddpm, folder, *options):
-    """The example's grid and the command line's, of the shipped model."""
-    good(fastddpm("export", "mnist", "digits.onnx", "--what", "chain"))
+def grids(fastddpm, folder, model, *options):
+    """The example's grid and the command line's."""
+    good(fastddpm("export", model, "digits.onnx", "--what", "chain"))
     done = run([sys.executable, EXAMPLE, "digits.onnx", *options], folder)
     assert done.returncode == 0, done.stderr
-    good(fastddpm("sample", "mnist", *options, "--grid", "reference.png"))
+    good(fastddpm("sample", model, *options, "--grid", "reference.png"))
     return [np.asarray(Image.open(folder / name)).astype(int) for name in ("grid.png", "reference.png")]
 
 
@@ -42,13 +42,13 @@ def check_grids(grid, reference):
     assert (grid != reference).mean() < 1e-3
 
 
-def test_example_draws_what_sample_draws(fastddpm, place):
-    check_grids(*grids(fastddpm, place, "--n", "4", "--seed", "3"))
+def test_example_draws_what_sample_draws(fastddpm, place, checkpoint):
+    check_grids(*grids(fastddpm, place, checkpoint, "--n", "4", "--seed", "3"))
 
 
 @pytest.mark.slow
 def test_example_draws_what_sample_draws_by_default(fastddpm, place):
-    check_grids(*grids(fastddpm, place))
+    check_grids(*grids(fastddpm, place, "mnist"))
 
 
 def test_example_needs_neither_torch_nor_fastddpm():

@@ -7,15 +7,17 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from fastddpm import OnnxSampler, Sampler, export_onnx
-from tests.networks import tiny_sampler
+from tests.networks import tiny_sampler, two_layers_sampler
 
 ASKED = {"seed": 3, "class_labels": [0, 2, 1], "output": "raw"}
+MAKE = {"two layers": two_layers_sampler, "U-Net": tiny_sampler}
 
 
-@pytest.fixture(scope="module")
-def sampler():
-    tiny = tiny_sampler()
-    return Sampler(tiny.model, tiny.schedule, tiny.spec, device="cpu", engine="eager")
+@pytest.fixture(scope="module", params=["two layers", pytest.param("U-Net", marks=pytest.mark.slow)])
+def sampler(request):
+    """Of a network of two layers, because tracing a U-Net takes long."""
+    made = MAKE[request.param]()
+    return Sampler(made.model, made.schedule, made.spec, device="cpu", engine="eager")
 
 
 @pytest.fixture(scope="module")

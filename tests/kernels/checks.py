@@ -161,10 +161,12 @@ def check_gradients(device: str = "cpu") -> None:
     (x_t * weight).sum().backward()
     torch.testing.assert_close(x.grad, levels.signal[t].reshape(-1, 1, 1, 1) * weight)
 
+    part, given = (value.detach()[..., :2, :2].clone() for value in (x, eps))  # each element costs two calls
+
     def once(argument: torch.Tensor) -> torch.Tensor:
-        return q_sample(argument, t, levels, eps.detach())[0]
+        return q_sample(argument, t, levels, given)[0]
 
     # The op is linear in x₀, so a wide step of the finite differences costs no accuracy in float32.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Input #0 requires gradient and is not a double precision")
-        assert torch.autograd.gradcheck(once, x.detach().requires_grad_(True), eps=0.5, atol=1e-3, rtol=1e-3)
+        assert torch.autograd.gradcheck(once, part.requires_grad_(True), eps=0.5, atol=1e-3, rtol=1e-3)

@@ -84,6 +84,7 @@ class CommonContract:
     def test_from_save_pretrained(self, kind, tmp_path):
         self.check_reloaded(kind, tmp_path, 1)
 
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::DeprecationWarning:numpy")
     def test_compatibles(self, kind):
         scheduler = self.make(kind)
         assert scheduler.compatibles

@@ -56,11 +56,17 @@ def test_shapes(shape, groups, skip, terms):
 
 
 @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS.keys())
-@pytest.mark.parametrize("plan", [Plan(1, 8, 16, 3, 3), Plan(4, 32, 64, 2, 2)], ids=str)
-def test_groups_are_shared_out(monkeypatch, plan, terms):
+@pytest.mark.parametrize(
+    ("plan", "channels", "groups", "skip"),
+    [
+        pytest.param(Plan(1, 8, 16, 3, 3), 12, 2, 4, id="a group to a program"),
+        pytest.param(Plan(4, 32, 64, 2, 2), 24, 4, 8, id="four groups to a program"),
+    ],
+)
+def test_groups_are_shared_out(monkeypatch, plan, channels, groups, skip, terms):
     """Several tiles to a program, the last one partly or not at all there."""
     monkeypatch.setattr(group_norm_triton, "plan_for", lambda *_: plan)
-    check_norm(norm_case((2, 24, 9, 15), 4, terms))
+    check_norm(norm_case((2, channels, 9, 15), groups, terms, skip_channels=skip))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

@@ -15,12 +15,20 @@ SIZES = [
 """The dtype is that of one operand as it is read, so each shape is seen with one of them."""
 
 
-@pytest.fixture(params=["hardware's formulas", "portable formulas"])
+FORMULAS = ("hardware's formulas", "portable formulas")
+
+
+@pytest.fixture(params=FORMULAS)
 def formulas(request, monkeypatch):
     """Both ways to make normals: NVIDIA's (with NumPy in the place of its instructions) and the portable one."""
-    nvidia = request.param.startswith("hardware")
+    nvidia = request.param == FORMULAS[0]
     for module in (p_sample_triton, q_sample_triton):
         monkeypatch.setattr(module, "approximations", lambda: nvidia)
+
+
+def makes_noise(options):
+    """Whether the kernel makes the noise itself: only then is there more than one formula."""
+    return not {"deterministic", "noise", "one_noise_row"} & set(options)
 
 
 def test_cpu_tensors_reach_the_kernels():
@@ -28,9 +36,16 @@ def test_cpu_tensors_reach_the_kernels():
     assert dispatch.runs_triton("cpu")
 
 
-@pytest.mark.usefixtures("formulas")
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_p_sample_options(options):
+@pytest.mark.parametrize(
+    ("formulas", "options"),
+    [
+        pytest.param(formulas, options, id=f"{formulas}-{name}")
+        for name, options in OPTIONS.items()
+        for formulas in (FORMULAS if makes_noise(options) else FORMULAS[:1])
+    ],
+    indirect=["formulas"],
+)
+def test_p_sample_options(formulas, options):
     checks.check_p_sample(make_case((7, 3, 4, 4), torch.bfloat16, options))
 
 
