@@ -7,9 +7,11 @@ and neither keeps spinning when a call is over.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,7 +149,7 @@ class OpenVino:
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": "NO",
         }
-        with refused(self.name):
+        with refused(self.name), signal_stack_kept():
             model = _core().read_model(str(path))
             model.reshape({name: list(value.shape) for name, value in feeds.items() if name in _inputs(model)})
             return _OpenVinoBody(_core().compile_model(model, "CPU", settings), feeds)
@@ -177,6 +179,36 @@ def _core() -> Any:  # noqa: ANN401 - a class without types
     """OpenVINO, once per process."""
     ov: Any = importlib.import_module("openvino")
     return ov.Core()
+
+
+class SignalStack(ctypes.Structure):
+    """`stack_t` of Linux: where this thread's signal handlers run if not on its own stack."""
+
+    _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+def signal_stack(new: SignalStack | None = None) -> SignalStack:
+    """This thread's stack for signals, and another one from now on if it is given."""
+    before = SignalStack()
+    ctypes.CDLL(None).sigaltstack(None if new is None else ctypes.byref(new), ctypes.byref(before))
+    return before
+
+
+@contextlib.contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """Give this thread its stack for signals back after the block.
+
+    OpenVINO sets one of its own, which leaves 8 KiB where a processor has a matrix unit, and Python's handler with what
+    the dynamic linker does in it may need more: a Ctrl-C then ends the process.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    before = signal_stack()
+    try:
+        yield
+    finally:
+        signal_stack(before)
 
 
 @contextlib.contextmanager

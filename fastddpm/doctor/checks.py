@@ -13,6 +13,7 @@ import torch
 from fastddpm.common.wording import first_line
 from fastddpm.doctor import engines, gpu, installation, kernels
 from fastddpm.doctor.surroundings import ProblemError, check_device
+from fastddpm.kernels import amx_conv
 
 
 def _on_cpu(device: torch.device) -> bool:
@@ -21,6 +22,10 @@ def _on_cpu(device: torch.device) -> bool:
 
 def _on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
+
+
+def _on_matrix_unit(device: torch.device) -> bool:
+    return _on_cpu(device) and amx_conv.is_there()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,7 @@ CHECKS = (
     Check("q_sample", kernels.check_q_sample),
     Check("add_group_norm", kernels.check_add_group_norm),
     Check("winograd", kernels.check_winograd, _on_cpu),
+    Check("amx_conv", kernels.check_amx_conv, _on_matrix_unit),
     Check("engine eager", engines.check_eager),
     Check("one graph", engines.check_one_graph, _on_cpu),
     Check("engine compiled", engines.check_compiled),

@@ -15,10 +15,12 @@ from fastddpm.kernels import (
     Draw,
     Levels,
     Operands,
+    amx_conv,
     normals_reference,
     p_sample,
     philox4x32_reference,
     q_sample,
+    winograd,
 )
 from fastddpm.kernels.checks import OUT_DTYPES
 from fastddpm.kernels.group_norm import GROUP_NORM_RTOL, Norm, Projection, Terms, add_group_norm
@@ -27,7 +29,7 @@ from fastddpm.kernels.normals import native_normals, normals
 from fastddpm.kernels.p_sample import P_SAMPLE_RTOL
 from fastddpm.kernels.philox import NORMALS_ATOL
 from fastddpm.kernels.q_sample import Q_SAMPLE_RTOL
-from fastddpm.kernels.winograd import WINOGRAD_RTOL, pack, winograd_conv
+from fastddpm.kernels.winograd import WINOGRAD_RTOL
 
 SHAPE = (5, 3, 9, 7)
 """[B, C, H, W], odd, so that the last quads are not whole."""
@@ -125,18 +127,30 @@ def check_add_group_norm(device: torch.device) -> str:
 
 def check_winograd(device: torch.device) -> str:
     """The C kernel, compiled for this processor, against the direct convolution in float64."""
-    worst, generator = 0.0, torch.Generator().manual_seed(0)
-    channels, dtypes = 32, (torch.float32, torch.bfloat16)
-    weight = (torch.rand(64, channels, 3, 3, generator=generator) * 2 - 1) / (9 * channels) ** 0.5
-    bias = torch.randn(64, generator=generator)
+    worst, dtypes = 0.0, (torch.float32, torch.bfloat16)
     for dtype in dtypes:
-        x = torch.randn(2, channels, 13, 6, generator=generator).to(dtype)
-        want = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+        x, weight, bias, want = _convolution_case(dtype)
         low = 0.0 if dtype == torch.float32 else 2.0**-8 * want.abs()
-        got = winograd_conv(x, pack(weight), bias)
+        got = winograd.winograd_conv(x, winograd.pack(weight), bias)
         worst = max(worst, worst_error(got, want, WINOGRAD_RTOL * x.double().abs().max() + low + 0 * want,
                                 f"winograd, {_name(dtype)}"))  # fmt: skip
     return _passed(worst, dtypes)
+
+
+def check_amx_conv(device: torch.device) -> str:
+    """The matrix unit's convolution likewise; the weights are of its type too."""
+    x, weight, bias, want = _convolution_case(torch.bfloat16)
+    got = amx_conv.amx_conv(x, amx_conv.pack(weight), bias)
+    return _passed(worst_error(got, want, 2.0**-8 * want.abs() + 2.0**-18, "amx_conv"), (torch.bfloat16,))
+
+
+def _convolution_case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pictures and float32 weights of a layer, that bfloat16 holds too, its bias, and the result in float64."""
+    generator, channels = torch.Generator().manual_seed(0), 32
+    weight = (torch.rand(64, channels, 3, 3, generator=generator) * 2 - 1) / (9 * channels) ** 0.5
+    bias, weight = torch.randn(64, generator=generator), weight.bfloat16().float()
+    x = torch.randn(2, channels, 13, 6, generator=generator).to(dtype)
+    return x, weight, bias, F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
 
 
 def _update_case(dtype: torch.dtype, full: bool) -> dict[str, Tensor]:

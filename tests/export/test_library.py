@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -44,6 +46,30 @@ def test_the_pictures_are_those_of_eager_steps(other, options, guidance):
     got = other.sample(3, **asked)
     assert other.engine.used == other.engine.name and other.engine.why == "asked for"
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+_SIGNALS = """
+import faulthandler, signal
+faulthandler.enable()
+from fastddpm.export.runtimes import signal_stack
+from tests.networks import tiny_sampler
+from tests.engines.common import like
+before = signal_stack()
+like(tiny_sampler(), "openvino").sample(2, class_labels=1, steps=2)
+after = signal_stack()
+assert before.size > 0 and (before.address, before.size, before.flags) == (after.address, after.size, after.flags)
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@needs("openvino")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is put back")
+def test_signals_are_handled_where_they_were_before():
+    done = subprocess.run([sys.executable, "-c", _SIGNALS], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 def test_one_network_serves_all_solvers_and_steps(other, monkeypatch):
