@@ -13,9 +13,10 @@ from fastddpm.engines.background import Background
 from fastddpm.engines.choose import Engine
 from fastddpm.engines.compare import CompileError
 from fastddpm.engines.devices import describe_choices
-from fastddpm.kernels import kept
+from fastddpm.engines.fast_layers import Layer
+from fastddpm.kernels import amx_conv, kept
 from tests.engines.common import RUNS, like
-from tests.networks import one_level_sampler
+from tests.networks import SPEC, one_level_sampler, tiny_unet
 from tests.steps import begin, grow
 
 CPU = torch.device("cpu")
@@ -40,6 +41,24 @@ def test_a_compiled_step_calls_our_kernels_without_python(compiled, monkeypatch)
     package = max(cache.packages().values(), key=lambda path: path.stat().st_mtime)
     content = package.read_bytes()
     assert all(f"aoti_torch_cpu_{name}".encode() in content for name in ("add_group_norm_native", "normals"))
+    assert b"valloc" in content, "its weights do not begin with a line of the cache"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not amx_conv.is_there(), reason="a processor without AMX, or no C compiler")
+def test_a_compiled_step_in_bf16_runs_on_the_matrix_unit(own_cache, monkeypatch):
+    traced, convolve = [], amx_conv.amx_conv
+    monkeypatch.setattr(amx_conv, "amx_conv", lambda *arguments: traced.append(1) or convolve(*arguments))
+    monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))
+    unet = tiny_unet(channels=(32,), attention=(False,))
+    asked = {"seed": 5, "class_labels": [0, 2, 1], "steps": 3, "output": "raw"}
+    sampler = Sampler(unet, NoiseSchedule.linear(40), SPEC, device="cpu", engine="compiled", precision="bf16")
+    got = sampler.sample(3, **asked)
+    assert traced and sampler.engine.used == "compiled"
+    monkeypatch.setattr(amx_conv, "loaded", None)  # what would be called through Python
+    assert torch.equal(sampler.sample(3, **asked), got)
+    eager = like(sampler, "eager", precision="bf16").sample(3, **asked)
+    assert (got - eager).abs().mean() <= 2.0**-6 * eager.abs().mean()
 
 
 def test_large_ids_and_seeds(compiled):

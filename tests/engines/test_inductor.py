@@ -8,13 +8,14 @@ import pytest
 from torch._inductor.cpp_builder import CppBuilder
 
 from fastddpm.engines.inductor import own_folder, two_at_once
+from fastddpm.kernels.native import ALIGNED
 
 USUAL = ("a.wrapper.o", "a.kernel.o", "a.wrapper.so")
 
 
 class Part(CppBuilder):
     def __init__(self, target):
-        self.target = target
+        self.target, self._cflags_args = target, ""
 
     def get_target_file_path(self):
         return self.target
@@ -49,6 +50,14 @@ def test_the_wrapper_is_compiled_beside_the_kernel(built):
     assert built == ["a.kernel.o", "a.wrapper.o", "a.wrapper.so"]
     compile_all(USUAL[:1])
     assert built[-1] == "a.wrapper.o", "afterwards all is as it was"
+
+
+def test_the_wrapper_alone_is_told_how_to_ask_for_memory(built):
+    parts = [Part(target) for target in USUAL]
+    with two_at_once():
+        for part in parts:
+            part.build()
+    assert [str(ALIGNED) in part._cflags_args for part in parts] == [True, False, False]
 
 
 ODD = [("a.kernel.o", "a.wrapper.o", "a.so"), ("a.wrapper.o", "a.so"), ("a.so",)]
