@@ -11,7 +11,7 @@
  * of a row is that on the left of the next one. Where ROWS is no divisor of W, G = 2 or 4 pictures lie side by side if
  * that makes it one; else tiles go over the borders, whose results nobody stores.
  * The weights are packed as tiles, w[o / ROWS][c / PART][k][pair of channels][o % ROWS][2].
- * The sums are made in the same order whatever G, the place and the threads.
+ * The sums are made in the same order whatever G, the place and the threads. The unit takes denormal numbers for 0.
  */
 #include <stdint.h>
 
@@ -34,13 +34,17 @@
 #define CACHED (1 << 20) /* bytes of pictures spread out that stay in a core's second cache beside the weights */
 #define FEW_TIMES 4 /* blocks that weights are used for, under which fetching them ahead would only be in the way */
 
-int omp_get_thread_num(void);
+static int allowed; /* whether the system lends the tiles' registers: without its leave they end the process */
 
-/* Ask the system for the tiles' registers, for all threads of the process. Returns 0, or an error. */
+/* Ask the system for them, for all threads of the process. Returns 0, or an error. */
 int amx_start(void) {
     enum { REQUEST = 0x1023, TILE_DATA = 18 };
-    return (int)syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+    allowed = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return !allowed;
 }
+
+/* Some compilers' intrinsics for tiles do not tell that they read memory: what was written must be there by now. */
+static inline void memory_is_written(void) { __asm__ volatile("" : : : "memory"); }
 
 static void configure_tiles(void) {
     struct {
@@ -49,6 +53,7 @@ static void configure_tiles(void) {
         uint8_t rows[16];
     } tiles = {.palette = 1};
     for (int i = 0; i < 8; i++) tiles.bytes[i] = 2 * PART, tiles.rows[i] = ROWS;
+    __asm__ volatile("" : : "r"(&tiles) : "memory");
     _tile_loadconfig(&tiles);
 }
 
@@ -167,21 +172,21 @@ static void work(const layer *l, const uint16_t *spread, int64_t n, const int32_
     float sums[2][MOST * SUMS] __attribute__((aligned(64)));
     const int64_t size = l->C * TAPS * ROWS, blocks = (to - from + MOST - 1) / MOST, times = n * blocks;
     pending p = {0};
+    memory_is_written();
     w += 2 * o * size;
-    p.ahead = w + 2 * size, p.end = w + 4 * size, p.lines = times < FEW_TIMES ? 0 : (TILE / LINE * 2 + times - 1) / (2 * times);
+    p.ahead = w + 2 * size, p.end = w + 4 * size, p.lines = times < FEW_TIMES ? 0 : (TILE / LINE + times - 1) / times;
     for (int64_t g = 0; g < n; g++)
         for (int64_t left = blocks, at = from, tiles; left > 0; left--, at += tiles) {
             const uint16_t *a[MOST];
             tiles = (to - at + left - 1) / left;
             for (int64_t i = 0; i < tiles; i++) a[i] = spread + g * l->part * (l->C / PART) + start_of(l, at + i);
             for (int64_t half = 0; half < 2; half++) {
-                float *to = sums[half];
                 const uint16_t *own = w + half * size;
-                if (tiles == 4) product(4, l, a, own, to, &p);
-                else if (tiles == 3) product(3, l, a, own, to, &p);
-                else if (tiles == 2) product(2, l, a, own, to, &p);
-                else product(1, l, a, own, to, &p);
-                p.sums = to, p.bias = bias + o * PART + half * ROWS, p.pixels = pixels + at * ROWS;
+                if (tiles == 4) product(4, l, a, own, sums[half], &p);
+                else if (tiles == 3) product(3, l, a, own, sums[half], &p);
+                else if (tiles == 2) product(2, l, a, own, sums[half], &p);
+                else product(1, l, a, own, sums[half], &p);
+                p.sums = sums[half], p.bias = bias + o * PART + half * ROWS, p.pixels = pixels + at * ROWS;
                 p.y = y + g * l->G * l->H * l->W * l->O + o * PART + half * ROWS;
                 p.row = 0, p.rows = (int)tiles * ROWS;
             }
@@ -191,7 +196,7 @@ static void work(const layer *l, const uint16_t *spread, int64_t n, const int32_
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* y = conv(x) + bias. Returns 0, or 1 where there is no memory for the pictures spread out.
+/* y = conv(x) + bias. Returns 0, or 1 where there is no memory for the pictures spread out, or no unit to use.
  *
  * x [B,H,W,C] and y [B,H,W,O], bfloat16; bias [O], float32. C and O are multiples of PART.
  * Threads share out the pictures, of which each spreads out as many at a time as its cache holds, so that weights are
@@ -200,6 +205,7 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
  */
 int amx_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *y, int64_t B, int64_t H, int64_t W,
              int64_t C, int64_t O, int threads) {
+    if (!allowed) return 1;
     const layer l = layer_of(B, H, W, C, O);
     const int64_t groups = B / l.G, each = l.part * (C / PART), in = l.G * H * W * C, out = l.G * H * W * O;
     const int64_t cached = CACHED / (2 * each) > 1 ? CACHED / (2 * each) : 1;

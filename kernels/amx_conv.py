@@ -2,7 +2,8 @@
 
     y[b, o] = bias[o] + Σ_{c, i, j} w[o, c, i, j] · x[b, c, · + i − 1, · + j − 1]
 
-The products are exact, the sums float32, and the result is rounded once. The kernel is `amx_conv.c`.
+The products are exact, the sums float32, and the result is rounded once; denormal numbers count as 0. The
+kernel is `amx_conv.c`.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def amx_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
 
     Raises:
         TypeError: a tensor is of another type.
+        ValueError: the channels are not those of the weights.
         NativeError: the kernel does not run here.
     """
     x = x.contiguous(memory_format=torch.channels_last)
@@ -87,6 +89,9 @@ def _amx_conv(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
         raise TypeError(f"amx_conv: x must be bfloat16, the bias float32, got {x.dtype} and {bias.dtype}; convert them")
     (batch, channels, height, width), y = x.shape, _fake(x, packed, bias, threads)
     sizes = (batch, height, width, channels, bias.shape[0])
+    of_these = fits(channels, len(bias)) and packed.shape[:2] == (len(bias) // _ROWS, channels // PART)
+    if not of_these or not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"amx_conv: x must be channels-last with the weights' channels, got {[*x.shape]}; pack those")
     if loaded().amx_conv(*(tensor.data_ptr() for tensor in (x, packed, bias, y)), *sizes, threads):
         raise MemoryError("amx_conv: there must be memory for the pictures spread out, got none")
     return y

@@ -215,16 +215,6 @@ static void wide_apply(const source *s, int64_t from, int64_t to, const float *m
     if (s->half) wide_apply_of(s, from, to, mean, factor, offset, silu, y, 1);
     else wide_apply_of(s, from, to, mean, factor, offset, silu, y, 0);
 }
-#else
-static int is_wide(const source *s) { return s == 0; }
-static void wide_sums(const source *s, int64_t from, int64_t to, const float *shift, double *first, double *second,
-                      void *total) {
-    sums(s, from, to, shift, first, second, total);
-}
-static void wide_apply(const source *s, int64_t from, int64_t to, const float *mean, const float *factor,
-                       const float *offset, int silu, void *y) {
-    apply(s, from, to, mean, factor, offset, silu, y);
-}
 #endif
 
 typedef struct {
@@ -316,13 +306,24 @@ static void finish(const job *j, picture *p, int64_t parts) {
 static void sum_part(const job *j, const picture *p, int64_t k, int64_t part) {
     const int64_t C = j->own + j->rest, end = (k + 1) * part;
     double *first = p->partial + 2 * k * C;
-    (is_wide(&p->s) ? wide_sums : sums)(&p->s, k * part, end < j->P ? end : j->P, p->shift, first, first + C, p->total);
+#ifdef __AVX512F__
+    if (is_wide(&p->s)) {
+        wide_sums(&p->s, k * part, end < j->P ? end : j->P, p->shift, first, first + C, p->total);
+        return;
+    }
+#endif
+    sums(&p->s, k * part, end < j->P ? end : j->P, p->shift, first, first + C, p->total);
 }
 
 static void apply_part(const job *j, const picture *p, int64_t k, int64_t part) {
     const int64_t end = (k + 1) * part;
-    const source *s = &p->s;
-    (is_wide(s) ? wide_apply : apply)(s, k * part, end < j->P ? end : j->P, p->mean, p->factor, p->offset, j->silu, p->y);
+#ifdef __AVX512F__
+    if (is_wide(&p->s)) {
+        wide_apply(&p->s, k * part, end < j->P ? end : j->P, p->mean, p->factor, p->offset, j->silu, p->y);
+        return;
+    }
+#endif
+    apply(&p->s, k * part, end < j->P ? end : j->P, p->mean, p->factor, p->offset, j->silu, p->y);
 }
 
 static void whole_pictures(const job *j, int64_t from, int64_t to, char *memory) {

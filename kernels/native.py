@@ -20,7 +20,7 @@ from fastddpm.kernels.kept import cache_folder as cache_folder
 from fastddpm.kernels.kept import find, keep, sealed, unsealed
 
 ALIGNED = Path(__file__).with_name("aligned.h")
-"""A header for compiled steps."""
+"""What the code around compiled steps includes; no kernel does."""
 HEADERS = tuple(sorted(set(Path(__file__).parent.glob("*.h")) - {ALIGNED}))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno")
 _ops = torch.library.Library("fastddpm", "FRAGMENT")  # type: ignore[no-untyped-call]

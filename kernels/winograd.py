@@ -90,6 +90,7 @@ def winograd_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
 
     Raises:
         TypeError: x is of another type.
+        ValueError: the channels are not those of the weights.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     return torch.as_tensor(torch.ops.fastddpm.winograd_conv(x, packed, bias, torch.get_num_threads()))
@@ -100,6 +101,11 @@ def _winograd_conv(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Ten
         raise TypeError(f"winograd_conv: x must be float32 or bfloat16, the rest float32, got {x.dtype}; convert it")
     (batch, channels, height, width), y = x.shape, _fake(x, packed, bias, threads)
     sizes = (batch, height, width, channels, bias.shape[0])
+    of_these = fits(channels, len(bias)) and packed.shape[1:3] == (len(bias) // panel(), channels)
+    if not of_these or not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"winograd_conv: x must be channels-last with the weights' channels, got {[*x.shape]}; pack those"
+        )
     pointers = (tensor.data_ptr() for tensor in (x, packed, bias, y))
     if loaded()[0].winograd_conv(*pointers, *sizes, x.dtype == torch.bfloat16, threads):
         raise MemoryError("winograd_conv: there must be memory for the transformed tiles, got none")

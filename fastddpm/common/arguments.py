@@ -1,9 +1,10 @@
-"""Numbers that callers give, in whatever type they have them: Python's, NumPy's or PyTorch's."""
+"""What callers give: numbers in whatever type they have them (Python's, NumPy's, PyTorch's), and names of options."""
 
 from __future__ import annotations
 
 import operator
 import reprlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -88,3 +89,13 @@ def numbers(function: str, name: str, values: object) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"{function}: {name} must be numbers, got {reprlib.repr(values)}; convert them") from error
+
+
+def only_options(function: str, given: Mapping[str, object], kind: type) -> None:
+    """Refuse keywords that a TypedDict has not; Python does so itself only where they are spelled out.
+
+    Raises:
+        TypeError: there is one.
+    """
+    if foreign := ", ".join(sorted(given.keys() - kind.__annotations__.keys())):
+        raise TypeError(f"{function}: options must be {', '.join(kind.__annotations__)}, got {foreign}; mend the name")

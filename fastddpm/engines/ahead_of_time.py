@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import os
 import tempfile
 import time
 import warnings
@@ -239,6 +240,8 @@ def load_step(path: Path, key: str) -> StepFunction:
 @functools.cache
 def _keep_memory() -> None:
     """Have the C library keep what a step gives back for the next one, which asks for the same: new pages cost time."""
+    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
+        return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes

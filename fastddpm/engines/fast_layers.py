@@ -32,7 +32,7 @@ class PackedConv2d(nn.Module):
     """A 3×3 convolution with stride 1 and padding 1, by Winograd's F(4×4, 3×3) or on tiles of a matrix unit."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        """Take the weights of a convolution that `_takes` another way."""
+        """Take the weights of a convolution that `_is_candidate`."""
         super().__init__()
         self.tiled = _is_for_tiles(conv)
         self.register_buffer("packed", amx_conv.pack(conv.weight) if self.tiled else winograd.pack(conv.weight))

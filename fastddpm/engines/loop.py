@@ -159,7 +159,8 @@ class Loop:
     def _where_it_broke(self, batch: Request) -> FloatingPointError:
         """Run a batch again, which noise as a pure function allows, and name the step where the trouble began."""
         S = self.course.S
-        with self.begin(self._start(batch), noise=self.hands_noise) as runner:
+        # One step to come is none to measure or compile for.
+        with self.begin(self._start(batch), noise=self.hands_noise, to_come=1) as runner:
             for i in self.driven(runner, batch, one_by_one=True):
                 bad = ~torch.isfinite(runner.state.x[: len(batch.ids)]).flatten(1).all(1)
                 if bool(bad.any()):

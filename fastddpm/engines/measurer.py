@@ -8,6 +8,7 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from fastddpm.common.arguments import only_options
 from fastddpm.common.progress import StepProgress
 from fastddpm.engines.likelihood import LikelihoodLoop
 from fastddpm.engines.stepper import Stepper
@@ -109,9 +110,7 @@ class Measurer:
             ValueError: see there.
             FloatingPointError: see there; raised by the iterator.
         """
-        known = LikelihoodOptions.__annotations__
-        if foreign := ", ".join(options.keys() - known.keys()):
-            raise TypeError(f"likelihood: options must be {', '.join(known)}, got {foreign}; mend the name")
+        only_options("likelihood", options, LikelihoodOptions)
         run, spec = RunOptions(**options), self.spec
         unit_range = spec.to_unit == "identity"
         pictures = PictureBatches(images, spec.shape, unit_range=unit_range, function="likelihood")

@@ -143,7 +143,7 @@ class Stepper:
                 state.labels = batch.labels.to(self.device)
             for name in ("guidance", "known", "mask", "condition"):
                 if (told := getattr(batch, name)) is not None:
-                    setattr(state, name, told.to(self.device, torch.float32).contiguous())
+                    setattr(state, name, told.to(self.device, torch.float32, copy=True).contiguous())
             example = torch.zeros_like(state.x)[None] if noise else None
             if isinstance(table, LikelihoodTable):
                 state.terms = torch.zeros(len(state.x), len(TERMS), device=self.device)

@@ -53,7 +53,7 @@ def ddim_table(
     eta = number("ddim_table", "eta", eta)
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"ddim_table: eta must be in [0, 1], got {eta}; 0 is deterministic, 1 is ancestral")
-    outline = Outline.of("ddim_table", schedule, timesteps, final_alpha_to_one=final_alpha_to_one, **rows)
+    outline = Outline.of("ddim_table", schedule, timesteps, final_alpha_to_one, **rows)
     a_t, a_prev = outline.a_t, outline.a_prev
     sigma = eta * ((1.0 - a_prev) / (1.0 - a_t) * (1.0 - a_t / a_prev)).sqrt()
     direction = (1.0 - a_prev - sigma**2).clamp(min=0.0).sqrt()  # the factor of ε

@@ -51,7 +51,7 @@ def dpmpp_2m_table(
         TypeError: timesteps are not integers.
         ValueError: an argument is out of range, or ε-prediction meets ᾱ_t = 0 (zero terminal SNR).
     """
-    outline = Outline.of("dpmpp_2m_table", schedule, timesteps, final_alpha_to_one=final_alpha_to_one, **rows)
+    outline = Outline.of("dpmpp_2m_table", schedule, timesteps, final_alpha_to_one, **rows)
     return _guided("dpmpp_2m", outline, _second_order(outline, _widths(outline), lower_order_final))
 
 
@@ -99,7 +99,7 @@ def dpmpp_3m_table(
         ValueError: an argument is out of range, or ε-prediction meets ᾱ_t = 0 (zero terminal SNR).
     """
     check_choice("dpmpp_3m_table", "second_difference", second_difference, get_args(SecondDifference))
-    outline = Outline.of("dpmpp_3m_table", schedule, timesteps, final_alpha_to_one=final_alpha_to_one, **rows)
+    outline = Outline.of("dpmpp_3m_table", schedule, timesteps, final_alpha_to_one, **rows)
     h = _widths(outline)
     columns = _second_order(outline, h, lower_order_final)
     third = torch.arange(len(h)) >= 2

@@ -22,6 +22,7 @@ from typing import Unpack, get_args
 import torch
 from torch import Tensor
 
+from fastddpm.common.arguments import only_options
 from fastddpm.kernels.philox import LIKELIHOOD
 from fastddpm.process.ddpm import clipped_log
 from fastddpm.process.outline import Estimate, Outline
@@ -90,6 +91,7 @@ def likelihood_table(
         ValueError: an argument is out of range, or ε-prediction meets ᾱ_t = 0 (zero terminal SNR).
     """
     check_choice("likelihood", "variance", variance, get_args(Variance))
+    only_options("likelihood_table", estimate, Estimate)
     outline = Outline.of("likelihood", schedule, timesteps, **estimate)
     a_t, a_prev = outline.a_t, outline.a_prev
     beta = 1.0 - a_t / a_prev

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastddpm.common.arguments import integers, number
+from fastddpm.common.arguments import integers, number, only_options
 from fastddpm.kernels.operands import COLUMNS
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import Prediction, Variance
@@ -74,9 +74,9 @@ class Outline:
         function: str,
         schedule: NoiseSchedule,
         timesteps: Tensor | Sequence[int],
-        *,
-        prev_timesteps: Tensor | Sequence[int] | None = None,
         final_alpha_to_one: bool = True,
+        /,
+        prev_timesteps: Tensor | Sequence[int] | None = None,
         **estimate: Unpack[Estimate],
     ) -> Outline:
         """Validate the timesteps and look up ᾱ.
@@ -85,14 +85,15 @@ class Outline:
             function: name that starts the error messages.
             schedule: the schedule that the network was trained with.
             timesteps: int [S], strictly descending, in 0 … T−1.
-            prev_timesteps: see `RowOptions`.
             final_alpha_to_one: at prev = −1 take ᾱ = 1; if not, ᾱ_0.
+            prev_timesteps: see `RowOptions`.
             estimate: see `Estimate`.
 
         Raises:
-            TypeError: timesteps are not integers.
+            TypeError: timesteps are not integers, or there is no such option.
             ValueError: a list is of another form.
         """
+        only_options(function, estimate, RowOptions)
         t = check_timesteps(function, schedule.T, timesteps)
         if prev_timesteps is None:
             prev = torch.cat([t[1:], t.new_tensor([-1])])

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, Protocol, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from fastddpm.common.arguments import only_options
 from fastddpm.process.schedule import NoiseSchedule
 from fastddpm.process.spec import Prediction, Variance
 
@@ -29,13 +30,23 @@ class Model(Protocol):
         ...
 
 
-class ConventionOptions(TypedDict, total=False):
-    """The fields of `Conventions` as keyword arguments, for type checkers."""
+class EstimateOptions(TypedDict, total=False):
+    """Fields of `Conventions` as keyword arguments: those that say how x̂_0 is had."""
 
     prediction: Prediction
-    variance: Variance
     clip: float | None
     threshold: tuple[float, float] | None
+
+
+class ReverseOptions(EstimateOptions, total=False):
+    """Those of the reverse process."""
+
+    variance: Variance
+
+
+class DdimOptions(EstimateOptions, total=False):
+    """Those of DDIM."""
+
     eta: float
     clipped_eps: Literal["rederive", "raw"]
 
@@ -103,7 +114,7 @@ def p_mean_variance(
     out: Tensor,
     x_t: Tensor,
     t: Tensor,
-    **conventions: Unpack[ConventionOptions],
+    **conventions: Unpack[ReverseOptions],
 ) -> PMeanVariance:
     """The reverse step's Gaussian (Ho et al. 2020, eq. 7 and 11 through x̂_0; Nichol & Dhariwal 2021, eq. 15).
 
@@ -120,6 +131,7 @@ def p_mean_variance(
     Raises:
         ValueError: `out` has the wrong number of channels, or a name is unknown.
     """
+    only_options("p_mean_variance", conventions, ReverseOptions)
     how = Conventions(**conventions)
     C, variance = x_t.shape[1], how.variance
     if out.shape[1] != (2 * C if variance == "learned_range" else C):
@@ -171,7 +183,7 @@ def p_sample_loop(
     *,
     timesteps: Tensor | None = None,
     y: Tensor | None = None,
-    **conventions: Unpack[ConventionOptions],
+    **conventions: Unpack[ReverseOptions],
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, Algorithm 2), strided if timesteps are given.
 
@@ -211,7 +223,7 @@ def ddim_sample_loop(
     *,
     noise: Noise | None = None,
     y: Tensor | None = None,
-    **conventions: Unpack[ConventionOptions],
+    **conventions: Unpack[DdimOptions],
 ) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12 with σ of eq. 16).
 
@@ -230,6 +242,7 @@ def ddim_sample_loop(
     Raises:
         ValueError: η > 0 without noise.
     """
+    only_options("ddim_sample_loop", conventions, DdimOptions)
     how = Conventions(**conventions)
     eta = how.eta
     if eta > 0.0 and noise is None:
@@ -259,7 +272,7 @@ def dpmpp_2m_sample_loop(
     timesteps: Tensor,
     *,
     y: Tensor | None = None,
-    **conventions: Unpack[ConventionOptions],
+    **conventions: Unpack[EstimateOptions],
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), the last step straight to x_0.
 
@@ -274,6 +287,7 @@ def dpmpp_2m_sample_loop(
     Returns:
         x_0, [B, C, H, W].
     """
+    only_options("dpmpp_2m_sample_loop", conventions, EstimateOptions)
     how, steps = Conventions(**conventions), timesteps.tolist()
     lam = (0.5 * schedule.log_snr).tolist()
     alpha, sigma = schedule.sqrt_alphas_cumprod.tolist(), schedule.sqrt_one_minus_alphas_cumprod.tolist()

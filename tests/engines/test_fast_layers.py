@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastddpm.engines.fast_layers import Layer, PackedConv2d, changed_layers, measured_layers
+from fastddpm.kernels import amx_conv
 from fastddpm.kernels.native import NativeError
 from fastddpm.kernels.winograd import fits
 from fastddpm.nets.blocks import Attention, attention_by_products
@@ -92,3 +93,15 @@ def test_attention_is_chosen_by_measurement_too(monkeypatch, order):
         assert changed[0].by_products and not net[0].by_products
         assert changed[0].qkv.weight is net[0].qkv.weight
         assert (changed(x) - net(x)).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(not amx_conv.is_there(), reason="a processor without AMX, or no C compiler")
+def test_in_bf16_small_maps_too_may_run_on_the_matrix_unit(monkeypatch):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1, bias=False)).bfloat16(), torch.randn(1, 32, 4, 4).bfloat16()
+    monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))
+    with torch.no_grad():
+        changed, layers = with_fast_layers(net, lambda network: network(x))
+        assert [layer.name for layer in layers] == ["0"] and changed[0].tiled
+        assert (changed(x) - net(x).double()).abs().max() <= 2.0**-7 * net(x).abs().max()
+        assert not PackedConv2d(nn.Conv2d(32, 32, 3, padding=1)).tiled

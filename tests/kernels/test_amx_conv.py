@@ -53,6 +53,28 @@ def test_each_picture_is_as_if_alone_with_any_number_of_threads(size):
             assert torch.equal(ops.amx_conv(x[:batch], packed, bias, threads), alone[:batch])
 
 
+@pytest.mark.parametrize("batch, channels, size, threads", [(71, 64, 16, 2), (200, 512, 4, 2), (9, 256, 32, 1)])
+def test_more_pictures_than_a_cache_holds_take_rounds(batch, channels, size, threads):
+    torch.manual_seed(0)
+    layer, x = (
+        nn.Conv2d(channels, 32, 3, padding=1).requires_grad_(False).bfloat16(),
+        pictures(batch, channels, size, size),
+    )
+    packed, bias = pack(layer.weight), layer.bias.float()
+    y = torch.ops.fastddpm.amx_conv(x, packed, bias, threads)
+    for i in range(0, batch, 7):
+        assert torch.equal(y[i : i + 1], torch.ops.fastddpm.amx_conv(x[i : i + 1], packed, bias, 1))
+
+
+def test_other_weights_are_refused():
+    x, bias = pictures(1, 64, 4, 4), torch.zeros(32)
+    for packed in (pack(torch.zeros(32, 32, 3, 3)), pack(torch.zeros(64, 64, 3, 3))):
+        with pytest.raises(ValueError, match="with the weights' channels"):
+            amx_conv(x, packed, bias)
+    with pytest.raises(ValueError, match="channels-last"):
+        torch.ops.fastddpm.amx_conv(x.contiguous(), pack(torch.zeros(32, 64, 3, 3)), bias, 1)
+
+
 def test_what_was_there_before_does_not_show():
     """The memory that a thread keeps is used for pictures of all sizes."""
     layer, x = conv(32, 32), pictures(1, 32, 5, 5)

@@ -59,6 +59,11 @@ def test_nan_stays_within_its_tile():
     assert out[..., :2, :2].isnan().all() and not out[..., 4:, 4:].isnan().any()
 
 
+def test_other_weights_are_refused():
+    with pytest.raises(ValueError, match="with the weights' channels"):
+        winograd_conv(torch.randn(1, 64, 8, 8), pack(conv(32, 32).weight), torch.zeros(32))
+
+
 def test_what_fits():
     assert fits(32, 32) and not fits(3, 32) and not fits(32, 3) and not fits(32, 40)
 
