@@ -124,10 +124,13 @@ def as_network(model: Callable[..., Tensor] | Network) -> nn.Module:
     """The network as steps ask for it: itself, if it offers what `Network` says, or wrapped.
 
     Raises:
-        TypeError: it cannot be called.
+        TypeError: it cannot be called, or offers the main part of it and not all.
     """
     if isinstance(model, Network):
         return cast(nn.Module, model)
+    if hasattr(model, "tabulate") and hasattr(model, "body"):
+        lacking = ", ".join(sorted(name for name in vars(Network) if name[0] != "_" and not hasattr(model, name)))
+        raise TypeError(f"network: a model with tabulate and body must be a Network, got one without {lacking}; add it")
     if not callable(model):
         raise TypeError(f"network: model must be a module or a callable, got {type(model).__name__}; pass (x, t) → ε")
     return Foreign(model)

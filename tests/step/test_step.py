@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 from fastddpm.engines.runner import StepRunner
 from fastddpm.sampler import Sampler
+from fastddpm.step.network import as_network
 from fastddpm.step.request import RunOptions, make_request
 from fastddpm.step.state import State
 from fastddpm.step.step import Step, StepForm
@@ -200,3 +202,13 @@ def test_a_state_names_what_it_has():
     assert [name for name, _ in state.tensors()] == [
         "x", "step", "end", "sample_id", "seed", "uncond", "guidance"
     ]  # fmt: skip
+
+
+def test_a_network_that_offers_most_is_told_what_it_lacks():
+    """Wrapped in silence it would lose its rows."""
+
+    class Most(nn.Module):
+        tabulate = body = cast = identity = lambda self, *arguments: None
+
+    with pytest.raises(TypeError, match="got one without dtype, row_numbers; add it"):
+        as_network(Most())
