@@ -118,7 +118,8 @@ def measure_kernels(
         try:
             found.append(cases.measure(make(), device, cases.Effort.of(device, dry), copy))
         except Exception as error:  # whatever a compiler or a driver raises is a line in the report
-            failed.append(f"{name}: {first_line(error)}")
+            kind, text = type(error).__name__, first_line(error)
+            failed.append(f"{name}: {kind}" if text == kind else f"{name}: {kind}: {text}")
         on_case(known())
     return known()
 
