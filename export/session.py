@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
 import numpy as np
 
 from fastddpm.checkpoints import CheckpointError
+from fastddpm.common.arguments import only_options
 from fastddpm.common.wording import in_a_line
 from fastddpm.export.model_file import read_metadata
 
@@ -119,9 +120,7 @@ class OnnxSession:
             TypeError: an option is unknown.
             ValueError: the provider is missing, or an option does not fit.
         """
-        if unknown := sorted(options.keys() - SessionOptions.__annotations__.keys()):
-            known = ", ".join(SessionOptions.__annotations__)
-            raise TypeError(f"OnnxSession: options must be among {known}, got {', '.join(unknown)}; mend the name")
+        only_options("OnnxSession", options, SessionOptions)
         self.path, wanted = Path(path), _Options(**options)
         ort = import_onnxruntime()
         if provider not in get_args(Provider):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.kernels.native import NativeError, can_load, load, register
+from fastddpm.kernels.packed_conv import check_pictures, result_of
 
 PART = 32
 """Channels that the kernel takes at a time, of the input and of the output."""
@@ -87,19 +88,15 @@ def amx_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
 def _amx_conv(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
     if (x.dtype, packed.dtype, bias.dtype) != (torch.bfloat16, torch.bfloat16, torch.float32):
         raise TypeError(f"amx_conv: x must be bfloat16, the bias float32, got {x.dtype} and {bias.dtype}; convert them")
-    (batch, channels, height, width), y = x.shape, _fake(x, packed, bias, threads)
+    (batch, channels, height, width), y = x.shape, result_of(x, packed, bias, threads)
     sizes = (batch, height, width, channels, bias.shape[0])
     of_these = fits(channels, len(bias)) and packed.shape[:2] == (len(bias) // _ROWS, channels // PART)
-    if not of_these or not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"amx_conv: x must be channels-last with the weights' channels, got {[*x.shape]}; pack those")
+    check_pictures("amx_conv", x, fits=of_these)
     if loaded().amx_conv(*(tensor.data_ptr() for tensor in (x, packed, bias, y)), *sizes, threads):
         raise MemoryError("amx_conv: there must be memory for the pictures spread out, got none")
     return y
 
 
-def _fake(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
-    shape = (x.shape[0], bias.shape[0], *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-register("amx_conv(Tensor x, Tensor packed, Tensor bias, int threads) -> Tensor", _amx_conv, _fake, loaded, DECLARATION)
+register(
+    "amx_conv(Tensor x, Tensor packed, Tensor bias, int threads) -> Tensor", _amx_conv, result_of, loaded, DECLARATION
+)

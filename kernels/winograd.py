@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.kernels.native import can_load, load, register
+from fastddpm.kernels.packed_conv import check_pictures, result_of
 
 WINOGRAD_RTOL = 2e-5
 """Kernel against the exact convolution, relative to the largest |x|, for weights as PyTorch starts them: the transforms
@@ -99,23 +100,15 @@ def winograd_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
 def _winograd_conv(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
     if x.dtype not in (torch.float32, torch.bfloat16) or packed.dtype != torch.float32 or bias.dtype != torch.float32:
         raise TypeError(f"winograd_conv: x must be float32 or bfloat16, the rest float32, got {x.dtype}; convert it")
-    (batch, channels, height, width), y = x.shape, _fake(x, packed, bias, threads)
+    (batch, channels, height, width), y = x.shape, result_of(x, packed, bias, threads)
     sizes = (batch, height, width, channels, bias.shape[0])
     of_these = fits(channels, len(bias)) and packed.shape[1:3] == (len(bias) // panel(), channels)
-    if not of_these or not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(
-            f"winograd_conv: x must be channels-last with the weights' channels, got {[*x.shape]}; pack those"
-        )
+    check_pictures("winograd_conv", x, fits=of_these)
     pointers = (tensor.data_ptr() for tensor in (x, packed, bias, y))
     if loaded()[0].winograd_conv(*pointers, *sizes, x.dtype == torch.bfloat16, threads):
         raise MemoryError("winograd_conv: there must be memory for the transformed tiles, got none")
     return y
 
 
-def _fake(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
-    shape = (x.shape[0], bias.shape[0], *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 _SCHEMA = "winograd_conv(Tensor x, Tensor packed, Tensor bias, int threads) -> Tensor"
-register(_SCHEMA, _winograd_conv, _fake, loaded, DECLARATION)
+register(_SCHEMA, _winograd_conv, result_of, loaded, DECLARATION)

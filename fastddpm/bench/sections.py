@@ -23,7 +23,7 @@ from fastddpm.bench.lineup import Lineup
 from fastddpm.bench.peaks import Peaks
 from fastddpm.bench.settings import Settings
 from fastddpm.bench.workloads import ON_GPU, Workload
-from fastddpm.common.wording import first_line
+from fastddpm.common.wording import named
 from fastddpm.engines.choose import EngineName
 from fastddpm.sampler import Sampler
 
@@ -118,8 +118,7 @@ def measure_kernels(
         try:
             found.append(cases.measure(make(), device, cases.Effort.of(device, dry), copy))
         except Exception as error:  # whatever a compiler or a driver raises is a line in the report
-            kind, text = type(error).__name__, first_line(error)
-            failed.append(f"{name}: {kind}" if text == kind else f"{name}: {kind}: {text}")
+            failed.append(f"{name}: {named(error)}")
         on_case(known())
     return known()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO, TypedDict, cast
 
 from fastddpm.bench.entrants import PEERS
-from fastddpm.common.wording import first_line
+from fastddpm.common.wording import first_line, named
 
 if TYPE_CHECKING:
     from fastddpm.bench.peers import LimitsPeer, Peer
@@ -75,9 +75,9 @@ class Worker:
         try:
             return {"ok": True, **kinds[request["do"]](request)}
         except Exception as error:  # whatever a library raises is a line in the report
-            line, name = first_line(error, 300), type(error).__name__
-            is_missing = isinstance(error, ImportError) or name == "MissingError"
-            return {"ok": False, "missing": is_missing, "error": line if is_missing else f"{name}: {line}"}
+            is_missing = isinstance(error, ImportError) or type(error).__name__ == "MissingError"
+            said = first_line(error, 300) if is_missing else named(error, 300)
+            return {"ok": False, "missing": is_missing, "error": said}
 
     def release(self) -> None:
         """Let go of the peer, for the next one in the same process."""

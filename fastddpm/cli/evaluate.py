@@ -169,12 +169,12 @@ def _numbers(evaluations: list[Evaluation], best: Evaluation) -> dict[str, objec
 
 
 def _basis(best: Evaluation) -> dict[str, object]:
-    def counted(source: str, n: int | None) -> str:
+    def of_pictures(source: str, n: int | None) -> str:
         return f"{source} ({'statistics of an unknown number of' if n is None else f'{n:,}'} pictures)"
 
     return {
-        "generated": counted(best.generated, best.generated_n),
-        "reference": counted(best.reference, best.reference_n),
+        "generated": of_pictures(best.generated, best.generated_n),
+        "reference": of_pictures(best.reference, best.reference_n),
         "features": f"{best.features}, SHA-256 {best.digest[:16] + '…' if best.digest else 'not recorded'}",
         "pictures as": best.preprocessing,
     }

@@ -98,4 +98,6 @@ def only_options(function: str, given: Mapping[str, object], kind: type) -> None
         TypeError: there is one.
     """
     if foreign := ", ".join(sorted(given.keys() - kind.__annotations__.keys())):
-        raise TypeError(f"{function}: options must be {', '.join(kind.__annotations__)}, got {foreign}; mend the name")
+        raise TypeError(
+            f"{function}: options must be among {', '.join(kind.__annotations__)}, got {foreign}; mend the name"
+        )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 
-from fastddpm.common.wording import first_line
+from fastddpm.common.wording import first_line, named
 from fastddpm.doctor import engines, gpu, installation, kernels
 from fastddpm.doctor.surroundings import ProblemError, check_device
 from fastddpm.kernels import amx_conv
@@ -119,5 +119,4 @@ def _result(check: Check, device: torch.device) -> Result:
 
 
 def _reason(error: Exception) -> str:
-    line = first_line(error, 300)
-    return line if isinstance(error, ProblemError) else f"{type(error).__name__}: {line}"
+    return first_line(error, 300) if isinstance(error, ProblemError) else named(error, 300)

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastddpm.common.wording import first_line
+from fastddpm.common.wording import named
 from fastddpm.engines.runner import StepFunction, StepRunner
 from fastddpm.kernels.operands import COLUMNS
 from fastddpm.step.likelihood import LikelihoodStep
@@ -25,8 +25,7 @@ class CompileError(ValueError):
 
 def not_one_graph(error: Exception) -> CompileError:
     """The error for a network that an exporter or compiler stumbled over, in one line."""
-    got = f"{type(error).__name__}: {first_line(error)}"
-    return CompileError(f"engine: the network must compile as one graph, got {got}; use engine='eager'")
+    return CompileError(f"engine: the network must compile as one graph, got {named(error)}; use engine='eager'")
 
 
 @torch.no_grad()

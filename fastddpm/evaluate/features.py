@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastddpm.common.wording import first_line
+from fastddpm.common.wording import first_line, named
 from fastddpm.engines.devices import pick_device
 from fastddpm.engines.weights import weights_hash
 from fastddpm.files import check_regular, sha256
@@ -170,7 +170,7 @@ def _load_class(name: str, module: str, attribute: str, device: torch.device) ->
     except Exception as error:  # the user's code raises what it pleases
         raise ValueError(
             f"{name}: features must be a class that can be imported and made without arguments, but that raised "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"{named(error)}"
         ) from error
     finally:
         sys.path.remove(here)

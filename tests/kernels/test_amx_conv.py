@@ -53,13 +53,13 @@ def test_each_picture_is_as_if_alone_with_any_number_of_threads(size):
             assert torch.equal(ops.amx_conv(x[:batch], packed, bias, threads), alone[:batch])
 
 
-@pytest.mark.parametrize("batch, channels, size, threads", [(71, 64, 16, 2), (200, 512, 4, 2), (9, 256, 32, 1)])
-def test_more_pictures_than_a_cache_holds_take_rounds(batch, channels, size, threads):
-    torch.manual_seed(0)
-    layer, x = (
-        nn.Conv2d(channels, 32, 3, padding=1).requires_grad_(False).bfloat16(),
-        pictures(batch, channels, size, size),
-    )
+@pytest.mark.parametrize(
+    "batch, c_in, c_out, size, threads",
+    [(71, 64, 32, 16, 2), (200, 512, 32, 4, 2), (9, 256, 32, 32, 1), (100, 512, 512, 4, 2)],
+    ids=["own and one more", "own", "one thread", "shared, the weights are more"],
+)
+def test_more_pictures_than_a_cache_holds_take_rounds(batch, c_in, c_out, size, threads):
+    layer, x = conv(c_in, c_out), pictures(batch, c_in, size, size)
     packed, bias = pack(layer.weight), layer.bias.float()
     y = torch.ops.fastddpm.amx_conv(x, packed, bias, threads)
     for i in range(0, batch, 7):
