@@ -1,4 +1,4 @@
-"""The Triton kernel of `add_group_norm` and its op; the equations stand there."""
+"""The Triton kernels of `add_group_norm` and its op; the equations stand there."""
 
 import torch
 from torch import Tensor
@@ -9,16 +9,24 @@ from .group_norm_tiles import next_power, plan_for
 
 
 @jit
-def _over_groups(value: tl.tensor, member: tl.tensor) -> tl.tensor:
-    """Each channel's value replaced by the sum over its group."""
-    groups = tl.sum(tl.where(member, value[:, None], 0.0), axis=0)
-    return tl.sum(tl.where(member, groups[None, :], 0.0), axis=1)
-
-
-@jit
 def _load(at: tl.tensor, present: tl.tensor, FULL: tl.constexpr) -> tl.tensor:
     """Values as float32; 0 where they are not present, which is nowhere where the tile is full."""
     return tl.load(at).to(tl.float32) if FULL else tl.load(at, mask=present, other=0.0).to(tl.float32)
+
+
+@jit
+def _store(at: tl.tensor, value: tl.tensor, present: tl.tensor, FULL: tl.constexpr) -> None:
+    """Store what is present."""
+    if FULL:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=present)
+
+
+@jit
+def _cut(v: tl.tensor, inside: tl.tensor, FULL: tl.constexpr) -> tl.tensor:
+    """0 where not inside."""
+    return v if FULL else tl.where(inside, v, 0.0)
 
 
 @jit
@@ -53,9 +61,104 @@ def _summed(
 
 
 @jit
-def _cut(v: tl.tensor, inside: tl.tensor, FULL: tl.constexpr) -> tl.tensor:
-    """0 where not inside."""
-    return v if FULL else tl.where(inside, v, 0.0)
+def _row_of(
+    row: tl.tensor, index: tl.tensor, b: tl.tensor, rows: tl.tensor, row_width: tl.tensor, column: tl.tensor
+) -> tl.tensor:
+    """Where the projections of picture b begin, and whether there are any: no foreign memory must be read."""
+    r = tl.cast(b, tl.uint32).to(tl.int64)
+    if index is not None:
+        r = tl.load(index + b)
+    return row + r * tl.cast(row_width, tl.uint32).to(tl.int64) + column, r.to(tl.uint64, bitcast=True) < rows
+
+
+@jit
+def _of_channels(
+    bias: tl.tensor,
+    row: tl.tensor,
+    c: tl.tensor,
+    mine: tl.tensor,
+    known: tl.tensor,
+    SCALE_SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """What every pixel of a channel has added: bias and time projection."""
+    added = tl.zeros((WIDTH,), tl.float32)
+    if bias is not None:
+        added += tl.load(bias + c, mask=mine, other=0.0).to(tl.float32)
+    if row is not None and not SCALE_SHIFT:
+        added += tl.load(row + c, mask=mine & known, other=0.0).to(tl.float32)
+    return added
+
+
+@jit
+def _to_groups(value: tl.tensor, lane: tl.tensor, GROUP: tl.constexpr, GROUPS: tl.constexpr) -> tl.tensor:
+    """Each group's sum of its channels' values."""
+    member = (lane // GROUP)[:, None] == tl.arange(0, GROUPS)[None, :]
+    return tl.sum(tl.where(member, value[:, None], 0.0), axis=0)
+
+
+@jit
+def _to_channels(value: tl.tensor, lane: tl.tensor, GROUP: tl.constexpr, GROUPS: tl.constexpr) -> tl.tensor:
+    """Each channel's group's value."""
+    member = (lane // GROUP)[:, None] == tl.arange(0, GROUPS)[None, :]
+    return tl.sum(tl.where(member, value[None, :], 0.0), axis=1)
+
+
+@jit
+def _over_groups(
+    v: tl.tensor,
+    lane: tl.tensor,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
+) -> tl.tensor:
+    """Each channel's group's sum over all pixels of a tile."""
+    if WIDTH == GROUP * GROUPS:
+        # The channels of a group are a thread's own or its neighbour's: added first, they leave little to exchange.
+        groups = tl.sum(tl.sum(tl.reshape(v, (PIXELS, GROUPS, GROUP)), axis=2), axis=0)
+        over = tl.reshape(tl.broadcast_to(groups[:, None], (GROUPS, GROUP)), (WIDTH,))
+    else:
+        over = _to_channels(_to_groups(tl.sum(v, axis=0), lane, GROUP, GROUPS), lane, GROUP, GROUPS)
+    return over
+
+
+@jit
+def _factors(
+    variance: tl.tensor,
+    eps: tl.tensor,
+    weight: tl.tensor,
+    beta: tl.tensor,
+    row: tl.tensor,
+    c: tl.tensor,
+    real: tl.tensor,
+    known: tl.tensor,
+    channels: tl.tensor,
+    SCALE_SHIFT: tl.constexpr,
+) -> tl.tensor:
+    """The factor and the offset of each channel's values, whose mean is taken off already."""
+    # Inductor passes numbers as float64, which must not spread.
+    a = tl.rsqrt(variance + tl.cast(eps, tl.float32)) * tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
+    d = tl.load(beta + c, mask=real, other=0.0).to(tl.float32)
+    if SCALE_SHIFT:
+        scale = 1.0 + tl.load(row + c, mask=real & known, other=0.0).to(tl.float32)
+        a *= scale
+        d = tl.fma(d, scale, tl.load(row + channels + c, mask=real & known, other=0.0).to(tl.float32))
+    if row is not None:
+        d += tl.where(known, 0.0, float("nan"))  # a row that is not there shows
+    return a, d
+
+
+@jit
+def _normalised(v: tl.tensor, a: tl.tensor, d: tl.tensor, SILU: tl.constexpr, APPROX: tl.constexpr) -> tl.tensor:
+    """a·v + d, or its SiLU."""
+    y = tl.fma(v, tl.broadcast_to(a[None, :], v.shape), tl.broadcast_to(d[None, :], v.shape))
+    if SILU:
+        if APPROX and not ON_INTERPRETER:
+            y = libdevice.fast_dividef(y, 1.0 + libdevice.fast_expf(-y))
+        else:
+            y = y * tl.sigmoid(y)
+    return y
 
 
 @jit
@@ -68,7 +171,6 @@ def add_group_norm_kernel(
     skip: tl.tensor,
     weight: tl.tensor,
     beta: tl.tensor,
-    moments: tl.tensor,
     total: tl.tensor,
     out: tl.tensor,
     pixels: tl.tensor,
@@ -84,132 +186,176 @@ def add_group_norm_kernel(
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     PIXELS: tl.constexpr,
+    FULL: tl.constexpr,
+    APPROX: tl.constexpr,
+) -> None:
+    """Program (j, b) holds groups j·GROUPS ... of picture b in registers; optional pointers are None where unused."""
+    # One number for both, neighbouring groups next to each other: a grid's other sizes end at 65535.
+    chunks = channels // (GROUP * GROUPS)
+    j, b = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    lane = tl.arange(0, WIDTH)
+    c, real = j * (GROUP * GROUPS) + lane, lane < GROUP * GROUPS
+    # Unsigned, so that the products are one wide multiplication each.
+    line = tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(pixels, tl.uint32).to(tl.int64)
+    p = tl.arange(0, PIXELS)
+    inside = (p < pixels)[:, None] & real[None, :]
+    e = line * tl.cast(channels, tl.uint32).to(tl.int64) + (p[:, None] * channels + c[None, :])
+    known = True
+    if row is not None:
+        row, known = _row_of(row, index, b, rows, row_width, column)
+    added = _of_channels(bias, row, c, real & (c < own), known, SCALE_SHIFT, WIDTH)
+    v = _summed(x, residual, skip, added, line, p, c, inside, own, channels, FULL)
+    if total is not None:
+        _store(total + e, v, inside, FULL)
+    share = 1.0 / (pixels * GROUP)
+    v = _cut(v - (_over_groups(v, lane, GROUP, GROUPS, WIDTH, PIXELS) * share)[None, :], inside, FULL)
+    variance = _over_groups(v * v, lane, GROUP, GROUPS, WIDTH, PIXELS) * share
+    a, d = _factors(variance, eps, weight, beta, row, c, real, known, channels, SCALE_SHIFT)
+    _store(out + e, _normalised(v, a, d, SILU, APPROX), inside, FULL)
+
+
+@jit
+def group_moments_kernel(
+    x: tl.tensor,
+    bias: tl.tensor,
+    row: tl.tensor,
+    index: tl.tensor,
+    residual: tl.tensor,
+    skip: tl.tensor,
+    moments: tl.tensor,
+    total: tl.tensor,
+    pixels: tl.tensor,
+    own: tl.tensor,
+    channels: tl.tensor,
+    row_width: tl.tensor,
+    column: tl.tensor,
+    rows: tl.tensor,
+    SCALE_SHIFT: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
+    APART: tl.constexpr,
+    TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FULL: tl.constexpr,
+) -> None:
+    """Program (j, s, b): mean and sum of squares of pixels s·TILES·PIXELS ... of groups j·GROUPS ... of picture b.
+
+    Pixels that are APART lie in one thread. It takes their values less the mean of those of its first tile, so that
+    squares are exact, and exchanges nothing before the end (Chan et al. 1979).
+    """
+    chunks, splits = channels // (GROUP * GROUPS), tl.cdiv(pixels, TILES * PIXELS)
+    number = tl.program_id(0)
+    j, s, b = number % chunks, number // chunks % splits, number // (chunks * splits)
+    lane = tl.arange(0, WIDTH)
+    c, real = j * (GROUP * GROUPS) + lane, lane < GROUP * GROUPS
+    line = tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(pixels, tl.uint32).to(tl.int64)
+    first = line * tl.cast(channels, tl.uint32).to(tl.int64)
+    known = True
+    if row is not None:
+        row, known = _row_of(row, index, b, rows, row_width, column)
+    added = _of_channels(bias, row, c, real & (c < own), known, SCALE_SHIFT, WIDTH)
+
+    pivot, count = tl.zeros((APART, WIDTH), tl.float32), tl.zeros((APART, 1), tl.float32)
+    sums, squares = tl.zeros((APART, WIDTH), tl.float32), tl.zeros((APART, WIDTH), tl.float32)
+    for i in range(TILES):
+        p = (s * TILES + i) * PIXELS + tl.arange(0, PIXELS)
+        inside = (p < pixels)[:, None] & real[None, :]
+        v = _summed(x, residual, skip, added, line, p, c, inside, own, channels, FULL)
+        if total is not None:
+            _store(total + first + (p[:, None] * channels + c[None, :]), v, inside, FULL)
+        v = tl.reshape(v, (PIXELS // APART, APART, WIDTH))
+        there = tl.reshape(p, (PIXELS // APART, APART)) < pixels
+        if FULL:
+            more = tl.full((APART, 1), PIXELS // APART, tl.float32)
+        else:
+            more = tl.sum(there.to(tl.float32), axis=0)[:, None]
+        if i == 0:
+            pivot = tl.sum(v, axis=0) / tl.maximum(more, 1.0)
+        v = _cut(v - pivot[None, :, :], there[:, :, None], FULL)
+        sums += tl.sum(v, axis=0)
+        squares += tl.sum(v * v, axis=0)
+        count += more
+
+    off = sums / tl.maximum(count, 1.0)
+    squares = tl.maximum(squares - sums * off, 0.0)
+    mean = pivot + off
+    of_channel = tl.sum(mean * count, axis=0) / tl.sum(count, axis=0)
+    of_group = _to_groups(of_channel, lane, GROUP, GROUPS) / GROUP
+    far = mean - _to_channels(of_group, lane, GROUP, GROUPS)[None, :]
+    squares = _to_groups(tl.sum(squares + count * far * far, axis=0), lane, GROUP, GROUPS)
+    at = ((b * (channels // GROUP) + j * GROUPS).to(tl.int64) + tl.arange(0, GROUPS)) * (2 * SPLITS) + s
+    tl.store(moments + at, of_group)
+    tl.store(moments + at + SPLITS, squares)
+
+
+@jit
+def normalise_kernel(
+    x: tl.tensor,
+    bias: tl.tensor,
+    row: tl.tensor,
+    index: tl.tensor,
+    residual: tl.tensor,
+    skip: tl.tensor,
+    weight: tl.tensor,
+    beta: tl.tensor,
+    moments: tl.tensor,
+    out: tl.tensor,
+    pixels: tl.tensor,
+    own: tl.tensor,
+    channels: tl.tensor,
+    row_width: tl.tensor,
+    column: tl.tensor,
+    rows: tl.tensor,
+    share: tl.tensor,
+    eps: tl.tensor,
+    SUMMED: tl.constexpr,
+    SCALE_SHIFT: tl.constexpr,
+    SILU: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
     TILES: tl.constexpr,
     SPLITS: tl.constexpr,
     FULL: tl.constexpr,
     APPROX: tl.constexpr,
 ) -> None:
-    """Program (j, s, b) has pixels s·TILES·PIXELS ... of groups j·GROUPS ... of picture b.
+    """Program (j, s, b): the norm of pixels s·TILES·PIXELS ... of groups j·GROUPS ... of picture b.
 
-    Where SPLITS is 1 it has all of them, in registers, and writes `total` and `out`. Otherwise two launches share the
-    work: one without `out` writes each program's mean and sum of squares, and `total`; one with it reads them.
-    Optional pointers are None where unused.
+    Moments are those of `share` pixels each; where SUMMED, x is the sum that came with them.
     """
-    # One number for all three, neighbouring groups next to each other: a grid's other sizes end at 65535.
     chunks, splits = channels // (GROUP * GROUPS), tl.cdiv(pixels, TILES * PIXELS)
     number = tl.program_id(0)
     j, s, b = number % chunks, number // chunks % splits, number // (chunks * splits)
     lane = tl.arange(0, WIDTH)
-    c = j * (GROUP * GROUPS) + lane
-    real = lane < GROUP * GROUPS
-    member = (lane // GROUP)[:, None] == tl.arange(0, GROUPS)[None, :]
-    # Unsigned, so that the products are one wide multiplication each.
+    c, real = j * (GROUP * GROUPS) + lane, lane < GROUP * GROUPS
     line = tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(pixels, tl.uint32).to(tl.int64)
-    first = line * tl.cast(channels, tl.uint32).to(tl.int64)
+    out += line * tl.cast(channels, tl.uint32).to(tl.int64)
 
-    mine = real & (c < own)
-    added = tl.zeros((WIDTH,), tl.float32)
-    if bias is not None:
-        added += tl.load(bias + c, mask=mine, other=0.0).to(tl.float32)
-    known, poison = True, 0.0
+    at = ((b * (channels // GROUP) + j * GROUPS).to(tl.int64) + tl.arange(0, GROUPS)) * (2 * SPLITS)
+    part = tl.arange(0, SPLITS)
+    counts = tl.minimum(tl.maximum(pixels - part * share, 0), share).to(tl.float32)[None, :]
+    means = tl.load(moments + (at[:, None] + part[None, :]), mask=counts > 0, other=0.0)
+    squares = tl.load(moments + (at[:, None] + SPLITS + part[None, :]), mask=counts > 0, other=0.0)
+    mean = tl.sum(counts * means, axis=1) / pixels
+    far = means - mean[:, None]
+    variance = tl.sum(squares + counts * far * far * GROUP, axis=1) / (pixels * GROUP)
+    variance = _to_channels(variance, lane, GROUP, GROUPS)
+
+    known = True
     if row is not None:
-        r = tl.cast(b, tl.uint32).to(tl.int64)
-        if index is not None:
-            r = tl.load(index + b)
-        # A row outside must not read foreign memory; it shows as NaN.
-        known = r.to(tl.uint64, bitcast=True) < rows
-        row += r * tl.cast(row_width, tl.uint32).to(tl.int64) + column
-        poison = tl.where(known, 0.0, float("nan"))
-        if not SCALE_SHIFT:
-            added += tl.load(row + c, mask=mine & known, other=0.0).to(tl.float32)
-
-    if SPLITS == 1:
-        p = tl.arange(0, PIXELS)
+        row, known = _row_of(row, index, b, rows, row_width, column)
+    added = -_to_channels(mean, lane, GROUP, GROUPS)
+    if not SUMMED:
+        added += _of_channels(bias, row, c, real & (c < own), known, SCALE_SHIFT, WIDTH)
+    a, d = _factors(variance, eps, weight, beta, row, c, real, known, channels, SCALE_SHIFT)
+    for i in range(TILES):
+        p = (s * TILES + i) * PIXELS + tl.arange(0, PIXELS)
         inside = (p < pixels)[:, None] & real[None, :]
         v = _summed(x, residual, skip, added, line, p, c, inside, own, channels, FULL)
-        e = p[:, None] * channels + c[None, :]
-        if total is not None:
-            tl.store(total + first + e, v, mask=inside)
-        share = 1.0 / (pixels * GROUP)
-        mean = _over_groups(tl.sum(v, axis=0), member) * share
-        v = _cut(v - mean[None, :], inside, FULL)
-        variance = _over_groups(tl.sum(v * v, axis=0), member) * share
-    elif out is None:
-        # Each channel's mean and sum of squares about it, tile after tile (Chan et al. 1979), then each group's.
-        count, mean, squares = 0.0, tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
-        for i in range(TILES):
-            p = (s * TILES + i) * PIXELS + tl.arange(0, PIXELS)
-            inside = (p < pixels)[:, None] & real[None, :]
-            v = _summed(x, residual, skip, added, line, p, c, inside, own, channels, FULL)
-            if total is not None:
-                tl.store(total + first + (p[:, None] * channels + c[None, :]), v, mask=inside)
-            more = tl.sum((p < pixels).to(tl.float32), axis=0)
-            theirs = tl.sum(v, axis=0) / tl.maximum(more, 1.0)
-            v = _cut(v - theirs[None, :], inside, FULL)
-            part = more / tl.maximum(count + more, 1.0)
-            squares += tl.sum(v * v, axis=0) + (theirs - mean) * (theirs - mean) * (count * part)
-            mean += (theirs - mean) * part
-            count += more
-        groups = tl.sum(tl.where(member, mean[:, None], 0.0), axis=0) / GROUP
-        mean -= tl.sum(tl.where(member, groups[None, :], 0.0), axis=1)
-        squares += count * mean * mean
-        at = ((b * (channels // GROUP) + j * GROUPS).to(tl.int64) + tl.arange(0, GROUPS)) * (2 * SPLITS) + s
-        tl.store(moments + at, groups)
-        tl.store(moments + at + SPLITS, tl.sum(tl.where(member, squares[:, None], 0.0), axis=0))
-    else:
-        at = ((b * (channels // GROUP) + j * GROUPS).to(tl.int64) + tl.arange(0, GROUPS)) * (2 * SPLITS)
-        part = tl.arange(0, SPLITS)
-        counts = tl.minimum(tl.maximum(pixels - part * (TILES * PIXELS), 0), TILES * PIXELS).to(tl.float32)[None, :]
-        means = tl.load(moments + (at[:, None] + part[None, :]), mask=counts > 0, other=0.0)
-        squares = tl.load(moments + (at[:, None] + SPLITS + part[None, :]), mask=counts > 0, other=0.0)
-        of_group = tl.sum(counts * means, axis=1) / pixels
-        far = means - of_group[:, None]
-        spread = tl.sum(squares + counts * far * far * GROUP, axis=1) / (pixels * GROUP)
-        mean = tl.sum(tl.where(member, of_group[None, :], 0.0), axis=1)
-        variance = tl.sum(tl.where(member, spread[None, :], 0.0), axis=1)
-
-    if out is not None:
-        # Inductor passes numbers as float64, which must not spread.
-        a = tl.rsqrt(variance + tl.cast(eps, tl.float32)) * tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
-        d = tl.load(beta + c, mask=real, other=0.0).to(tl.float32)
-        if SCALE_SHIFT:
-            scale = 1.0 + tl.load(row + c, mask=real & known, other=0.0).to(tl.float32)
-            a *= scale
-            d = tl.fma(d, scale, tl.load(row + channels + c, mask=real & known, other=0.0).to(tl.float32))
-        d += poison
-        if SPLITS == 1:
-            _write(out + first, e, v, a, d, inside, SILU, FULL, APPROX)
-        else:
-            for i in range(TILES):
-                p = (s * TILES + i) * PIXELS + tl.arange(0, PIXELS)
-                inside = (p < pixels)[:, None] & real[None, :]
-                v = _summed(x, residual, skip, added - mean, line, p, c, inside, own, channels, FULL)
-                _write(out + first, p[:, None] * channels + c[None, :], v, a, d, inside, SILU, FULL, APPROX)
-
-
-@jit
-def _write(
-    out: tl.tensor,
-    e: tl.tensor,
-    v: tl.tensor,
-    a: tl.tensor,
-    d: tl.tensor,
-    inside: tl.tensor,
-    SILU: tl.constexpr,
-    FULL: tl.constexpr,
-    APPROX: tl.constexpr,
-) -> None:
-    """Write a·v + d, or its SiLU."""
-    y = tl.fma(v, tl.broadcast_to(a[None, :], v.shape), tl.broadcast_to(d[None, :], v.shape))
-    if SILU:
-        if APPROX and not ON_INTERPRETER:
-            y = libdevice.fast_dividef(y, 1.0 + libdevice.fast_expf(-y))
-        else:
-            y = y * tl.sigmoid(y)
-    if FULL:
-        tl.store(out + e, y)
-    else:
-        tl.store(out + e, y, mask=inside)
+        _store(out + (p[:, None] * channels + c[None, :]), _normalised(v, a, d, SILU, APPROX), inside, FULL)
 
 
 @triton_op("fastddpm::add_group_norm", mutates_args=())
@@ -235,22 +381,32 @@ def add_group_norm_op(
     # In this form Inductor sees buffers; of `empty` with a memory format it makes a kernel that fills them.
     out = x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
     total = x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2) if keep else x.new_empty(0)
-    plan = plan_for(batch, channels, groups, pixels)
-    splits = next_power(plan.splits)
-    kernel = launcher(add_group_norm_kernel)[(groups // plan.together * plan.splits * batch,)]
-    tensors = (x, bias, row, index, residual, skip, weight, beta)
-    numbers = (pixels, own, channels, *((0, column, 0) if row is None else (row.shape[1], column, row.shape[0])), eps)
-    options = {
-        "SCALE_SHIFT": scale_shift, "SILU": silu, "GROUP": channels // groups, "GROUPS": plan.together,
-        "WIDTH": plan.width, "PIXELS": plan.rows, "TILES": plan.tiles, "SPLITS": splits,
-        "FULL": plan.is_full(channels // groups, pixels), "APPROX": approximations(),
-        "num_warps": plan.warps(64 if torch.version.hip else 32),
+    plan = plan_for(batch, channels, groups, pixels, keep, x.element_size())
+    lanes = 64 if torch.version.hip else 32
+    pieces, written = groups // plan.together * batch, total if keep else None
+    terms = (x, bias, row, index, residual, skip)
+    numbers = (channels, *((0, column, 0) if row is None else (row.shape[1], column, row.shape[0])))
+    tile = {
+        "SCALE_SHIFT": scale_shift, "GROUP": plan.size, "GROUPS": plan.together, "WIDTH": plan.width,
+        "PIXELS": plan.rows, "num_warps": plan.warps(lanes),
     }  # fmt: skip
-    written = total if keep else None
-    if splits == 1:
-        kernel(*tensors, None, written, out, *numbers, **options)
+    result = {"SILU": silu, "APPROX": approximations()}
+    if plan.splits == 1:
+        launcher(add_group_norm_kernel)[(pieces,)](
+            *terms, weight, beta, written, out, pixels, own, *numbers, eps,
+            FULL=plan.is_full(pixels), **tile, **result,
+        )  # fmt: skip
         return total, out
+    splits = next_power(plan.splits)
     moments = x.new_empty((batch, groups, 2, splits), dtype=torch.float32)
-    kernel(*tensors, moments, written, None, *numbers, **options)
-    kernel(*tensors, moments, None, out, *numbers, **options)
+    launcher(group_moments_kernel)[(pieces * plan.splits,)](
+        *terms, moments, written, pixels, own, *numbers,
+        APART=plan.apart(lanes), TILES=plan.tiles, SPLITS=splits, FULL=plan.is_full(pixels), **tile,
+    )  # fmt: skip
+    if keep:
+        terms, own = (total, None, row, index, None, None), channels
+    launcher(normalise_kernel)[(pieces * -(-pixels // (plan.rows * plan.later)),)](
+        *terms, weight, beta, moments, out, pixels, own, *numbers, plan.rows * plan.tiles, eps,
+        SUMMED=keep, TILES=plan.later, SPLITS=splits, FULL=plan.is_full(pixels, plan.later), **tile, **result,
+    )  # fmt: skip
     return total, out

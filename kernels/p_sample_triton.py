@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 from torch.library import triton_op
 
-from .common_triton import GROUPS, approximations, jit, launcher, load_two_quads, num_warps, tl
+from .common_triton import QUADS, approximations, jit, launcher, load_quad, num_warps, store_quad, tl
 from .operands import COLUMNS
 from .philox_triton import MINUS_2_LN_2, normal_quad
 
@@ -76,12 +76,12 @@ def p_sample_kernel(
     LEARNED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     APPROX: tl.constexpr,
-    GROUPS: tl.constexpr,
+    QUADS: tl.constexpr,
 ) -> None:
-    """Program (b, j) advances groups j·GROUPS ... of sample b; optional pointers are None where unused."""
+    """Program (b, j) advances quads j·QUADS ... of sample b; optional pointers are None where unused."""
     b = tl.program_id(0)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    e = group[:, None] * 8 + tl.arange(0, 4)[None, :]
+    q = tl.program_id(1) * QUADS + tl.arange(0, QUADS)
+    e = q[:, None] * 4 + tl.arange(0, 4)[None, :]
     # Unsigned, so that the product is one wide multiplication.
     first = tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(numel, tl.uint32).to(tl.int64)
     out_first = first * 2 if LEARNED else first
@@ -92,36 +92,32 @@ def p_sample_kernel(
     row = table + line * _WIDTH
 
     x += first
-    x_low, x_high = load_two_quads(x, group, numel)
-    o_low, o_high = load_two_quads(out + out_first, group, numel)
+    now = load_quad(x, e, numel)
+    o = load_quad(out + out_first, e, numel)
     c_h, c_h2, w, v_scale, v_shift = 0.0, 0.0, 0.0, 0.0, 0.0
-    u_low, u_high, v_low, v_high, h_low, h_high, z_low, z_high = x, x, x, x, x, x, x, x
-    h2_low, h2_high, past_low, past_high = x, x, x, x
+    u, v, h, h2, z, past, held = now, now, now, now, now, now, now
     if bound is None:
         limit = tl.load(row + 7)
     else:
         limit = tl.load(bound + b)
     if out_uncond is not None:
         w = tl.load(guidance + b)
-        u_low, u_high = load_two_quads(out_uncond + out_first, group, numel)
+        u = load_quad(out_uncond + out_first, e, numel)
     if history is not None:
         history += first
         c_h = tl.load(row + 5)
         # Where c_h is 0 the buffer may not have been written yet: it is not read.
         readable = tl.where(c_h != 0.0, numel, 0)
         if history2 is None:
-            h_low = tl.load(history + e, mask=e < readable, other=0.0)
-            h_high = tl.load(history + e + 4, mask=e + 4 < readable, other=0.0)
+            h = tl.load(history + e, mask=e < readable, other=0.0)
         else:
             # It is handed on whatever c_h is, but must not count where that is 0.
-            past_low, past_high = load_two_quads(history, group, numel)
-            h_low, h_high = tl.where(e < readable, past_low, 0.0), tl.where(e + 4 < readable, past_high, 0.0)
+            past = load_quad(history, e, numel)
+            h = tl.where(e < readable, past, 0.0)
     if history2 is not None:
         history2 += first
         c_h2 = tl.load(row + 10)
-        readable2 = tl.where(c_h2 != 0.0, numel, 0)
-        h2_low = tl.load(history2 + e, mask=e < readable2, other=0.0)
-        h2_high = tl.load(history2 + e + 4, mask=e + 4 < readable2, other=0.0)
+        h2 = tl.load(history2 + e, mask=e < tl.where(c_h2 != 0.0, numel, 0), other=0.0)
     if STOCHASTIC:
         sigma = tl.load(row + 6)
         if LEARNED:
@@ -129,29 +125,26 @@ def p_sample_kernel(
             log_beta, log_beta_tilde = tl.load(row + 8), tl.load(row + 9)
             v_scale = (log_beta - log_beta_tilde) * _QUARTER_LOG2_E
             v_shift = (log_beta + log_beta_tilde) * _QUARTER_LOG2_E
-            v_low, v_high = load_two_quads(out + out_first + numel, group, numel)
+            v = load_quad(out + out_first + numel, e, numel)
         if noise is not None:
             # As far from the noise's end as the row is from its chapter's; a finished sample may read what it likes.
             picture = tl.maximum(noise_rows + tl.minimum(r - last, -1), 0) * tl.num_programs(0) + b
             picture = tl.cast(picture, tl.uint32).to(tl.int64) * tl.cast(numel, tl.uint32).to(tl.int64)
-            z_low, z_high = load_two_quads(noise + picture, group, numel)
+            z = load_quad(noise + picture, e, numel)
             if known is None:
-                z_low, z_high = z_low * sigma, z_high * sigma
+                z = z * sigma
         else:
             t, number, key = tl.load(timesteps + line), tl.load(sample_id + b), tl.load(seed + b)
             if known is None:
                 scale = sigma * sigma * MINUS_2_LN_2
             else:
                 scale = MINUS_2_LN_2
-            q = (group * 2).to(tl.uint32)
-            z_low = normal_quad(q, t, number, key, scale, APPROX)
-            z_high = normal_quad(q + 1, t, number, key, scale, APPROX)
+            z = normal_quad(q.to(tl.uint32), t, number, key, scale, APPROX)
         if known is not None:
             # The known elements take the same normals at another scale, so these come unscaled.
             k_0, k_z = tl.load(row + 11), tl.load(row + 12)
-            held_low, held_high = load_two_quads(known + first, group, numel)
-            held_low, held_high = tl.fma(k_z, z_low, k_0 * held_low), tl.fma(k_z, z_high, k_0 * held_high)
-            z_low, z_high = z_low * sigma, z_high * sigma
+            held = tl.fma(k_z, z, k_0 * load_quad(known + first, e, numel))
+            z = z * sigma
 
     a_x, a_o, c_0, c_x, c_o = (
         tl.load(row),
@@ -165,27 +158,17 @@ def p_sample_kernel(
     H: tl.constexpr = history is not None
     H2: tl.constexpr = history2 is not None
     B: tl.constexpr = bound is not None
-    new_low, x0_low = _update(
-        x_low, o_low, u_low, v_low, h_low, h2_low, z_low, c, G, LEARNED, H, H2, B, STOCHASTIC
-    )  # fmt: skip
-    new_high, x0_high = _update(
-        x_high, o_high, u_high, v_high, h_high, h2_high, z_high, c, G, LEARNED, H, H2, B, STOCHASTIC
-    )
+    new, x0 = _update(now, o, u, v, h, h2, z, c, G, LEARNED, H, H2, B, STOCHASTIC)
     if known is not None:
-        m_low, m_high = load_two_quads(mask + first, group, numel)
-        new_low = tl.fma(m_low, new_low, (1.0 - m_low) * held_low)
-        new_high = tl.fma(m_high, new_high, (1.0 - m_high) * held_high)
+        m = load_quad(mask + first, e, numel)
+        new = tl.fma(m, new, (1.0 - m) * held)
     # The identity row would turn -0 into +0 and spread a NaN of the network: a finished sample is not written.
-    active = r < last
-    low, high = (e < numel) & active, (e + 4 < numel) & active
-    tl.store(x + e, new_low, mask=low)
-    tl.store(x + e + 4, new_high, mask=high)
+    written = tl.where(r < last, numel, 0)
+    store_quad(x, e, new, written)
     if history is not None:
-        tl.store(history + e, x0_low, mask=low)
-        tl.store(history + e + 4, x0_high, mask=high)
+        store_quad(history, e, x0, written)
     if history2 is not None:
-        tl.store(history2 + e, past_low, mask=low)
-        tl.store(history2 + e + 4, past_high, mask=high)
+        store_quad(history2, e, past, written)
 
 
 @triton_op("fastddpm::p_sample", mutates_args=("x", "history", "history2"))
@@ -210,7 +193,7 @@ def p_sample_op(
 ) -> None:
     """`p_sample` on a GPU, with the fields of `Operands` in their order: contiguous, and nothing is validated."""
     batch, numel = x.shape[0], x.shape[1] * x.shape[2] * x.shape[3]
-    launcher(p_sample_kernel)[(batch, -(-numel // (8 * GROUPS)))](
+    launcher(p_sample_kernel)[(batch, -(-numel // (4 * QUADS)))](
         x,
         out,
         table,
@@ -232,6 +215,6 @@ def p_sample_op(
         LEARNED=out.shape[1] != x.shape[1],
         STOCHASTIC=stochastic,
         APPROX=approximations(),
-        GROUPS=GROUPS,
+        QUADS=QUADS,
         num_warps=num_warps(),
     )

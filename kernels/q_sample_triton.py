@@ -6,29 +6,8 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from .common_triton import GROUPS, approximations, jit, launcher, load_two_quads, num_warps, store_quad, tl
+from .common_triton import QUADS, approximations, jit, launcher, load_quad, num_warps, store_quad, tl
 from .philox_triton import MINUS_2_LN_2, normal_quad
-
-
-@jit
-def _noised(
-    x: tl.tensor,
-    eps: tl.tensor,
-    x_t: tl.tensor,
-    eps_out: tl.tensor,
-    e: tl.tensor,
-    q: tl.tensor,
-    c: tl.tensor,
-    numel: tl.tensor,
-    MAKE: tl.constexpr,
-    APPROX: tl.constexpr,
-) -> None:
-    """Noise one quad per thread and store it; `c` are the sample's scalars."""
-    scale, shift, spread, t, number, key = c
-    if MAKE:
-        eps = normal_quad(q, t, number, key, MINUS_2_LN_2, APPROX)
-        store_quad(eps_out, e, eps, numel)
-    store_quad(x_t, e, tl.fma(x, scale, tl.fma(eps, spread, shift)), numel)
 
 
 @jit
@@ -46,53 +25,30 @@ def q_sample_kernel(
     steps: tl.tensor,
     DOMAIN: tl.constexpr,
     APPROX: tl.constexpr,
-    GROUPS: tl.constexpr,
+    QUADS: tl.constexpr,
 ) -> None:
-    """Program (b, j) noises groups j·GROUPS ... of sample b: 8 floats to a group, or 16 bytes."""
+    """Program (b, j) noises quads j·QUADS ... of sample b."""
     b = tl.program_id(0)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    q = tl.program_id(1) * QUADS + tl.arange(0, QUADS)
+    e = q[:, None] * 4 + tl.arange(0, 4)[None, :]
     first = tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(numel, tl.uint32).to(tl.int64)
     step = tl.load(t + b)
     # A timestep outside the schedule must not read foreign memory; it shows as NaN.
     known = step.to(tl.uint64, bitcast=True) < steps
     signal = tl.load(signals + step, mask=known, other=float("nan"))
     spread = tl.load(spreads + step, mask=known, other=float("nan"))
-    MAKE: tl.constexpr = eps is None
-    number, key = step, step
-    if MAKE:
-        number, key = tl.load(sample_id + b), tl.load(seed + b)
-        eps_out += first
-    x_start += first
-    x_t += first
-    lane = tl.arange(0, 4)[None, :]
+    x = load_quad(x_start + first, e, numel)
+    shift = 0.0
     if x_start.dtype.element_ty == tl.uint8:
         # x/127.5 − 1, folded into the signal's coefficient.
-        c = (signal / 127.5, -signal, spread, step + DOMAIN, number, key)
-        e = group[:, None] * 16 + tl.arange(0, 16)[None, :]
-        x = tl.load(x_start + e, mask=e < numel).to(tl.float32)
-        even, odd = tl.split(tl.permute(tl.reshape(x, (GROUPS, 2, 2, 4)), (0, 1, 3, 2)))
-        x0, x2 = tl.split(tl.permute(even, (0, 2, 1)))
-        x1, x3 = tl.split(tl.permute(odd, (0, 2, 1)))
-        e = group[:, None] * 16 + lane
-        q = (group * 4).to(tl.uint32)
-        e0, e1, e2, e3 = x0, x1, x2, x3
-        if not MAKE:
-            e0, e1 = load_two_quads(eps + first, group * 2, numel)
-            e2, e3 = load_two_quads(eps + first, group * 2 + 1, numel)
-        _noised(x0, e0, x_t, eps_out, e, q, c, numel, MAKE, APPROX)
-        _noised(x1, e1, x_t, eps_out, e + 4, q + 1, c, numel, MAKE, APPROX)
-        _noised(x2, e2, x_t, eps_out, e + 8, q + 2, c, numel, MAKE, APPROX)
-        _noised(x3, e3, x_t, eps_out, e + 12, q + 3, c, numel, MAKE, APPROX)
+        signal, shift = signal / 127.5, -signal
+    if eps is None:
+        number, key = tl.load(sample_id + b), tl.load(seed + b)
+        z = normal_quad(q.to(tl.uint32), step + DOMAIN, number, key, MINUS_2_LN_2, APPROX)
+        store_quad(eps_out + first, e, z, numel)
     else:
-        c = (signal, 0.0, spread, step + DOMAIN, number, key)
-        x0, x1 = load_two_quads(x_start, group, numel)
-        e = group[:, None] * 8 + lane
-        q = (group * 2).to(tl.uint32)
-        e0, e1 = x0, x1
-        if not MAKE:
-            e0, e1 = load_two_quads(eps + first, group, numel)
-        _noised(x0, e0, x_t, eps_out, e, q, c, numel, MAKE, APPROX)
-        _noised(x1, e1, x_t, eps_out, e + 4, q + 1, c, numel, MAKE, APPROX)
+        z = load_quad(eps + first, e, numel)
+    store_quad(x_t + first, e, tl.fma(x, signal, tl.fma(z, spread, shift)), numel)
 
 
 @triton_op("fastddpm::q_sample", mutates_args=())
@@ -110,8 +66,7 @@ def q_sample_op(
     x_t = torch.empty_like(x_start, dtype=torch.float32)
     eps_out = x_t.new_empty(0) if eps is not None else torch.empty_like(x_t)
     batch, numel = x_start.shape[0], x_start.shape[1] * x_start.shape[2] * x_start.shape[3]
-    owned = 16 if x_start.dtype == torch.uint8 else 8
-    launcher(q_sample_kernel)[(batch, -(-numel // (owned * GROUPS)))](
+    launcher(q_sample_kernel)[(batch, -(-numel // (4 * QUADS)))](
         x_start,
         t,
         sqrt_alphas_cumprod,
@@ -125,7 +80,7 @@ def q_sample_op(
         sqrt_alphas_cumprod.shape[0],
         DOMAIN=domain,
         APPROX=approximations(),
-        GROUPS=GROUPS,
+        QUADS=QUADS,
         num_warps=num_warps(),
     )
     return x_t, eps_out

@@ -87,13 +87,14 @@ def norm_float64(case):
 
 
 def check_norm(case, device="cpu"):
-    """The op against float64, both results; no argument may have changed."""
+    """The op against float64, both results, and the norm without the sum; no argument may have changed."""
     moved = {k: t.to(device) if isinstance(t, torch.Tensor) else t for k, t in case.items()}
     got_total, got = call(**moved)
     total, y = norm_float64(case)
     dtype = case["x"].dtype
     assert got.dtype == got_total.dtype == dtype and got.shape == got_total.shape == total.shape
-    for have, want, rtol in ((got_total, total, 2.0**-22), (got, y, GROUP_NORM_RTOL)):
+    alone = call(**moved, keep=False)[1]
+    for have, want, rtol in ((got_total, total, 2.0**-22), (got, y, GROUP_NORM_RTOL), (alone, y, GROUP_NORM_RTOL)):
         have = have.double().cpu().numpy()
         assert np.isfinite(have).all()
         allowed = rtol * np.abs(want).max() + ROUNDING[dtype] * np.abs(want)

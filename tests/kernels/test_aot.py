@@ -59,16 +59,16 @@ def test_bars(variant, target):
     got = measured(variant, target)
     assert missed_bars(variant, got) == []
     assert got.spill_bytes == got.shared_bytes == 0
-    assert got.vector_bits >= 128
+    assert got.vector_bits >= {"u8": 32, "bf16": 64, "fp16": 64, "fp32": 128}[variant.dtype]
     assert got.bytes_per_element == variant.minimum_bytes
 
 
 @pytest.mark.parametrize(
     ("name", "most"),
     [
-        ("p_sample bf16, noise made", 48),
-        ("p_sample bf16, noise supplied", 20),
-        ("p_sample bf16, noise none", 20),
+        ("p_sample bf16, noise made", 56),
+        ("p_sample bf16, noise supplied", 28),
+        ("p_sample bf16, noise none", 28),
     ],
 )
 def test_instructions_per_element_on_sm_90(name, most):
@@ -87,9 +87,9 @@ def test_one_philox_call_makes_four_normals():
     lines = instructions(Variant("p_sample", "bf16", "made"))
     sines = sum("MUFU.SIN" in line for line in lines)
     logarithms = sum("MUFU.LG2" in line for line in lines)
-    assert (sines, logarithms) == (4, 4), "eight normals are four pairs"
+    assert (sines, logarithms) == (2, 2), "four normals are two pairs"
     # Ten rounds of two products make a quad; a few products more are for the addresses.
-    assert sum(line.startswith("IMAD.WIDE.U32") for line in lines) <= 2 * 20 + 6
+    assert sum(line.startswith("IMAD.WIDE.U32") for line in lines) <= 20 + 6
 
 
 def test_the_clip_passes_nan_on():
@@ -125,7 +125,7 @@ def test_odd_sizes_compile_without_spills(variant):
 def test_a_missed_bar_is_named():
     variant = BY_NAME["p_sample bf16, noise made"]
     got = measured(variant, "sm_90")
-    worse = replace(got, sass_per_element=48.1, spill_bytes=8, shared_bytes=16, vector_bits=64, bytes_per_element=11.0)
+    worse = replace(got, sass_per_element=56.1, spill_bytes=8, shared_bytes=16, vector_bits=32, bytes_per_element=11.0)
     lines = missed_bars(variant, worse)
     assert len(lines) == 5
     for name in ("sass_per_element", "spill_bytes", "shared_bytes", "vector_bits", "bytes_per_element"):

@@ -59,16 +59,20 @@ def test_op_on_a_pretended_gpu():
 @pytest.mark.parametrize("side", [1, 7, 16, 28, 100, 256])
 @pytest.mark.parametrize("groups", [1, 8, 32])
 @pytest.mark.parametrize("batch", [1, 16, 512])
-def test_plans_hold_whole_groups_and_every_pixel(batch, channels, side, groups):
-    plan, pixels = plan_for(batch, channels, groups, side * side), side * side
-    assert groups % plan.together == 0 and plan.width == next_power(plan.together * channels // groups)
+@pytest.mark.parametrize("keep", [True, False])
+def test_plans_hold_whole_groups_and_every_pixel(batch, channels, side, groups, keep):
+    plan, pixels = plan_for(batch, channels, groups, side * side, keep, 2), side * side
+    assert plan.size * groups == channels and groups % plan.together == 0
+    assert plan.width == next_power(plan.together * plan.size)
     assert plan.width * plan.rows <= MOST_ELEMENTS
     assert plan.rows * plan.tiles * (plan.splits - 1) < pixels <= plan.rows * plan.tiles * plan.splits
-    assert plan.splits == 1 and plan.tiles == 1 or plan.splits <= 128
+    assert (plan.splits == 1 and plan.tiles == plan.later == 1) or plan.splits <= 64
+    assert 1 <= plan.later <= 4 and plan.rows % plan.apart() == plan.rows % plan.apart(64) == 0
     assert 4 <= plan.warps() <= 16 and 2 <= plan.warps(64) <= 8
-    assert plan.is_full(channels // groups, pixels) == (
-        plan.width * plan.rows * plan.tiles * plan.splits == plan.together * channels // groups * pixels
-    )
+    for tiles in (None, plan.later):
+        taken = plan.rows * (plan.tiles if tiles is None else tiles)
+        programs = -(-pixels // taken)
+        assert plan.is_full(pixels, tiles) == (plan.width * taken * programs == plan.together * plan.size * pixels)
 
 
 def _wrong(change, error, match):
@@ -114,46 +118,63 @@ AOT = {
     "scale-shift": ((256, 0), 32, 256, ("scale_shift",)),
     "two halves": ((256, 256), 32, 256, ("residual", "skip")),
     "coarsest level": ((256, 256), 32, 16, ("residual", "skip")),
-    "the largest tile": ((128, 0), 32, 4096, ("residual",)),
+    "the largest tile": ((128, 128), 32, 1024, ("residual", "skip")),
+    "narrow padded groups": ((256, 128), 32, 256, ("residual", "skip")),
+    "shared out, not kept": ((128, 0), 32, 256 * 256, ("add",)),
+    "shared out, both sources": ((128, 128), 32, 256 * 256, ("residual", "skip")),
     "shared out": ((128, 0), 32, 256 * 256, ("residual",)),
     "MNIST": ((32, 0), 8, 784, ("scale_shift",)),
 }
 
 
-def aot_plan(name) -> Plan:
+def aot_plan(name, dtype="bf16") -> Plan:
     """The plan of one of them, in a large batch."""
-    (own, more), groups, pixels, _ = AOT[name]
-    return plan_for(512, own + more, groups, pixels)
+    (own, more), groups, pixels, terms = AOT[name]
+    return plan_for(512, own + more, groups, pixels, keeps(terms), 4 if dtype == "fp32" else 2)
+
+
+def keeps(terms) -> bool:
+    """Whether the sum is written too."""
+    return not {"add", "scale_shift"} & set(terms)
+
+
+KERNELS = ("add_group_norm_kernel", "group_moments_kernel", "normalise_kernel")
+
+
+def kernels_of(name, dtype="bf16"):
+    """Those that a norm is made by."""
+    return KERNELS[:1] if aot_plan(name, dtype).splits == 1 else KERNELS[1:]
 
 
 @functools.cache
-def compiled(name, target, dtype="bf16", writes=True):
-    """Machine instructions, registers, stack bytes of one kernel; of the first of two where it `writes` no result."""
+def compiled(name, target, dtype="bf16", which=KERNELS[0]):
+    """Machine instructions, registers, stack bytes of one kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastddpm.kernels.group_norm_triton import add_group_norm_kernel as kernel
+    from fastddpm.kernels import group_norm_triton
 
+    kernel = getattr(group_norm_triton, which)
     (own, more), groups, pixels, terms = AOT[name]
     cuda, channels = target.startswith("sm_"), own + more
     gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
-    plan = aot_plan(name)
+    plan, later = aot_plan(name, dtype), which == "normalise_kernel"
+    tiles = plan.later if later else plan.tiles
     types = dict.fromkeys(("x", "bias", "residual", "skip", "weight", "beta", "total", "out"), f"*{dtype}")
     types |= {"row": "*fp32", "index": "*i64", "eps": "fp32", "moments": "*fp32"}
     numbers = {"pixels": pixels, "own": own, "channels": channels, "row_width": 4992, "column": 128, "rows": 1001}
+    numbers |= {"share": plan.rows * plan.tiles}
     constants = {
-        "SCALE_SHIFT": "scale_shift" in terms,
-        "SILU": True,
-        "GROUP": channels // groups,
-        "GROUPS": plan.together,
-    }
-    constants |= {"WIDTH": plan.width, "PIXELS": plan.rows, "TILES": plan.tiles, "SPLITS": next_power(plan.splits)}
-    constants |= {"FULL": plan.is_full(channels // groups, pixels), "APPROX": cuda}
-    timed = "add" in terms or "scale_shift" in terms
-    given = {"row": timed, "index": timed, "residual": "residual" in terms, "skip": more > 0, "total": not timed}
-    given |= {"moments": plan.splits > 1, "out": writes}
+        "SUMMED": keeps(terms), "SCALE_SHIFT": "scale_shift" in terms, "SILU": True, "APPROX": cuda,
+        "GROUP": plan.size, "GROUPS": plan.together, "WIDTH": plan.width, "PIXELS": plan.rows, "TILES": tiles,
+        "APART": plan.apart(gpu.warp_size), "SPLITS": next_power(plan.splits), "FULL": plan.is_full(pixels, tiles),
+    }  # fmt: skip
+    summed = later and keeps(terms)
+    given = {"row": not keeps(terms), "index": not keeps(terms), "total": keeps(terms), "bias": not summed}
+    given |= {"residual": "residual" in terms and not summed, "skip": more > 0 and not summed}
     constants |= {argument: None for argument, there in given.items() if not there}
     types |= dict.fromkeys(numbers, "i32")
+    constants = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     divisible = {
         (i,): [["tt.divisibility", 16]]
@@ -186,14 +207,16 @@ def slow_unless(quick):
 )
 def test_no_spills(name, target):
     pytest.importorskip("triton")
-    assert compiled(name, target)[2] == 0
-    assert aot_plan(name).splits == 1 or compiled(name, target, writes=False)[2] == 0
+    assert {which: compiled(name, target, which=which)[2] for which in kernels_of(name)} == dict.fromkeys(
+        kernels_of(name), 0
+    )
 
 
 def test_float32_does_not_spill():
     pytest.importorskip("triton")
-    assert compiled("the largest tile", "sm_90", "fp32")[2] == 0
-    assert compiled("three to one, twelve channels to a group", "sm_90", "fp32")[2] == 0
+    for name in ("the largest tile", "three to one, twelve channels to a group", "narrow padded groups"):
+        for which in kernels_of(name, "fp32"):
+            assert compiled(name, "sm_90", "fp32", which)[2] == 0, (name, which)
 
 
 @pytest.mark.parametrize("name", ["finest level", "two halves", "with time"])
@@ -315,6 +338,9 @@ class TestGpu:
             ((16, 128, 32, 32), 32),
             ((16, 384, 32, 32), 32),
             ((2, 256, 64, 64), 32),
+            ((1, 128, 256, 256), 32),
+            ((2, 384, 100, 100), 32),
+            ((64, 256, 16, 16), 32),
             ((1, 1, 1, 2), 1),
             ((3, 12, 31, 33), 3),
         ],

@@ -59,8 +59,9 @@ def test_shapes(shape, groups, skip, terms):
 @pytest.mark.parametrize(
     ("plan", "channels", "groups", "skip"),
     [
-        pytest.param(Plan(1, 8, 16, 3, 3), 12, 2, 4, id="a group to a program"),
-        pytest.param(Plan(4, 32, 64, 2, 2), 24, 4, 8, id="four groups to a program"),
+        pytest.param(Plan(8, 1, 16, 3, 3, 2), 12, 2, 4, id="a group to a program"),
+        pytest.param(Plan(8, 4, 64, 2, 2, 1), 24, 4, 8, id="four groups to a program"),
+        pytest.param(Plan(5, 2, 16, 2, 5, 4), 6, 2, 4, id="five channels to a group"),
     ],
 )
 def test_groups_are_shared_out(monkeypatch, plan, channels, groups, skip, terms):
