@@ -310,7 +310,6 @@ def normalise_kernel(
     rows: tl.tensor,
     share: tl.tensor,
     eps: tl.tensor,
-    SUMMED: tl.constexpr,
     SCALE_SHIFT: tl.constexpr,
     SILU: tl.constexpr,
     GROUP: tl.constexpr,
@@ -324,7 +323,7 @@ def normalise_kernel(
 ) -> None:
     """Program (j, s, b): the norm of pixels s·TILES·PIXELS ... of groups j·GROUPS ... of picture b.
 
-    Moments are those of `share` pixels each; where SUMMED, x is the sum that came with them.
+    Moments are those of `share` pixels each. The sum is made once more: what the first launch kept of it is rounded.
     """
     chunks, splits = channels // (GROUP * GROUPS), tl.cdiv(pixels, TILES * PIXELS)
     number = tl.program_id(0)
@@ -347,9 +346,8 @@ def normalise_kernel(
     known = True
     if row is not None:
         row, known = _row_of(row, index, b, rows, row_width, column)
-    added = -_to_channels(mean, lane, GROUP, GROUPS)
-    if not SUMMED:
-        added += _of_channels(bias, row, c, real & (c < own), known, SCALE_SHIFT, WIDTH)
+    added = _of_channels(bias, row, c, real & (c < own), known, SCALE_SHIFT, WIDTH)
+    added -= _to_channels(mean, lane, GROUP, GROUPS)
     a, d = _factors(variance, eps, weight, beta, row, c, real, known, channels, SCALE_SHIFT)
     for i in range(TILES):
         p = (s * TILES + i) * PIXELS + tl.arange(0, PIXELS)
@@ -403,10 +401,8 @@ def add_group_norm_op(
         *terms, moments, written, pixels, own, *numbers,
         APART=plan.apart(lanes), TILES=plan.tiles, SPLITS=splits, FULL=plan.is_full(pixels), **tile,
     )  # fmt: skip
-    if keep:
-        terms, own = (total, None, row, index, None, None), channels
     launcher(normalise_kernel)[(pieces * -(-pixels // (plan.rows * plan.later)),)](
         *terms, weight, beta, moments, out, pixels, own, *numbers, plan.rows * plan.tiles, eps,
-        SUMMED=keep, TILES=plan.later, SPLITS=splits, FULL=plan.is_full(pixels, plan.later), **tile, **result,
+        TILES=plan.later, SPLITS=splits, FULL=plan.is_full(pixels, plan.later), **tile, **result,
     )  # fmt: skip
     return total, out

@@ -33,7 +33,7 @@ def ended(outcomes):
 
 def test_each_section_has_a_function_and_a_part_of_the_time():
     assert list(gpu_section.RUN) == list(gpu.SHARES) and abs(sum(gpu.SHARES.values()) - 1) < 1e-9
-    assert gpu.limits(["kernels", "trace"], 1.7) == pytest.approx({"kernels": 60, "trace": 42})
+    assert gpu.limits(["kernels", "trace"], 1.8) == pytest.approx({"kernels": 66, "trace": 42})
 
 
 def test_the_script_runs_a_section(tmp_path):

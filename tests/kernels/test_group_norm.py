@@ -165,13 +165,12 @@ def compiled(name, target, dtype="bf16", which=KERNELS[0]):
     numbers = {"pixels": pixels, "own": own, "channels": channels, "row_width": 4992, "column": 128, "rows": 1001}
     numbers |= {"share": plan.rows * plan.tiles}
     constants = {
-        "SUMMED": keeps(terms), "SCALE_SHIFT": "scale_shift" in terms, "SILU": True, "APPROX": cuda,
+        "SCALE_SHIFT": "scale_shift" in terms, "SILU": True, "APPROX": cuda,
         "GROUP": plan.size, "GROUPS": plan.together, "WIDTH": plan.width, "PIXELS": plan.rows, "TILES": tiles,
         "APART": plan.apart(gpu.warp_size), "SPLITS": next_power(plan.splits), "FULL": plan.is_full(pixels, tiles),
     }  # fmt: skip
-    summed = later and keeps(terms)
-    given = {"row": not keeps(terms), "index": not keeps(terms), "total": keeps(terms), "bias": not summed}
-    given |= {"residual": "residual" in terms and not summed, "skip": more > 0 and not summed}
+    given = {"row": not keeps(terms), "index": not keeps(terms), "total": keeps(terms)}
+    given |= {"residual": "residual" in terms, "skip": more > 0}
     constants |= {argument: None for argument, there in given.items() if not there}
     types |= dict.fromkeys(numbers, "i32")
     constants = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
