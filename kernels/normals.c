@@ -12,8 +12,8 @@
 #include "shims.h"
 
 #define ROUNDS 10
-#define QUADS 16
-#define LEAST_BLOCKS 64 /* for which it pays to wake a thread */
+#define QUADS 32
+#define LEAST_BLOCKS 32 /* for which it pays to wake a thread */
 
 typedef uint32_t words[QUADS];
 typedef float floats[QUADS];
@@ -101,7 +101,12 @@ void philox_normals(const int64_t *seed, const int64_t *sample_id, const int64_t
             block((uint64_t)seed[b], (uint64_t)sample_id[b], (uint32_t)t[b], (uint32_t)(k * QUADS), lanes);
             const int64_t first = 4 * QUADS * k, left = numel - first;
             float *to = out + b * numel + first;
-            for (int64_t i = 0; i < (left < 4 * QUADS ? left : 4 * QUADS); i++) to[i] = lanes[i % 4][i / 4];
+            if (left >= 4 * QUADS) { /* which becomes vectors */
+                for (int i = 0; i < QUADS; i++)
+                    for (int lane = 0; lane < 4; lane++) to[4 * i + lane] = lanes[lane][i];
+                continue;
+            }
+            for (int64_t i = 0; i < left; i++) to[i] = lanes[i % 4][i / 4];
         }
 }
 

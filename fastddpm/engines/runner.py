@@ -56,25 +56,22 @@ class StepRunner:
 
     def run(self, most: int, noise: Tensor | None = None) -> int:
         """Make steps until it is time to look up; see `Runner.run`."""
-        if noise is not None:
-            self.make(noise)
-            return 1
-        end, made = time.perf_counter() + LOOK_S, 0
-        while made < most and (made == 0 or time.perf_counter() < end):
+        end, made = time.perf_counter() + LOOK_S, 1
+        self.make(*([] if noise is None else [noise]))
+        while noise is None and made < most and time.perf_counter() < end:
             self.make()
             made += 1
+        for name, place in zip(self._changed, self._places, strict=True):
+            setattr(self.state, name, self._arguments[place])
         return made
 
     def close(self) -> None:
         """Nothing is to be given back."""
 
     def make(self, *noise: Tensor) -> None:
-        """Make one step."""
-        changed = self._function(*self._arguments, *noise)
-        for place, value in zip(self._places, changed, strict=True):
+        """Make one step, of which `state` is not told yet."""
+        for place, value in zip(self._places, self._function(*self._arguments, *noise), strict=True):
             self._arguments[place] = value
-        for name, value in zip(self._changed, changed, strict=True):
-            setattr(self.state, name, value)
 
 
 class DecidingRunner:
