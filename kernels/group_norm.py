@@ -6,8 +6,9 @@ consecutive channels and their mean μ and variance s² over channels and pixels
     y = (v − μ)/√(s² + ε) · weight + beta,  y ← (1 + scale) · y + shift,  y ← y · sigmoid(y)
 
 The second step is the adaptive norm of Dhariwal and Nichol (2021, sec. 3); it and the third are optional. On a GPU a
-group of a picture is held in registers, so that memory is read once; where it does not fit, PyTorch's own operations
-serve. So they do on CPUs, unless the kernel in C is asked for (`group_norm_native.py`), as it is for compiled steps.
+group of a picture is held in registers, so that memory is read once; where it does not fit, one launch finds μ and s²
+and a second one reads the terms again. On CPUs PyTorch's own operations serve, unless the kernel in C is asked for
+(`group_norm_native.py`), as it is for compiled steps.
 """
 
 import functools

@@ -63,7 +63,7 @@ def _summed(
 @jit
 def _row_of(
     row: tl.tensor, index: tl.tensor, b: tl.tensor, rows: tl.tensor, row_width: tl.tensor, column: tl.tensor
-) -> tl.tensor:
+) -> tuple[tl.tensor, tl.tensor]:
     """Where the projections of picture b begin, and whether there are any: no foreign memory must be read."""
     r = tl.cast(b, tl.uint32).to(tl.int64)
     if index is not None:
@@ -135,7 +135,7 @@ def _factors(
     known: tl.tensor,
     channels: tl.tensor,
     SCALE_SHIFT: tl.constexpr,
-) -> tl.tensor:
+) -> tuple[tl.tensor, tl.tensor]:
     """The factor and the offset of each channel's values, whose mean is taken off already."""
     # Inductor passes numbers as float64, which must not spread.
     a = tl.rsqrt(variance + tl.cast(eps, tl.float32)) * tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
@@ -383,7 +383,7 @@ def add_group_norm_op(
     lanes = 64 if torch.version.hip else 32
     pieces, written = groups // plan.together * batch, total if keep else None
     terms = (x, bias, row, index, residual, skip)
-    numbers = (channels, *((0, column, 0) if row is None else (row.shape[1], column, row.shape[0])))
+    numbers = (pixels, own, channels, *((0, column, 0) if row is None else (row.shape[1], column, row.shape[0])))
     tile = {
         "SCALE_SHIFT": scale_shift, "GROUP": plan.size, "GROUPS": plan.together, "WIDTH": plan.width,
         "PIXELS": plan.rows, "num_warps": plan.warps(lanes),
@@ -391,18 +391,18 @@ def add_group_norm_op(
     result = {"SILU": silu, "APPROX": approximations()}
     if plan.splits == 1:
         launcher(add_group_norm_kernel)[(pieces,)](
-            *terms, weight, beta, written, out, pixels, own, *numbers, eps,
+            *terms, weight, beta, written, out, *numbers, eps,
             FULL=plan.is_full(pixels), **tile, **result,
         )  # fmt: skip
         return total, out
     splits = next_power(plan.splits)
     moments = x.new_empty((batch, groups, 2, splits), dtype=torch.float32)
     launcher(group_moments_kernel)[(pieces * plan.splits,)](
-        *terms, moments, written, pixels, own, *numbers,
+        *terms, moments, written, *numbers,
         APART=plan.apart(lanes), TILES=plan.tiles, SPLITS=splits, FULL=plan.is_full(pixels), **tile,
     )  # fmt: skip
     launcher(normalise_kernel)[(pieces * -(-pixels // (plan.rows * plan.later)),)](
-        *terms, weight, beta, moments, out, pixels, own, *numbers, plan.rows * plan.tiles, eps,
+        *terms, weight, beta, moments, out, *numbers, plan.rows * plan.tiles, eps,
         TILES=plan.later, SPLITS=splits, FULL=plan.is_full(pixels, plan.later), **tile, **result,
     )  # fmt: skip
     return total, out
