@@ -105,3 +105,17 @@ def test_in_bf16_small_maps_too_may_run_on_the_matrix_unit(monkeypatch):
         assert [layer.name for layer in layers] == ["0"] and changed[0].tiled
         assert (changed(x) - net(x).double()).abs().max() <= 2.0**-7 * net(x).abs().max()
         assert not PackedConv2d(nn.Conv2d(32, 32, 3, padding=1)).tiled
+
+
+@pytest.mark.skipif(not amx_conv.is_there(), reason="a processor without AMX, or no C compiler")
+def test_in_bf16_linear_layers_and_1x1_convolutions_may_run_there_too(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(32, 64, 1), nn.Conv2d(64, 64, 1, stride=2), nn.Flatten(2), nn.Linear(32, 96))
+    net, x = net.bfloat16(), torch.randn(2, 32, 8, 16).bfloat16()
+    monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))
+    with torch.no_grad():
+        changed, layers = with_fast_layers(net, lambda network: network(x))
+        assert [layer.name for layer in layers] == ["0", "3"] and changed[0].tiled and changed[3].tiled
+        got, want = changed(x), net(x)
+        assert got.shape == want.shape and got.is_contiguous()
+        assert (got - want.double()).abs().max() <= 2.0**-6 * want.abs().max()
