@@ -32,6 +32,7 @@
 #define SUMS (ROWS * ROWS)
 #define MOST 4 /* tiles of pixels at a time: four registers for sums, one for weights, three for pixels */
 #define LINE 32 /* numbers of a line of the cache */
+#define NEAREST (1 << 15) /* bytes of pixels that stay in a core's first cache */
 #define CACHED (1 << 20) /* bytes of pictures spread out that stay in a core's second cache beside the weights */
 #define FEW_TIMES 4 /* blocks that weights are used for, under which they are fetched as they are read, this far ahead: */
 #define NEAR 24 /* tiles */
@@ -227,13 +228,18 @@ static int64_t pieces_of(int64_t outputs, int threads) {
     return outputs % threads ? (2 * threads + outputs - 1) / outputs : 1;
 }
 
-/* With one tap. Threads share out the output channels, or the pixels where these are more than the weights. */
+/* With one tap. Threads share out the output channels, or the pixels: where these are more than the weights, and where as
+ * many as are taken at a time stay in the first cache for all output channels.
+ */
 static int row_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *y, int64_t N, int64_t C,
                     int64_t O, int threads) {
     const int few = N < ROWS;
     const layer l = row_of(few ? ROWS : N, C, O);
-    const int64_t outputs = O / PART, table = (l.tiles * ROWS * 4 + 63) / 64 * 64, by_pixels = N > O && l.tiles >= threads;
-    const int64_t pieces = by_pixels ? threads : pieces_of(outputs, threads), piece = (l.tiles + pieces - 1) / pieces;
+    const int64_t outputs = O / PART, table = (l.tiles * ROWS * 4 + 63) / 64 * 64;
+    const int stay = 2 * MOST * ROWS * C <= NEAREST && l.tiles >= MOST * threads;
+    const int by_pixels = stay || (N > O && l.tiles >= threads);
+    const int64_t pieces = stay ? (l.tiles + MOST - 1) / MOST : by_pixels ? threads : pieces_of(outputs, threads);
+    const int64_t piece = (l.tiles + pieces - 1) / pieces;
     int32_t *pixels = scratch(table + (few ? 2 * ROWS * C : 0));
     if (!pixels) return 1;
     for (int64_t i = 0; i < ROWS * l.tiles; i++) pixels[i] = pixel_of(&l, i / ROWS, i % ROWS);
