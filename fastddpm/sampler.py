@@ -337,7 +337,7 @@ class Sampler(Editor, Measurer):
     def _plan(self, n: int, options: Mapping[str, Any]) -> Plan:
         """What `sample` runs, checked."""
         method, run = split_options(options)
-        with self.stepper.undisturbed():
+        with self.stepper.settings_aside():
             request = make_request(self.spec, self.device, n, run)
             table = method.table(self.schedule, self.spec)
             check_noise(run.noise, table.S, n, self.spec.shape)
@@ -350,7 +350,7 @@ class Sampler(Editor, Measurer):
         """The pictures of a plan, as `sample` has them."""
         check_noise(plan.run.noise, plan.table.S, len(plan.request.ids), self.spec.shape)
         drawn = [batch.pictures for batch in self._streamed(plan, "raw")]
-        with self.stepper.undisturbed():
+        with self.stepper.settings_aside():
             return to_output(torch.cat(cast(list[Tensor], drawn)), output, self.spec.to_bytes, self.spec.to_unit)
 
     def _streamed(self, plan: Plan, output: Output) -> Iterator[Batch]:
@@ -364,7 +364,7 @@ class Sampler(Editor, Measurer):
             self.stepper.refresh()
         with StepProgress(course.S * request.parts, len(request.ids), run.progress) as bar:
             for batch, final, seconds in loop.batches(request, bar):
-                with self.stepper.undisturbed():
+                with self.stepper.settings_aside():
                     pictures = to_output(final, output, self.spec.to_bytes, self.spec.to_unit)
                 how = Run(self.engine.used, self.engine.why, seconds, course.S)
                 yield Batch(batch.ids, pictures, how)

@@ -1,4 +1,4 @@
-/* A 3x3 convolution with stride 1 and padding 1 in bfloat16, on the matrix unit of Intel's processors (AMX).
+/* A convolution in bfloat16 on the matrix unit of Intel's processors (AMX): 3x3 with stride 1 and padding 1, or 1x1.
  *
  *     y[p, o] = bias[o] + sum over taps k and channels c of x[p + k, c] w[o, c, k]
  *
@@ -9,7 +9,8 @@
  * Pictures are NHWC. One is first spread out as rows of PART channels within a border of zeros,
  * [C / PART][H + 2][W + 1][G][PART]: then a tile of pixels is one piece of memory for each tap. The border on the right
  * of a row is that on the left of the next one. Where ROWS is no divisor of W, G = 2 or 4 pictures lie side by side if
- * that makes it one; else tiles go over the borders, whose results nobody stores.
+ * that makes it one; else tiles go over the borders, whose results nobody stores. With one tap there is no border, and
+ * pictures are read as they lie: all of them are one row, whose last tile begins early enough to end with it.
  * The weights are packed as tiles, w[o / ROWS][c / PART][k][pair of channels][o % ROWS][2].
  * The sums are made in the same order whatever G, the place and the threads. The unit takes denormal numbers for 0.
  */
@@ -20,7 +21,7 @@
 
 #define ROWS 16
 #define PART 32
-#define TAPS 9
+#define SIDE 3 /* of the taps, unless there is one */
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #include <immintrin.h>
@@ -31,8 +32,10 @@
 #define SUMS (ROWS * ROWS)
 #define MOST 4 /* tiles of pixels at a time: four registers for sums, one for weights, three for pixels */
 #define LINE 32 /* numbers of a line of the cache */
+#define NEAREST (1 << 15) /* bytes of pixels that stay in a core's first cache */
 #define CACHED (1 << 20) /* bytes of pictures spread out that stay in a core's second cache beside the weights */
-#define FEW_TIMES 4 /* blocks that weights are used for, under which fetching them ahead would only be in the way */
+#define FEW_TIMES 4 /* blocks that weights are used for, under which they are fetched as they are read, this far ahead: */
+#define NEAR 24 /* tiles */
 
 static int allowed; /* whether the system lends the tiles' registers: without its leave they end the process */
 
@@ -57,9 +60,11 @@ static void configure_tiles(void) {
     _tile_loadconfig(&tiles);
 }
 
-/* A layer, and how G of its pictures lie when spread out: positions of a row, numbers of a part, tiles of pixels. */
+/* A layer, and how G of its pictures lie when spread out: positions of a row, numbers of a part, tiles of pixels; numbers
+ * from pixel to pixel.
+ */
 typedef struct {
-    int64_t H, W, C, O, G, row, part, tiles;
+    int64_t H, W, C, O, G, row, part, tiles, side, pitch;
     int whole; /* whether each tile lies within a row */
 } layer;
 
@@ -67,14 +72,22 @@ static layer layer_of(int64_t B, int64_t H, int64_t W, int64_t C, int64_t O) {
     int64_t G = 1;
     while (G < 4 && W * G % ROWS) G *= 2;
     if (W * G % ROWS || B % G) G = 1;
-    layer l = {H, W, C, O, G, (W + 1) * G, 0, 0, W * G % ROWS == 0};
+    layer l = {H, W, C, O, G, (W + 1) * G, 0, 0, SIDE, PART, W * G % ROWS == 0};
     l.part = ((H + 2) * l.row + G + 2 * ROWS) * PART;
     l.tiles = ((l.whole ? H * W * G : H * l.row) + ROWS - 1) / ROWS;
     return l;
 }
 
+/* With one tap: a row of at least ROWS pixels, as it lies. */
+static layer row_of(int64_t pixels, int64_t C, int64_t O) {
+    return (layer){1, pixels, C, O, 1, pixels, PART, (pixels + ROWS - 1) / ROWS, 1, C, 0};
+}
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 /* Where the pixels of a tile begin, for the first tap. */
 static int64_t start_of(const layer *l, int64_t tile) {
+    if (l->side == 1) return least(tile * ROWS, l->W - ROWS) * l->C;
     if (!l->whole) return tile * TILE;
     const int64_t in_row = l->W * l->G / ROWS;
     return tile / in_row * l->row * PART + tile % in_row * TILE;
@@ -82,6 +95,10 @@ static int64_t start_of(const layer *l, int64_t tile) {
 
 /* The pixel of the G pictures whose sums a row of a tile holds, or -1. */
 static int32_t pixel_of(const layer *l, int64_t tile, int64_t r) {
+    if (l->side == 1) { /* those of the tile before are not stored twice */
+        const int64_t n = least(tile * ROWS, l->W - ROWS) + r;
+        return n < tile * ROWS ? -1 : (int32_t)n;
+    }
     const int64_t n = tile * ROWS + r, y = n / l->row, x = n % l->row;
     if (l->whole) return (int32_t)(n % l->G * l->H * l->W + n / l->G);
     return x < l->W && y < l->H ? (int32_t)(y * l->W + x) : -1;
@@ -120,6 +137,7 @@ typedef struct {
     int row, rows;
     const uint16_t *ahead, *end;
     int64_t lines;
+    int near; /* whether weights are fetched as they are read instead */
 } pending;
 
 static inline void store_row(const layer *l, pending *p) {
@@ -133,29 +151,33 @@ static inline void store_row(const layer *l, pending *p) {
     if (n > i) _tile_zero(i)
 #define MULTIPLY(i, pixels) \
     if (n > i) { \
-        _tile_loadd(pixels, a[i] + tap, 2 * PART); \
+        _tile_loadd(pixels, a[i] + tap, pitch); \
         _tile_dpbf16ps(i, pixels, 4); \
     }
 #define STORE(i) \
     if (n > i) _tile_stored(i, sums + i * SUMS, 4 * ROWS)
 
 /* Sums [n][ROWS][ROWS] of n tiles of pixels for ROWS output channels; what is pending is done meanwhile. */
-static inline __attribute__((always_inline)) void product(const int n, const layer *l, const uint16_t *const *a,
-                                                          const uint16_t *w, float *sums, pending *p) {
-    const int64_t parts = l->C / PART, each = (p->rows - p->row + TAPS * parts - 1) / (TAPS * parts);
+static inline __attribute__((always_inline)) void product(const int n, const int64_t side, const layer *l,
+                                                          const uint16_t *const *a, const uint16_t *w, float *sums,
+                                                          pending *p) {
+    const int64_t parts = l->C / PART, steps = side * side * parts, each = (p->rows - p->row + steps - 1) / steps;
+    const int64_t pitch = side == 1 ? 2 * l->pitch : 2 * PART;
     ZERO(0);
     ZERO(1);
     ZERO(2);
     ZERO(3);
     for (int64_t c = 0, at = 0; c < parts; c++, at += l->part)
-        for (int64_t i = 0; i < 3; i++)
-            for (int64_t j = 0; j < 3; j++, w += TILE) {
+        for (int64_t i = 0; i < side; i++)
+            for (int64_t j = 0; j < side; j++, w += TILE) {
                 const int64_t tap = at + (i * l->row + j * l->G) * PART;
                 _tile_loadd(4, w, 2 * PART);
                 MULTIPLY(0, 5)
                 MULTIPLY(1, 6)
                 MULTIPLY(2, 7)
                 MULTIPLY(3, 5)
+                if (p->near)
+                    for (int64_t k = 0; k < TILE; k += LINE) _mm_prefetch(w + NEAR * TILE + k, _MM_HINT_T1);
                 for (int64_t k = 0; k < p->lines && p->ahead < p->end; k++, p->ahead += LINE)
                     _mm_prefetch(p->ahead, _MM_HINT_T1);
                 for (int64_t k = 0; k < each && p->row < p->rows; k++) store_row(l, p);
@@ -166,26 +188,33 @@ static inline __attribute__((always_inline)) void product(const int n, const lay
     STORE(3);
 }
 
+static inline __attribute__((always_inline)) void products(const int64_t side, const layer *l, int64_t tiles,
+                                                           const uint16_t *const *a, const uint16_t *w, float *sums,
+                                                           pending *p) {
+    if (tiles == 4) product(4, side, l, a, w, sums, p);
+    else if (tiles == 3) product(3, side, l, a, w, sums, p);
+    else if (tiles == 2) product(2, side, l, a, w, sums, p);
+    else product(1, side, l, a, w, sums, p);
+}
+
 /* Tiles from ... to of n groups of pictures, for output channels PART * o and so on. */
 static void work(const layer *l, const uint16_t *spread, int64_t n, const int32_t *pixels, const uint16_t *w,
                  const float *bias, uint16_t *y, int64_t o, int64_t from, int64_t to) {
     float sums[2][MOST * SUMS] __attribute__((aligned(64)));
-    const int64_t size = l->C * TAPS * ROWS, blocks = (to - from + MOST - 1) / MOST, times = n * blocks;
+    const int64_t size = l->C * l->side * l->side * ROWS, blocks = (to - from + MOST - 1) / MOST, times = n * blocks;
     pending p = {0};
     memory_is_written();
     w += 2 * o * size;
-    p.ahead = w + 2 * size, p.end = w + 4 * size, p.lines = times < FEW_TIMES ? 0 : (TILE / LINE + times - 1) / times;
+    p.ahead = w + 2 * size, p.end = w + 4 * size, p.near = times < FEW_TIMES;
+    p.lines = p.near ? 0 : (TILE / LINE + times - 1) / times;
     for (int64_t g = 0; g < n; g++)
         for (int64_t left = blocks, at = from, tiles; left > 0; left--, at += tiles) {
             const uint16_t *a[MOST];
             tiles = (to - at + left - 1) / left;
             for (int64_t i = 0; i < tiles; i++) a[i] = spread + g * l->part * (l->C / PART) + start_of(l, at + i);
             for (int64_t half = 0; half < 2; half++) {
-                const uint16_t *own = w + half * size;
-                if (tiles == 4) product(4, l, a, own, sums[half], &p);
-                else if (tiles == 3) product(3, l, a, own, sums[half], &p);
-                else if (tiles == 2) product(2, l, a, own, sums[half], &p);
-                else product(1, l, a, own, sums[half], &p);
+                if (l->side == 1) products(1, l, tiles, a, w + half * size, sums[half], &p);
+                else products(SIDE, l, tiles, a, w + half * size, sums[half], &p);
                 p.sums = sums[half], p.bias = bias + o * PART + half * ROWS, p.pixels = pixels + at * ROWS;
                 p.y = y + g * l->G * l->H * l->W * l->O + o * PART + half * ROWS;
                 p.row = 0, p.rows = (int)tiles * ROWS;
@@ -194,24 +223,62 @@ static void work(const layer *l, const uint16_t *spread, int64_t n, const int32_
     while (p.row < p.rows) store_row(l, &p);
 }
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+/* In how many pieces the tiles are shared out besides the output channels, where these are no multiple of the threads. */
+static int64_t pieces_of(int64_t outputs, int threads) {
+    return outputs % threads ? (2 * threads + outputs - 1) / outputs : 1;
+}
+
+/* With one tap. Threads share out the output channels, or the pixels: where these are more than the weights, and where as
+ * many as are taken at a time stay in the first cache for all output channels.
+ */
+static int row_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *y, int64_t N, int64_t C,
+                    int64_t O, int threads) {
+    const int few = N < ROWS;
+    const layer l = row_of(few ? ROWS : N, C, O);
+    const int64_t outputs = O / PART, table = (l.tiles * ROWS * 4 + 63) / 64 * 64;
+    const int stay = 2 * MOST * ROWS * C <= NEAREST && l.tiles >= MOST * threads;
+    const int by_pixels = stay || (N > O && l.tiles >= threads);
+    const int64_t pieces = stay ? (l.tiles + MOST - 1) / MOST : by_pixels ? threads : pieces_of(outputs, threads);
+    const int64_t piece = (l.tiles + pieces - 1) / pieces;
+    int32_t *pixels = scratch(table + (few ? 2 * ROWS * C : 0));
+    if (!pixels) return 1;
+    for (int64_t i = 0; i < ROWS * l.tiles; i++) pixels[i] = pixel_of(&l, i / ROWS, i % ROWS);
+    if (few) { /* behind the last pixel nothing may be read */
+        uint16_t *whole = (uint16_t *)((char *)pixels + table);
+        for (int64_t i = 0; i < ROWS * C; i++) whole[i] = i < N * C ? x[i] : 0;
+        for (int64_t i = N; i < ROWS; i++) pixels[i] = -1;
+        x = whole;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        configure_tiles();
+#pragma omp for schedule(static) nowait
+        for (int64_t job = 0; job < outputs * pieces; job++) {
+            const int64_t k = by_pixels ? job / outputs : job % pieces, o = by_pixels ? job % outputs : job / pieces;
+            if (k * piece < l.tiles) work(&l, x, 1, pixels, w, bias, y, o, k * piece, least((k + 1) * piece, l.tiles));
+        }
+        _tile_release();
+    }
+    return 0;
+}
 
 /* y = conv(x) + bias. Returns 0, or 1 where there is no memory for the pictures spread out, or no unit to use.
  *
- * x [B,H,W,C] and y [B,H,W,O], bfloat16; bias [O], float32. C and O are multiples of PART.
+ * x [B,H,W,C] and y [B,H,W,O], bfloat16; bias [O], float32. C and O are multiples of PART; taps are 1 or 9.
  * Threads share out the pictures, of which each spreads out as many at a time as its cache holds, so that weights are
  * read once for all of them. Where the weights are more than the pictures, and for pictures that are left over, they
  * share out the output channels, and the tiles where there are too few of these.
  */
 int amx_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *y, int64_t B, int64_t H, int64_t W,
-             int64_t C, int64_t O, int threads) {
+             int64_t C, int64_t O, int64_t taps, int threads) {
     if (!allowed) return 1;
+    if (taps == 1) return row_conv(x, w, bias, y, B * H * W, C, O, threads);
     const layer l = layer_of(B, H, W, C, O);
     const int64_t groups = B / l.G, each = l.part * (C / PART), in = l.G * H * W * C, out = l.G * H * W * O;
     const int64_t cached = CACHED / (2 * each) > 1 ? CACHED / (2 * each) : 1;
-    const int64_t own = groups * each < C * O * TAPS ? 0 : groups / threads, rest = groups - own * threads;
+    const int64_t own = groups * each < C * O * taps ? 0 : groups / threads, rest = groups - own * threads;
     const int64_t some = least(own, cached), shared = least(rest, cached);
-    const int64_t outputs = O / PART, pieces = outputs % threads ? (2 * threads + outputs - 1) / outputs : 1;
+    const int64_t outputs = O / PART, pieces = pieces_of(outputs, threads);
     const int64_t piece = (l.tiles + pieces - 1) / pieces, table = (l.tiles * ROWS * 4 + 63) / 64 * 64;
     int32_t *pixels = scratch(table + 2 * each * (some * threads > shared ? some * threads : shared));
     uint16_t *spread = (uint16_t *)((char *)pixels + table);
@@ -220,7 +287,7 @@ int amx_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *
 #pragma omp parallel num_threads(threads)
     {
         configure_tiles();
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t k = 0; k < (own ? threads : 0); k++)
             for (int64_t g = 0, n; g < own; g += n) {
                 const int64_t first = k * own + g;
@@ -232,10 +299,13 @@ int amx_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *
             }
         for (int64_t g = own * threads, n; g < groups; g += n) {
             n = least(groups - g, shared);
+            if (g > 0) { /* all have done with what was spread out before */
+#pragma omp barrier
+            }
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < n * (H + 2); i++)
                 spread_row(&l, x + (g + i / (H + 2)) * in, i % (H + 2) - 1, spread + i / (H + 2) * each);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int64_t job = 0; job < outputs * pieces; job++) {
                 const int64_t from = job % pieces * piece, to = least(from + piece, l.tiles);
                 if (from < to) work(&l, spread, n, pixels, w, bias, y + g * out, job / pieces, from, to);
@@ -249,8 +319,8 @@ int amx_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *
 #else /* a processor or a compiler without it */
 int amx_start(void) { return 1; }
 int amx_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *y, int64_t B, int64_t H, int64_t W,
-             int64_t C, int64_t O, int threads) {
-    (void)x, (void)w, (void)bias, (void)y, (void)B, (void)H, (void)W, (void)C, (void)O, (void)threads;
+             int64_t C, int64_t O, int64_t taps, int threads) {
+    (void)x, (void)w, (void)bias, (void)y, (void)B, (void)H, (void)W, (void)C, (void)O, (void)taps, (void)threads;
     return 1;
 }
 #endif
@@ -260,5 +330,5 @@ int amx_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *
 int32_t aoti_torch_cpu_amx_conv(tensor x, tensor w, tensor bias, int64_t threads, tensor *y) {
     const int64_t *n = sizes(x), O = sizes(bias)[0];
     if (!is_channels_last(x) || make_pictures(n[0], O, n[2], n[3], dtype(x), y)) return 1;
-    return amx_conv(data(x), data(w), data(bias), data(*y), n[0], n[2], n[3], n[1], O, (int)threads);
+    return amx_conv(data(x), data(w), data(bias), data(*y), n[0], n[2], n[3], n[1], O, sizes(w)[2], (int)threads);
 }

@@ -1,6 +1,8 @@
-"""A 3×3 convolution in bfloat16 on the matrix unit of Intel's processors (AMX), which PyTorch's own uses to a half.
+"""A convolution in bfloat16 on the matrix unit of Intel's processors (AMX), which PyTorch's own uses to a half.
 
     y[b, o] = bias[o] + Σ_{c, i, j} w[o, c, i, j] · x[b, c, · + i − 1, · + j − 1]
+
+and the same with one tap, which is a linear layer too, where PyTorch's way to the product takes as long as the product.
 
 The products are exact, the sums float32, and the result is rounded once; denormal numbers count as 0. The
 kernel is `amx_conv.c`.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,7 +38,7 @@ def loaded() -> ctypes.CDLL:
         NativeError: it cannot be compiled here, or processor, compiler or system lack the unit.
     """
     library = load(_SOURCE, ("amx_start", "amx_conv", "aoti_torch_cpu_amx_conv"))
-    library.amx_conv.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_int]
+    library.amx_conv.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 6 + [ctypes.c_int]
     if library.amx_start():
         raise NativeError("amx_conv: processor, compiler and system must have AMX, got one that has not")
     return library
@@ -55,18 +58,18 @@ def pack(weight: Tensor) -> Tensor:
     """The weights of a convolution in the form that `amx_conv` takes.
 
     Args:
-        weight: [O, C, 3, 3].
+        weight: [O, C, 3, 3] or [O, C, 1, 1], or that of a linear layer, [O, C].
 
     Returns:
-        bfloat16 [O / 16, C / 32, 9, 16, 16, 2]: tiles of 16 pairs of channels by 16 output channels.
+        bfloat16 [O / 16, C / 32, taps, 16, 16, 2]: tiles of 16 pairs of channels by 16 output channels.
     """
     outputs, inputs = weight.shape[:2]
-    tiles = weight.detach().bfloat16().reshape(outputs // _ROWS, _ROWS, inputs // PART, PART // 2, 2, 9)
+    tiles = weight.detach().bfloat16().reshape(outputs // _ROWS, _ROWS, inputs // PART, PART // 2, 2, -1)
     return tiles.permute(0, 2, 5, 3, 1, 4).contiguous()
 
 
 def amx_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
-    """A 3×3 convolution with stride 1 and padding 1.
+    """A 3×3 convolution with stride 1 and padding 1, or a 1×1 convolution.
 
     Args:
         x: bfloat16 [B, C, H, W], best in channels-last layout; another one is copied.
@@ -91,10 +94,19 @@ def _amx_conv(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
     (batch, channels, height, width), y = x.shape, result_of(x, packed, bias, threads)
     sizes = (batch, height, width, channels, bias.shape[0])
     of_these = fits(channels, len(bias)) and packed.shape[:2] == (len(bias) // _ROWS, channels // PART)
-    check_pictures("amx_conv", x, fits=of_these)
-    if loaded().amx_conv(*(tensor.data_ptr() for tensor in (x, packed, bias, y)), *sizes, threads):
+    check_pictures("amx_conv", x, fits=of_these and packed.shape[2] in (1, 9))
+    if loaded().amx_conv(*(tensor.data_ptr() for tensor in (x, packed, bias, y)), *sizes, packed.shape[2], threads):
         raise MemoryError("amx_conv: there must be memory for the pictures spread out, got none")
     return y
+
+
+def as_called(x: Tensor, packed: Tensor, bias: Tensor) -> Callable[[], object]:
+    """A call of the kernel as a compiled step makes it, without Python's checks: they take as long as a small layer."""
+    (batch, channels, height, width), threads = x.shape, torch.get_num_threads()
+    y = _amx_conv(x, packed, bias, threads)  # checked once
+    tensors, sizes = (x, packed, bias, y), (batch, height, width, channels, len(bias), packed.shape[2])
+    run, arguments = loaded().amx_conv, (*(tensor.data_ptr() for tensor in tensors), *sizes, threads)
+    return lambda: (run(*arguments), tensors)  # which must be there as long as the call
 
 
 register(

@@ -250,24 +250,28 @@ static source source_of(const job *j, int64_t b, float *add, const void *row) {
     return s;
 }
 
-/* A picture on its way, with what is computed of it; the arrays have C entries, but for the sums [parts][2][C]. */
+/* A picture on its way, with what a thread computes of it; the arrays have C entries, but for the sums [2][C], and those
+ * of parts [parts][2][C], which all threads share.
+ */
 typedef struct {
     source s;
     const void *row;
     void *total, *y;
-    double *partial;
+    double *partial, *sums;
     float *add, *shift, *mean, *factor, *offset;
 } picture;
 
-static int64_t bytes_for(const job *j, int64_t parts) { return (j->own + j->rest) * (5 * 4 + parts * 2 * 8); }
+/* Bytes of a thread's own arrays; of sums of parts. */
+static int64_t own_bytes(const job *j) { return ((j->own + j->rest) * (2 * 8 + 5 * 4) + 63) / 64 * 64; }
+static int64_t part_bytes(const job *j, int64_t parts) { return (j->own + j->rest) * 2 * 8 * parts; }
 
-static picture take(const job *j, int64_t b, int64_t parts, char *memory) {
+static picture take(const job *j, int64_t b, double *partial, char *memory) {
     const int64_t C = j->own + j->rest, at = b * j->P * C * (j->half ? 2 : 4);
-    double *partial = (double *)memory;
-    float *add = (float *)(partial + parts * 2 * C);
+    double *sums = (double *)memory;
+    float *add = (float *)(sums + 2 * C);
     const void *row = row_of(j, b);
-    picture p = {source_of(j, b, add, row), row, j->total ? (char *)j->total + at : 0, (char *)j->y + at, partial, add,
-                 add + C, add + 2 * C, add + 3 * C, add + 4 * C};
+    picture p = {source_of(j, b, add, row), row, j->total ? (char *)j->total + at : 0, (char *)j->y + at,
+                 partial ? partial : sums, sums, add, add + C, add + 2 * C, add + 3 * C, add + 4 * C};
     for (int64_t c = 0; c < C; c += LANES) store(p.shift + c, value(&p.s, 0, c));
     return p;
 }
@@ -277,9 +281,9 @@ static picture take(const job *j, int64_t b, int64_t parts, char *memory) {
  */
 static void finish(const job *j, picture *p, int64_t parts) {
     const int64_t C = j->own + j->rest, size = C / j->groups;
-    const double P = (double)j->P, *first = p->partial, *second = p->partial + C;
-    for (int64_t k = 1; k < parts; k++)
-        for (int64_t i = 0; i < 2 * C; i++) p->partial[i] += p->partial[2 * k * C + i];
+    const double P = (double)j->P, *first = p->sums, *second = p->sums + C;
+    for (int64_t k = 0; k < parts && p->partial != p->sums; k++)
+        for (int64_t i = 0; i < 2 * C; i++) p->sums[i] = (k ? p->sums[i] : 0) + p->partial[2 * k * C + i];
     for (int64_t g = 0; g < C; g += size) {
         double centre = 0, square = 0;
         for (int64_t c = g; c < g + size; c++) centre += (p->shift[c] + first[c] / P) / size;
@@ -329,41 +333,48 @@ static void apply_part(const job *j, const picture *p, int64_t k, int64_t part) 
 
 static void whole_pictures(const job *j, int64_t from, int64_t to, char *memory) {
     for (int64_t b = from; b < to; b++) {
-        picture p = take(j, b, 1, memory);
+        picture p = take(j, b, 0, memory);
         sum_part(j, &p, 0, j->P);
         finish(j, &p, 1);
         apply_part(j, &p, 0, j->P);
     }
 }
 
+/* Each thread looks at its part of a picture and makes mean and factors of all parts' sums for itself: so the threads
+ * wait for each other once a picture. Every other picture's sums lie elsewhere, for threads that are behind.
+ */
 static void shared_pictures(const job *j, char *memory) {
     /* Whole chunks, so that a picture's sums are the same in any batch. */
     const int64_t parts = j->threads, part = (j->P + parts * CHUNK - 1) / (parts * CHUNK) * CHUNK;
-    picture p;
+    char *partial = memory + parts * own_bytes(j);
 #pragma omp parallel num_threads(j->threads)
     for (int64_t b = 0; b < j->B; b++) {
-#pragma omp single
-        p = take(j, b, parts, memory);
-#pragma omp for schedule(static)
-        for (int64_t k = 0; k < parts; k++) sum_part(j, &p, k, part);
-#pragma omp single
-        finish(j, &p, parts);
-#pragma omp for schedule(static)
-        for (int64_t k = 0; k < parts; k++) apply_part(j, &p, k, part);
+#pragma omp for schedule(static) nowait
+        for (int64_t k = 0; k < parts; k++) {
+            picture p = take(j, b, (double *)(partial + b % 2 * part_bytes(j, parts)), memory + k * own_bytes(j));
+            sum_part(j, &p, k, part);
+        }
+#pragma omp barrier
+#pragma omp for schedule(static) nowait
+        for (int64_t k = 0; k < parts; k++) {
+            picture p = take(j, b, (double *)(partial + b % 2 * part_bytes(j, parts)), memory + k * own_bytes(j));
+            finish(j, &p, parts);
+            apply_part(j, &p, k, part);
+        }
     }
 }
 
 /* Returns 0, or 1 where there is no memory for the sums. */
 int add_group_norm(const job *j) {
-    const int64_t threads = j->threads, whole = j->B % threads == 0, each = bytes_for(j, whole ? 1 : threads);
-    char *memory = malloc((size_t)(each * (whole ? threads : 1)));
+    const int64_t threads = j->threads, whole = j->B % threads == 0;
+    char *memory = malloc((size_t)(threads * own_bytes(j) + (whole ? 0 : 2 * part_bytes(j, threads))));
     if (!memory) return 1;
     if (threads == 1) {
         whole_pictures(j, 0, j->B, memory); /* a region of one thread would cost as much as a small picture */
     } else if (whole) {
         const int64_t n = j->B / threads;
 #pragma omp parallel for num_threads(j->threads) schedule(static)
-        for (int64_t k = 0; k < threads; k++) whole_pictures(j, k * n, (k + 1) * n, memory + k * each);
+        for (int64_t k = 0; k < threads; k++) whole_pictures(j, k * n, (k + 1) * n, memory + k * own_bytes(j));
     } else {
         shared_pictures(j, memory);
     }

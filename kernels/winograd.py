@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -108,6 +109,15 @@ def _winograd_conv(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Ten
     if loaded()[0].winograd_conv(*pointers, *sizes, x.dtype == torch.bfloat16, threads):
         raise MemoryError("winograd_conv: there must be memory for the transformed tiles, got none")
     return y
+
+
+def as_called(x: Tensor, packed: Tensor, bias: Tensor) -> Callable[[], object]:
+    """A call of the kernel as a compiled step makes it, without Python's checks: they take as long as a small layer."""
+    (batch, channels, height, width), threads = x.shape, torch.get_num_threads()
+    y = _winograd_conv(x, packed, bias, threads)  # checked once
+    tensors, sizes = (x, packed, bias, y), (batch, height, width, channels, len(bias), x.dtype == torch.bfloat16)
+    run, arguments = loaded()[0].winograd_conv, (*(tensor.data_ptr() for tensor in tensors), *sizes, threads)
+    return lambda: (run(*arguments), tensors)  # which must be there as long as the call
 
 
 _SCHEMA = "winograd_conv(Tensor x, Tensor packed, Tensor bias, int threads) -> Tensor"

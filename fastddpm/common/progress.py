@@ -12,6 +12,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -56,10 +57,12 @@ class StepProgress:
         """
         visible = on_terminal() if show is None else show
         self._caption = f"{doing} {counted(samples, 'picture')}"
-        self._progress = progress_bar("{task.description}", visible=visible)
-        self._task = self._progress.add_task(self._caption, total=total)
+        self._shown: tuple[Progress, TaskID] | None = None  # making one takes as long as a small network's step
+        if visible:
+            made = progress_bar("{task.description}", visible=True)
+            self._shown = made, made.add_task(self._caption, total=total)
         self._total, self._done, self._in_batch = total, 0, 0
-        self._visible, self._drawn = visible, 0.0
+        self._drawn = 0.0
         self._outer: StepProgress | None = None
         self._token: Token[StepProgress | None] | None = None
 
@@ -68,11 +71,12 @@ class StepProgress:
         made, self._in_batch = step - self._in_batch, step
         bar = self._outer or self
         bar._done += made
-        if bar._visible:
+        if bar._shown is not None:
             now = time.monotonic()
             if now - bar._drawn > _REDRAW_S or bar._done >= bar._total:
                 bar._drawn = now
-                bar._progress.update(bar._task, completed=bar._done)
+                shown, task = bar._shown
+                shown.update(task, completed=bar._done)
 
     def batch_done(self) -> None:
         """The next step is the first of another batch."""
@@ -82,15 +86,17 @@ class StepProgress:
         """Say that the step is being compiled, or no longer is."""
         bar = self._outer or self
         caption = "compiling the step (once, about a minute)" if under_way else bar._caption
-        bar._progress.update(bar._task, description=caption)
+        if bar._shown is not None:
+            shown, task = bar._shown
+            shown.update(task, description=caption)
 
     def __enter__(self) -> StepProgress:
         """Show the bar, unless another one is shown around it."""
         self._outer = _SHOWN.get()
         if self._outer is None:
             self._token = _SHOWN.set(self)
-            if self._visible:
-                self._progress.start()
+            if self._shown is not None:
+                self._shown[0].start()
         return self
 
     def __exit__(
@@ -100,8 +106,8 @@ class StepProgress:
         if self._token is not None:
             _SHOWN.reset(self._token)
             self._token = None
-            if self._visible:
-                self._progress.stop()
+            if self._shown is not None:
+                self._shown[0].stop()
 
 
 _SHOWN: ContextVar[StepProgress | None] = ContextVar("fastddpm_step_progress", default=None)

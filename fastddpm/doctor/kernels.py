@@ -142,7 +142,11 @@ def check_amx_conv(device: torch.device) -> str:
     """The matrix unit's convolution likewise; the weights are of its type too."""
     x, weight, bias, want = _convolution_case(torch.bfloat16)
     got = amx_conv.amx_conv(x, amx_conv.pack(weight), bias)
-    return _passed(worst_error(got, want, 2.0**-8 * want.abs() + 2.0**-18, "amx_conv"), (torch.bfloat16,))
+    worst = worst_error(got, want, 2.0**-8 * want.abs() + 2.0**-18, "amx_conv")
+    one = weight[:, :, 1:2, 1:2]
+    got, want = amx_conv.amx_conv(x, amx_conv.pack(one), bias), F.conv2d(x.double(), one.double(), bias.double())
+    worst = max(worst, worst_error(got, want, 2.0**-8 * want.abs() + 2.0**-18, "amx_conv, one tap"))
+    return _passed(worst, (torch.bfloat16,))
 
 
 def _convolution_case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

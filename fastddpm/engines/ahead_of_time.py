@@ -72,7 +72,7 @@ class AheadOfTime:
             tensors=shapes,
             form=dataclasses.astuple(call.step.form),
             network=_network(call).identity(),
-            precision=sorted({str(p.dtype) for p in call.step.network.parameters()}),
+            precision=str(_network(call).dtype),
             device=str(call.state.x.device),
             threads=torch.get_num_threads(),
             processor=f"{processor()} {torch.backends.cpu.get_cpu_capability()}",

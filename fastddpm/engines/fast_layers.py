@@ -1,7 +1,7 @@
 """Which of a network's layers run quicker another way here, found out by measuring each.
 
-Convolutions may go by Winograd's algorithm, in bfloat16 on tiles of a matrix unit, and attention by two plain matrix
-products.
+Convolutions may go by Winograd's algorithm; in bfloat16 they and linear layers on tiles of a matrix unit; and attention
+by two plain matrix products.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +30,35 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PackedConv2d(nn.Module):
-    """A 3×3 convolution with stride 1 and padding 1, by Winograd's F(4×4, 3×3) or on tiles of a matrix unit."""
+    """A 3×3 convolution with stride 1 and padding 1, by Winograd's F(4×4, 3×3) or on tiles of a matrix unit.
 
-    def __init__(self, conv: nn.Conv2d) -> None:
-        """Take the weights of a convolution that `_is_candidate`."""
+    On tiles it may be a 1×1 convolution as well, or a linear layer of rows.
+    """
+
+    def __init__(self, conv: nn.Conv2d | nn.Linear) -> None:
+        """Take the weights of a layer that `_is_candidate`."""
         super().__init__()
         self.tiled = _is_for_tiles(conv)
         self.register_buffer("packed", amx_conv.pack(conv.weight) if self.tiled else winograd.pack(conv.weight))
-        bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().float()
+        bias = torch.zeros(len(conv.weight)) if conv.bias is None else conv.bias.detach().float()
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, C, H, W] to [B, O, H, W]."""
+        """Map x [B, C, H, W] to [B, O, H, W], or rows [B, N, C] to [B, N, O]."""
+        if x.ndim == 3:
+            return torch.as_tensor(self(as_pictures(x))).squeeze(3).transpose(1, 2)
         run = amx_conv.amx_conv if self.tiled else winograd.winograd_conv
         return run(x, self.get_buffer("packed"), self.get_buffer("bias"))
+
+    def as_called(self, x: Tensor) -> Callable[[], object]:
+        """A call for x as a compiled step makes it."""
+        of_kernel = amx_conv.as_called if self.tiled else winograd.as_called
+        return of_kernel(as_pictures(x) if x.ndim == 3 else x, self.get_buffer("packed"), self.get_buffer("bias"))
+
+
+def as_pictures(rows: Tensor) -> Tensor:
+    """Rows [B, N, C] as pictures [B, C, N, 1] in channels-last layout, in the same memory."""
+    return rows.transpose(1, 2).unsqueeze(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +93,7 @@ def measured_layers(network: nn.Module, run: Callable[[nn.Module], object]) -> l
     shapes: dict[str, tuple[int, ...]] = {}
     hooks = []
     for name, module in network.named_modules():
-        if isinstance(module, Attention) or (isinstance(module, nn.Conv2d) and _is_candidate(module)):
+        if isinstance(module, Attention) or _is_candidate(module):
             hooks.append(module.register_forward_pre_hook(_note(shapes, name)))
     try:
         if hooks:
@@ -110,32 +126,45 @@ def changed_layers(network: nn.Module, names: Sequence[str]) -> nn.Module:
 
 def _other(layer: nn.Module) -> nn.Module:
     """The layer that runs the other way."""
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
         return PackedConv2d(layer)
     other = copy.copy(layer)
     other.by_products = True  # type: ignore[assignment]
     return other
 
 
-def _is_candidate(conv: nn.Conv2d) -> bool:
-    plain = (conv.kernel_size, conv.stride, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
-    if not plain or conv.padding != (1, 1) or conv.weight.dtype not in _DTYPES or conv.weight.device.type != "cpu":
+def _is_candidate(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
+    """Whether there is another way for a layer that is no attention."""
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)) or layer.weight.dtype not in _DTYPES:
+        return False
+    if layer.weight.device.type != "cpu":
         return False
     try:
-        return _is_for_tiles(conv) or winograd.fits(conv.in_channels, conv.out_channels)
+        return _is_for_tiles(layer) or (_is_plain(layer, 3) and winograd.fits(layer.in_channels, layer.out_channels))
     except NativeError:  # without a C compiler the direct convolutions do
         return False
 
 
-def _is_for_tiles(conv: nn.Conv2d) -> bool:
+def _is_plain(layer: nn.Conv2d | nn.Linear, side: int) -> TypeGuard[nn.Conv2d]:
+    """Whether a layer is a convolution of so many taps whose result is as large as its pictures."""
+    if not isinstance(layer, nn.Conv2d):
+        return False
+    kind = (layer.kernel_size, layer.stride, layer.dilation, layer.groups, layer.padding)
+    return kind == ((side, side), (1, 1), (1, 1), 1, (side // 2, side // 2))
+
+
+def _is_for_tiles(layer: nn.Conv2d | nn.Linear) -> bool:
     """Whether the layer's other way is that of the matrix unit: Winograd's does not gain there."""
-    fits = amx_conv.fits(conv.in_channels, conv.out_channels)
-    return conv.weight.dtype == torch.bfloat16 and fits and amx_conv.is_there()
+    fits = amx_conv.fits(layer.weight.shape[1], layer.weight.shape[0])
+    of_a_kind = isinstance(layer, nn.Linear) or _is_plain(layer, 1) or _is_plain(layer, 3)
+    return layer.weight.dtype == torch.bfloat16 and fits and of_a_kind and amx_conv.is_there()
 
 
 def _is_worth(layer: nn.Module, shape: tuple[int, ...]) -> bool:
-    if not isinstance(layer, nn.Conv2d) or _is_for_tiles(layer):
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
         return True
+    if _is_for_tiles(layer):
+        return len(shape) in (3, 4)
     pixels = shape[2] * shape[3]
     return pixels >= _LEAST_PICTURE or shape[0] * pixels >= _LEAST_PIXELS
 
@@ -156,8 +185,8 @@ def _measure(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> list[Lay
         if isinstance(layer, Attention):
             qkv = _example(inputs, (shape[0], shape[2] * shape[3], 3 * shape[1]), layer.qkv.weight.dtype)
             ways[name] = _both_attentions(layer, qkv)
-        elif isinstance(layer, nn.Conv2d):
-            ways[name] = _both_convolutions(layer, _example(inputs, shape, layer.weight.dtype))
+        elif isinstance(layer, (nn.Conv2d, nn.Linear)):
+            ways[name] = _both_products(layer, _example(inputs, shape, layer.weight.dtype))
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ways}
     start = time.perf_counter()
     with torch.no_grad():
@@ -188,11 +217,17 @@ def _both_attentions(layer: Attention, qkv: Tensor) -> tuple[Callable[[], object
     return lambda: layer.mixed(qkv), lambda: other.mixed(qkv)
 
 
-def _both_convolutions(conv: nn.Conv2d, x: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The direct one as compiled code calls it, with weights in the processor's own layout."""
+def _both_products(layer: nn.Conv2d | nn.Linear, x: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Both as compiled code calls them: the usual one with weights in the processor's own layout."""
+    other, weight = PackedConv2d(layer), layer.weight.detach()
+    bias = None if layer.bias is None else layer.bias.detach()
+    if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):  # compilers take both for the same
+        rows = x.contiguous() if x.ndim == 3 else x.permute(0, 2, 3, 1)
+        rows, weight = rows.reshape(-1, rows.shape[-1]), weight.flatten(1)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(rows))
+        product = torch.ops.mkldnn._linear_pointwise
+        return lambda: product(rows, packed, bias, "none", [], ""), other.as_called(x)
     same, one = [1, 1], [1, 1]
-    packed = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), same, one, one, 1, list(x.shape))
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight, same, one, one, 1, list(x.shape))
     call = torch.ops.mkldnn._convolution_pointwise
-    bias = None if conv.bias is None else conv.bias.detach()
-    other = _other(conv)
-    return lambda: call(x, packed, bias, same, one, one, 1, "none", [], ""), lambda: other(x)
+    return lambda: call(x, packed, bias, same, one, one, 1, "none", [], ""), other.as_called(x)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastddpm.common.wording import first_line
 from fastddpm.engines import cache
 from fastddpm.engines.compare import CompileError, check_step, not_one_graph
+from fastddpm.engines.modules import tensors_of
 from fastddpm.engines.runner import Runner, StepFunction, StepRunner
 from fastddpm.step.likelihood import LikelihoodForm, LikelihoodStep
 from fastddpm.step.state import State
@@ -246,7 +247,7 @@ def _kind(call: Call) -> _Kind:
 
 def _addresses(call: Call) -> tuple[int, ...]:
     network = call.step.network
-    return tuple(tensor.data_ptr() for tensors in (network.parameters(), network.buffers()) for tensor in tensors)
+    return tuple(tensor.data_ptr() for tensor in tensors_of(network))
 
 
 def _still_fits(slot: _Slot, call: Call) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastddpm.engines.choose import Engine, Settled
 from fastddpm.engines.precision import DTYPES, Precision
 from fastddpm.engines.runner import Runner
-from fastddpm.engines.surroundings import undisturbed
+from fastddpm.engines.surroundings import settings_aside, undisturbed
 from fastddpm.engines.weights import Weights
 from fastddpm.process.likelihood_table import LikelihoodTable
 from fastddpm.process.spec import ModelSpec
@@ -74,6 +74,10 @@ class Stepper:
     def undisturbed(self) -> contextlib.AbstractContextManager[None]:
         """See `fastddpm.engines.surroundings.undisturbed`."""
         return undisturbed(self.network, self.precision, self.device)
+
+    def settings_aside(self) -> contextlib.AbstractContextManager[None]:
+        """See `fastddpm.engines.surroundings.settings_aside`."""
+        return settings_aside(self.precision, self.device)
 
     @property
     def weights(self) -> str:

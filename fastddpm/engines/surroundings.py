@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from fastddpm.engines.modules import modules_of
 from fastddpm.engines.precision import Precision
 
 
@@ -22,7 +23,20 @@ def undisturbed(network: nn.Module, precision: Precision, device: torch.device) 
         precision: the network's arithmetic.
         device: where it runs.
     """
-    training = [module for module in network.modules() if module.training]
+    training = [module for module in modules_of(network) if module.training]
+    with settings_aside(precision, device):
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+@contextlib.contextmanager
+def settings_aside(precision: Precision, device: torch.device) -> Iterator[None]:
+    """The same but for training mode, where no network runs: to look at all its modules takes a while."""
     dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         # What is made in inference mode could not be changed outside, and the book's rows outlive a call.
@@ -36,17 +50,9 @@ def undisturbed(network: nn.Module, precision: Precision, device: torch.device) 
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, dtype)
-        for module in training:
-            module.training = False
-        stack.callback(_restore, training)
         if device.type == "cuda":
             stack.enter_context(float32_kernels(precision))
         yield
-
-
-def _restore(modules: list[nn.Module]) -> None:
-    for module in modules:
-        module.training = True
 
 
 @contextlib.contextmanager

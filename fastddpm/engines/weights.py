@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from fastddpm.engines.modules import tensors_of
+
 _SAMPLES = 16
 """Numbers of each tensor that are looked at."""
 
@@ -53,7 +55,7 @@ class Weights:
         return before is None or before != self.digest
 
     def _look(self) -> tuple[object, ...]:
-        tensors = [*self._network.parameters(), *self._network.buffers()]
+        tensors = tensors_of(self._network)
         places = tuple((id(t), t.data_ptr()) for t in tensors)
         if places != self._places:
             self._places, self._samples = places, {}

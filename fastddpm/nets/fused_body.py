@@ -158,8 +158,11 @@ def _res_block(module: nn.Module, h: Pending, rows: _Rows) -> Pending:
         y, x = resample(y, block.resample), resample(x, block.resample)
     hidden = _convolved(block.conv1, y)
     y = hidden.normed(block.norm2, rows.take(block), keep=False)
-    if isinstance(block.skip, nn.Conv2d):
-        x = _as_pictures(F.linear(_per_pixel(x), block.skip.weight.flatten(1), block.skip.bias), x)
+    skip = cast(nn.Module, block.skip)
+    if isinstance(skip, nn.Conv2d):
+        x = _as_pictures(F.linear(_per_pixel(x), skip.weight.flatten(1), skip.bias), x)
+    else:  # nothing, or one that runs another way
+        x = skip(x)
     return _divided(_convolved(block.conv2, y, x), block.scale)
 
 
@@ -172,9 +175,12 @@ def _attended(module: nn.Module, h: Pending) -> Pending:
         return h
     y = h.normed(module.norm, silu=False) if isinstance(module.norm, nn.GroupNorm) else h.total
     x = h.total
-    qkv = F.linear(_per_pixel(y), module.qkv.weight, module.qkv.bias)
-    mixed = module.mixed(torch.unflatten(qkv, 0, (x.shape[0], -1)))
-    h = Pending(_as_pictures(F.linear(mixed.flatten(0, 1), module.out.weight), x), module.out.bias, x)
+    mixed = module.mixed(module.qkv(torch.unflatten(_per_pixel(y), 0, (x.shape[0], -1))))
+    last = cast(nn.Module, module.out)
+    if isinstance(last, nn.Linear):
+        h = Pending(_as_pictures(F.linear(mixed.flatten(0, 1), last.weight), x), last.bias, x)
+    else:  # one that runs another way adds its own bias
+        h = Pending(_as_pictures(last(mixed).flatten(0, 1), x), None, x)
     return _divided(h, module.scale)
 
 

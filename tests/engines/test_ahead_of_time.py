@@ -48,13 +48,13 @@ def test_a_compiled_step_calls_our_kernels_without_python(compiled, monkeypatch)
 @pytest.mark.skipif(not amx_conv.is_there(), reason="a processor without AMX, or no C compiler")
 def test_a_compiled_step_in_bf16_runs_on_the_matrix_unit(own_cache, monkeypatch):
     traced, convolve = [], amx_conv.amx_conv
-    monkeypatch.setattr(amx_conv, "amx_conv", lambda *arguments: traced.append(1) or convolve(*arguments))
+    monkeypatch.setattr(amx_conv, "amx_conv", lambda x, w, b: traced.append(w.shape[2]) or convolve(x, w, b))
     monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))
-    unet = tiny_unet(channels=(32,), attention=(False,))
+    unet = tiny_unet(channels=(32, 64), attention=(False, True))  # its skips and attention's linear layers too
     asked = {"seed": 5, "class_labels": [0, 2, 1], "steps": 3, "output": "raw"}
     sampler = Sampler(unet, NoiseSchedule.linear(40), SPEC, device="cpu", engine="compiled", precision="bf16")
     got = sampler.sample(3, **asked)
-    assert traced and sampler.engine.used == "compiled"
+    assert set(traced) == {1, 9} and sampler.engine.used == "compiled"
     monkeypatch.setattr(amx_conv, "loaded", None)  # what would be called through Python
     assert torch.equal(sampler.sample(3, **asked), got)
     eager = like(sampler, "eager", precision="bf16").sample(3, **asked)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastddpm.engines.fast_layers import Layer, PackedConv2d, changed_layers, measured_layers
-from fastddpm.kernels import amx_conv
+from fastddpm.kernels import amx_conv, winograd
 from fastddpm.kernels.native import NativeError
 from fastddpm.kernels.winograd import fits
 from fastddpm.nets.blocks import Attention, attention_by_products
@@ -51,6 +51,20 @@ def test_choice_is_by_measurement_and_leaves_the_network_alone(monkeypatch):
     assert with_fast_layers(net, lambda network: network(x))[0] is net
     small = torch.randn(1, 3, 6, 6)
     assert with_fast_layers(net, lambda network: network(small)) == (net, [])
+
+
+def test_layers_are_measured_as_compiled_steps_call_them_without_python_around(monkeypatch):
+    net, x = Net().eval(), torch.randn(2, 3, 24, 24)
+    for module, name in ((winograd, "_winograd_conv"), (amx_conv, "_amx_conv")):
+        calls = []
+        checked = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, run=checked, calls=calls: calls.append(1) or run(*given))
+        if module is amx_conv and not amx_conv.is_there():
+            continue
+        kind = net if module is winograd else net.bfloat16()
+        with torch.no_grad():
+            layers = measured_layers(kind, lambda network: network(x.to(network.stem.weight.dtype)))
+        assert [layer.name for layer in layers] == ["wide"] and calls == [1]  # checked once, called many times
 
 
 def test_other_types_are_left_alone():
@@ -105,3 +119,17 @@ def test_in_bf16_small_maps_too_may_run_on_the_matrix_unit(monkeypatch):
         assert [layer.name for layer in layers] == ["0"] and changed[0].tiled
         assert (changed(x) - net(x).double()).abs().max() <= 2.0**-7 * net(x).abs().max()
         assert not PackedConv2d(nn.Conv2d(32, 32, 3, padding=1)).tiled
+
+
+@pytest.mark.skipif(not amx_conv.is_there(), reason="a processor without AMX, or no C compiler")
+def test_in_bf16_linear_layers_and_1x1_convolutions_may_run_there_too(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(32, 64, 1), nn.Conv2d(64, 64, 1, stride=2), nn.Flatten(2), nn.Linear(32, 96))
+    net, x = net.bfloat16(), torch.randn(2, 32, 8, 16).bfloat16()
+    monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))
+    with torch.no_grad():
+        changed, layers = with_fast_layers(net, lambda network: network(x))
+        assert [layer.name for layer in layers] == ["0", "3"] and changed[0].tiled and changed[3].tiled
+        got, want = changed(x), net(x)
+        assert got.shape == want.shape and got.is_contiguous()
+        assert (got - want.double()).abs().max() <= 2.0**-6 * want.abs().max()

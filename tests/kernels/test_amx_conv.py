@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastddpm.kernels.amx_conv import amx_conv, fits, is_there, pack
+from fastddpm.kernels.amx_conv import amx_conv, as_called, fits, is_there, pack
 
 pytestmark = pytest.mark.skipif(not is_there(), reason="a processor without AMX, or no C compiler")
 
@@ -42,6 +42,33 @@ def test_equals_the_direct_convolution(batch, c_in, c_out, height, width):
     assert ((y - exact).abs() <= allowed(layer, x, exact)).all()
 
 
+@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("c_in, c_out", [(32, 32), (96, 64), (64, 160)])
+@pytest.mark.parametrize("height, width", [(1, 1), (3, 5), (4, 4), (1, 17), (7, 7), (16, 16), (9, 40)])
+def test_one_tap_is_a_product_with_any_number_of_threads(batch, c_in, c_out, height, width):
+    torch.manual_seed(c_in)
+    layer = nn.Conv2d(c_in, c_out, 1).requires_grad_(False).bfloat16()
+    room = pictures(batch + 1, c_in, height, width)
+    x = room[:batch]
+    room[batch] = torch.nan  # what lies behind the pictures is none of theirs
+    exact = nn.functional.conv2d(x.double(), layer.weight.double(), layer.bias.double())
+    sizes = nn.functional.conv2d(x.double().abs(), layer.weight.double().abs())
+    packed, bias = pack(layer.weight), layer.bias.float()
+    assert torch.equal(pack(layer.weight[:, :, 0, 0]), packed)
+    y = amx_conv(x, packed, bias)
+    assert ((y - exact).abs() <= 2.0**-8 * exact.abs() + c_in * 2.0**-24 * sizes).all()
+    for threads in (1, 2, 3, 5):
+        assert torch.equal(torch.ops.fastddpm.amx_conv(x, packed, bias, threads), y)
+        alone = [torch.ops.fastddpm.amx_conv(x[i : i + 1], packed, bias, threads) for i in range(batch)]
+        assert torch.equal(torch.cat(alone), y)
+
+
+def test_a_call_as_compiled_steps_make_it_is_the_same():
+    layer, x = conv(64, 32), pictures(2, 64, 8, 8)
+    _, (*_, y) = as_called(x, pack(layer.weight), layer.bias.float())()
+    assert torch.equal(y, convolved(layer, x))
+
+
 @pytest.mark.parametrize("size", [4, 7, 8, 16])
 def test_each_picture_is_as_if_alone_with_any_number_of_threads(size):
     layer, x = conv(64, 96), pictures(7, 64, size, size)
@@ -68,7 +95,7 @@ def test_more_pictures_than_a_cache_holds_take_rounds(batch, c_in, c_out, size, 
 
 def test_other_weights_are_refused():
     x, bias = pictures(1, 64, 4, 4), torch.zeros(32)
-    for packed in (pack(torch.zeros(32, 32, 3, 3)), pack(torch.zeros(64, 64, 3, 3))):
+    for packed in (pack(torch.zeros(32, 32, 3, 3)), pack(torch.zeros(64, 64, 3, 3)), pack(torch.zeros(32, 64, 5, 5))):
         with pytest.raises(ValueError, match="with the weights' channels"):
             amx_conv(x, packed, bias)
     with pytest.raises(ValueError, match="channels-last"):

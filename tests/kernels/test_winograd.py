@@ -6,7 +6,7 @@ from torch import nn
 
 from fastddpm.engines.fast_layers import PackedConv2d
 from fastddpm.kernels.native import NativeError
-from fastddpm.kernels.winograd import WINOGRAD_RTOL, fits, pack, winograd_conv
+from fastddpm.kernels.winograd import WINOGRAD_RTOL, as_called, fits, pack, winograd_conv
 
 try:
     fits(32, 32)
@@ -28,6 +28,13 @@ def test_equals_the_direct_convolution(batch, c_in, c_out, height, width):
     out = winograd_conv(x, pack(layer.weight), layer.bias)
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert (out - exact).abs().max() <= WINOGRAD_RTOL * x.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_call_as_compiled_steps_make_it_is_the_same(dtype):
+    layer, x = conv(64, 32), torch.randn(2, 64, 8, 8).to(dtype, memory_format=torch.channels_last)
+    _, (*_, y) = as_called(x, pack(layer.weight), layer.bias)()
+    assert torch.equal(y, winograd_conv(x, pack(layer.weight), layer.bias))
 
 
 def test_many_tiles_take_several_blocks():
