@@ -360,8 +360,7 @@ class Sampler(Editor, Measurer):
         begin = functools.partial(self.stepper.begin, table, settled=settled)
         course, around = Course.of(table, masked=request.mask is not None), self.stepper.undisturbed
         loop = Loop(begin, course, self.spec.shape, self.device, run.noise, run.callback, around)
-        with self.stepper.undisturbed():
-            self.stepper.refresh()
+        self.stepper.refresh()
         with StepProgress(course.S * request.parts, len(request.ids), run.progress) as bar:
             for batch, final, seconds in loop.batches(request, bar):
                 with self.stepper.settings_aside():

@@ -34,7 +34,8 @@ class Workload:
         name: short name, as in `--workloads`.
         title: for people.
         batches: batch sizes, ascending.
-        steps: sampling steps of one timed run, one for each batch size; divisors of T.
+        steps: sampling steps of one timed run, one for each batch size; divisors of T. So many that what a call costs
+            besides them, which users' hundreds of steps make nothing of, is a few hundredths at most.
         peers: names of the peers that always take part, in the order in which they get ready: a compiler that takes
             longer than it may must not cost the others their turn.
         more: names of those that take part where time is left, in this order.
@@ -85,7 +86,7 @@ _UPDATE = Workload("update", "the update alone, [B, 3, 32, 32]", (1,), (1000,),
 _MNIST = Workload("mnist", "the shipped 28×28 model", (1, 16, 64), (20, 10, 4), _CORE,
                   (*_MORE[:3], "lucidrains", "diffusers-compiled"), "mnist",
                   lucidrains=_MNIST_UNET, cold_s=110)  # fmt: skip
-_CIFAR10_NET = Workload("cifar10", "the U-Net of google/ddpm-cifar10-32, random weights", (1, 8), (5, 2), _CORE, _MORE,
+_CIFAR10_NET = Workload("cifar10", "the U-Net of google/ddpm-cifar10-32, random weights", (1, 8), (10, 4), _CORE, _MORE,
                         unet={**_GOOGLE, **_CIFAR10}, lucidrains=_CIFAR10_UNET, cold_s=170)  # fmt: skip
 _CELEBAHQ_NET = Workload("celebahq256", "the U-Net of google/ddpm-celebahq-256, random weights", (1,), (1,), _CORE[1:],
                          ("openvino-bf16", "fastddpm-compiled-bf16", "fastddpm-openvino"),

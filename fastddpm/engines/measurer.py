@@ -122,7 +122,6 @@ class Measurer:
         return self._measured(loop, request, run.progress)
 
     def _measured(self, loop: LikelihoodLoop, request: Request, progress: bool | None) -> Iterator[Likelihood]:
-        with self.stepper.undisturbed():
-            self.stepper.refresh()
+        self.stepper.refresh()
         with StepProgress(loop.S * request.parts, len(request.ids), progress, doing="measuring") as bar:
             yield from loop.batches(request, bar)

@@ -86,13 +86,14 @@ class Stepper:
 
     def refresh(self) -> None:
         """Take notice of changed weights; called before each run."""
-        with self._lock:
+        with self._lock, self.settings_aside():
             if not self._weights.have_changed():
                 return
-            if self.network is not self.source:
-                # Copied in place: what was captured or compiled reads the same memory.
-                self.network.load_state_dict(self.source.state_dict())
-            self.book.forget(cast(Network, self.network))
+            with self.undisturbed():
+                if self.network is not self.source:
+                    # Copied in place: what was captured or compiled reads the same memory.
+                    self.network.load_state_dict(self.source.state_dict())
+                self.book.forget(cast(Network, self.network))
 
     @contextlib.contextmanager
     def begin(

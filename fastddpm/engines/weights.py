@@ -56,7 +56,7 @@ class Weights:
 
     def _look(self) -> tuple[object, ...]:
         tensors = tensors_of(self._network)
-        places = tuple((id(t), t.data_ptr()) for t in tensors)
+        places = (*map(id, tensors), *map(Tensor.data_ptr, tensors))
         if places != self._places:
             self._places, self._samples = places, {}
             for tensor in filter(_is_dense, tensors):

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fastddpm.common.arguments import integers, whole
-from fastddpm.kernels.philox import X_T_COUNTER, normals_reference
+from fastddpm.kernels import normals as kernel
+from fastddpm.kernels.normals import native_normals
+from fastddpm.kernels.philox import X_T_COUNTER
 
 NoiseFunction = Callable[[int, int, Tensor], Tensor]
 """(loop step i, training timestep t, sample ids int64 [B]) → noise float [B, C, H, W]."""
@@ -71,9 +73,14 @@ def normals(seed: Tensor, sample_id: Tensor, t: Tensor, shape: tuple[int, int, i
         float32 [B, C, H, W] on seed's device, contiguous.
     """
     channels, height, width = shape
-    return normals_reference(seed, sample_id, t, channels * height * width).reshape(-1, channels, height, width)
+    return kernel.normals(seed, sample_id, t, channels * height * width).reshape(-1, channels, height, width)
 
 
 def initial_noise(seed: Tensor, sample_id: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """x_T ~ N(0, I) of the samples, float32 [B, C, H, W]; arguments as in `normals`."""
-    return normals(seed, sample_id, torch.full_like(sample_id, X_T_COUNTER), shape)
+    """x_T ~ N(0, I) of the samples, float32 [B, C, H, W]; arguments as in `normals`.
+
+    On CPUs it is made in C where there is a compiler, whatever engine makes the steps: by PyTorch it takes as long as a
+    tenth of a small network's step.
+    """
+    with native_normals():
+        return normals(seed, sample_id, torch.full_like(sample_id, X_T_COUNTER), shape)

@@ -14,7 +14,7 @@ from fastddpm.engines.choose import Engine
 from fastddpm.engines.compare import CompileError
 from fastddpm.engines.devices import describe_choices
 from fastddpm.engines.fast_layers import Layer
-from fastddpm.kernels import amx_conv, kept
+from fastddpm.kernels import amx_conv, kept, normals
 from tests.engines.common import RUNS, like
 from tests.networks import SPEC, one_level_sampler, tiny_unet
 from tests.steps import begin, grow
@@ -35,9 +35,14 @@ def test_a_compiled_step_calls_our_kernels_without_python(compiled, monkeypatch)
     """A norm's or a convolution's way through Python would take as long as a small layer."""
     asked = {"seed": 5, "class_labels": [0, 2, 1], "steps": 3, "output": "raw"}
     want = compiled.sample(3, **asked)
-    for name in ("group_norm_native.loaded", "winograd.loaded", "normals.loaded"):
+    for name in ("group_norm_native.loaded", "winograd.loaded"):
         monkeypatch.setattr(f"fastddpm.kernels.{name}", None)
+    loaded, made = normals.loaded, []
+    monkeypatch.setattr(normals, "loaded", lambda: made.append(1) or loaded())
     assert torch.equal(compiled.sample(3, **asked), want) and compiled.engine.used == "compiled"
+    for_x_T = len(made)
+    compiled.sample(3, **asked | {"steps": 6})
+    assert len(made) == 2 * for_x_T > 0
     package = max(cache.packages().values(), key=lambda path: path.stat().st_mtime)
     content = package.read_bytes()
     assert all(f"aoti_torch_cpu_{name}".encode() in content for name in ("add_group_norm_native", "normals"))
