@@ -16,19 +16,13 @@
  */
 #include <stdint.h>
 
+#include "amx.h"
 #include "scratch.h"
 #include "shims.h"
 
-#define ROWS 16
-#define PART 32
 #define SIDE 3 /* of the taps, unless there is one */
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#define TILE (ROWS * PART) /* numbers of a tile */
+#ifdef HAS_AMX
 #define SUMS (ROWS * ROWS)
 #define MOST 4 /* tiles of pixels at a time: four registers for sums, one for weights, three for pixels */
 #define LINE 32 /* numbers of a line of the cache */
@@ -36,29 +30,6 @@
 #define CACHED (1 << 20) /* bytes of pictures spread out that stay in a core's second cache beside the weights */
 #define FEW_TIMES 4 /* blocks that weights are used for, under which they are fetched as they are read, this far ahead: */
 #define NEAR 24 /* tiles */
-
-static int allowed; /* whether the system lends the tiles' registers: without its leave they end the process */
-
-/* Ask the system for them, for all threads of the process. Returns 0, or an error. */
-int amx_start(void) {
-    enum { REQUEST = 0x1023, TILE_DATA = 18 };
-    allowed = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-    return !allowed;
-}
-
-/* Some compilers' intrinsics for tiles do not tell that they read memory: what was written must be there by now. */
-static inline void memory_is_written(void) { __asm__ volatile("" : : : "memory"); }
-
-static void configure_tiles(void) {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } tiles = {.palette = 1};
-    for (int i = 0; i < 8; i++) tiles.bytes[i] = 2 * PART, tiles.rows[i] = ROWS;
-    __asm__ volatile("" : : "r"(&tiles) : "memory");
-    _tile_loadconfig(&tiles);
-}
 
 /* A layer, and how G of its pictures lie when spread out: positions of a row, numbers of a part, tiles of pixels; numbers
  * from pixel to pixel.
@@ -316,8 +287,7 @@ int amx_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *
     return 0;
 }
 
-#else /* a processor or a compiler without it */
-int amx_start(void) { return 1; }
+#else
 int amx_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *y, int64_t B, int64_t H, int64_t W,
              int64_t C, int64_t O, int64_t taps, int threads) {
     (void)x, (void)w, (void)bias, (void)y, (void)B, (void)H, (void)W, (void)C, (void)O, (void)taps, (void)threads;

@@ -71,6 +71,7 @@ CHECKS = (
     Check("add_group_norm", kernels.check_add_group_norm),
     Check("winograd", kernels.check_winograd, _on_cpu),
     Check("amx_conv", kernels.check_amx_conv, _on_matrix_unit),
+    Check("amx_attention", kernels.check_amx_attention, _on_matrix_unit),
     Check("engine eager", engines.check_eager),
     Check("one graph", engines.check_one_graph, _on_cpu),
     Check("engine compiled", engines.check_compiled),

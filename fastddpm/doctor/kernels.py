@@ -16,6 +16,7 @@ from fastddpm.kernels import (
     Draw,
     Levels,
     Operands,
+    amx_attention,
     amx_conv,
     normals_reference,
     p_sample,
@@ -147,6 +148,15 @@ def check_amx_conv(device: torch.device) -> str:
     got, want = amx_conv.amx_conv(x, amx_conv.pack(one), bias), F.conv2d(x.double(), one.double(), bias.double())
     worst = max(worst, worst_error(got, want, 2.0**-8 * want.abs() + 2.0**-18, "amx_conv, one tap"))
     return _passed(worst, (torch.bfloat16,))
+
+
+def check_amx_attention(device: torch.device) -> str:
+    """Its attention, beside PyTorch's in float64; weights and result are rounded once."""
+    qkv = torch.randn(3, 64, 3 * 2 * 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q, k, v = torch.unflatten(qkv.double(), 2, (3, 2, 32)).transpose(1, 3).unbind(2)
+    want = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    got = amx_attention.amx_attention(qkv, 2)
+    return _passed(worst_error(got, want, 2.0**-9 * (v.abs().amax() + want.abs()), "amx_attention"), (torch.bfloat16,))
 
 
 def _convolution_case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

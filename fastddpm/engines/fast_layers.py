@@ -1,7 +1,7 @@
 """Which of a network's layers run quicker another way here, found out by measuring each.
 
-Convolutions may go by Winograd's algorithm; in bfloat16 they and linear layers on tiles of a matrix unit; and attention
-by two plain matrix products.
+Convolutions may go by Winograd's algorithm, and attention by two plain matrix products; in bfloat16 both, and linear
+layers, on tiles of a matrix unit.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Layer:
         name: the module's name.
         shape: of its input.
         usual_ms: PyTorch's way: the direct convolution with its weights packed, or its own attention.
-        other_ms: the kernel of our own, or two matrix products.
+        other_ms: the kernel of our own, or two matrix products in its place.
     """
 
     name: str
@@ -129,7 +129,7 @@ def _other(layer: nn.Module) -> nn.Module:
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
         return PackedConv2d(layer)
     other = copy.copy(layer)
-    other.by_products = True  # type: ignore[assignment]
+    other.otherwise = True  # type: ignore[assignment]
     return other
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastddpm.kernels import amx_attention
 from fastddpm.nets.config import UNetConfig
 
 
@@ -114,7 +115,7 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(groups, channels, eps=config.norm_eps) if normalise else nn.Identity()
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
-        self.by_products = False  # see `fastddpm.engines.fast_layers`
+        self.otherwise = False  # a kernel of our own, or two products; see `fastddpm.engines.fast_layers`
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, C, H, W] to the same shape."""
@@ -125,13 +126,15 @@ class Attention(nn.Module):
 
     def mixed(self, qkv: Tensor) -> Tensor:
         """Attention proper: queries, keys and values [B, H·W, 3C] of the fused projection, mixed to [B, H·W, C]."""
+        if self.otherwise and amx_attention.fits(qkv, self.heads):
+            return amx_attention.amx_attention(qkv, self.heads, heads_first=self.order == "heads_qkv")
         b, positions, width = qkv.shape
         axes = (3, self.heads) if self.order == "qkv_heads" else (self.heads, 3)
         parts = torch.unflatten(qkv, 2, (*axes, width // (3 * self.heads)))
         if self.order == "heads_qkv":
             parts = parts.transpose(2, 3)
         q, k, v = (part.transpose(1, 2) for part in parts.unbind(2))
-        mix = attention_by_products if self.by_products else F.scaled_dot_product_attention
+        mix = attention_by_products if self.otherwise else F.scaled_dot_product_attention
         return mix(q, k, v).transpose(1, 2).reshape(b, positions, width // 3)
 
 

@@ -12,7 +12,7 @@ from fastddpm.doctor.surroundings import ProblemError, about_gpu, check_device
 from fastddpm.engines import cache as packages
 from fastddpm.engines import devices, no_gpu
 from fastddpm.engines.no_gpu import why_no_gpu
-from fastddpm.kernels import amx_conv, winograd
+from fastddpm.kernels import amx_attention, amx_conv, winograd
 from tests.cache_folders import cache  # noqa: F401 - a fixture
 from tests.command_line import good, refused
 
@@ -33,7 +33,7 @@ def test_all_is_well_here(fastddpm, monkeypatch):
     found = json.loads(good(fastddpm("doctor", "--device", "cpu", "--json")))
     assert [one["check"] for one in found] == [
         "versions", "device", "compilers", "cache", "noise", "p_sample", "q_sample", "add_group_norm", "winograd",
-        *(["amx_conv"] if amx_conv.is_there() else []), "engine eager",
+        *(["amx_conv", "amx_attention"] if amx_conv.is_there() else []), "engine eager",
     ]  # fmt: skip
     assert all(set(one) == {"check", "ok", "seconds", "detail"} and one["ok"] and one["detail"] for one in found)
 
@@ -85,20 +85,21 @@ def test_the_clip_of_p_sample_is_looked_at(monkeypatch):
     assert failed("p_sample", "q_sample", "engine eager") == ["p_sample", "engine eager"]
 
 
-@pytest.mark.parametrize("name", ["q_sample", "add_group_norm", "winograd", "amx_conv"])
+@pytest.mark.parametrize("name", ["q_sample", "add_group_norm", "winograd", "amx_conv", "amx_attention"])
 def test_a_broken_kernel_is_named(name, monkeypatch):
-    if name == "amx_conv" and not amx_conv.is_there():
+    if name.startswith("amx") and not amx_conv.is_there():
         pytest.skip("a processor without AMX")
     module, function = {
-        "winograd": (winograd, "winograd_conv"), "amx_conv": (amx_conv, "amx_conv")
+        "winograd": (winograd, "winograd_conv"), "amx_conv": (amx_conv, "amx_conv"),
+        "amx_attention": (amx_attention, "amx_attention"),
     }.get(name, (kernels, name))  # fmt: skip
-    part = 2.0**-6 if name == "amx_conv" else 1e-3  # of bfloat16's eight bits
+    part = 2.0**-6 if name.startswith("amx") else 1e-3  # of bfloat16's eight bits
     broken = changed(getattr(module, function), lambda x: x * (1 + part))
     if name == "add_group_norm":
         plain = kernels.add_group_norm
         broken = lambda *a, **k: (plain(*a, **k)[0], plain(*a, **k)[1] * 1.05)  # noqa: E731
     monkeypatch.setattr(module, function, broken)
-    assert failed("p_sample", "q_sample", "add_group_norm", "winograd", "amx_conv") == [name]
+    assert failed("p_sample", "q_sample", "add_group_norm", "winograd", "amx_conv", "amx_attention") == [name]
 
 
 def test_a_broken_generator_is_named(monkeypatch):

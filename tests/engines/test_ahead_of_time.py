@@ -14,7 +14,7 @@ from fastddpm.engines.choose import Engine
 from fastddpm.engines.compare import CompileError
 from fastddpm.engines.devices import describe_choices
 from fastddpm.engines.fast_layers import Layer
-from fastddpm.kernels import amx_conv, kept, normals
+from fastddpm.kernels import amx_attention, amx_conv, kept, normals
 from tests.engines.common import RUNS, like
 from tests.networks import SPEC, one_level_sampler, tiny_unet
 from tests.steps import begin, grow
@@ -56,11 +56,14 @@ def test_a_compiled_step_in_bf16_runs_on_the_matrix_unit(own_cache, monkeypatch)
     monkeypatch.setattr(amx_conv, "amx_conv", lambda x, w, b: traced.append(w.shape[2]) or convolve(x, w, b))
     monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))
     unet = tiny_unet(channels=(32, 64), attention=(False, True))  # its skips and attention's linear layers too
+    spec = dataclasses.replace(SPEC, shape=(1, 16, 16))  # attention has 64 positions
     asked = {"seed": 5, "class_labels": [0, 2, 1], "steps": 3, "output": "raw"}
-    sampler = Sampler(unet, NoiseSchedule.linear(40), SPEC, device="cpu", engine="compiled", precision="bf16")
+    sampler = Sampler(unet, NoiseSchedule.linear(40), spec, device="cpu", engine="compiled", precision="bf16")
     got = sampler.sample(3, **asked)
     assert set(traced) == {1, 9} and sampler.engine.used == "compiled"
-    monkeypatch.setattr(amx_conv, "loaded", None)  # what would be called through Python
+    assert b"aoti_torch_cpu_amx_attention" in next(iter(cache.packages().values())).read_bytes()
+    for module in (amx_conv, amx_attention):
+        monkeypatch.setattr(module, "loaded", None)  # what would be called through Python
     assert torch.equal(sampler.sample(3, **asked), got)
     eager = like(sampler, "eager", precision="bf16").sample(3, **asked)
     assert (got - eager).abs().mean() <= 2.0**-6 * eager.abs().mean()

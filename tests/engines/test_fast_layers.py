@@ -104,7 +104,7 @@ def test_attention_is_chosen_by_measurement_too(monkeypatch, order):
     with torch.no_grad():
         changed, layers = with_fast_layers(net, lambda network: network(x))
         assert [layer.name for layer in layers] == ["0"]
-        assert changed[0].by_products and not net[0].by_products
+        assert changed[0].otherwise and not net[0].otherwise
         assert changed[0].qkv.weight is net[0].qkv.weight
         assert (changed(x) - net(x)).abs().max() < 1e-5
 
