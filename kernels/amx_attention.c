@@ -145,6 +145,29 @@ static void mix(const head *h, int64_t n) {
     }
 }
 
+/* What is given, and memory for each thread: keys and values packed, and what a block of queries needs. */
+typedef struct {
+    const uint16_t *qkv;
+    uint16_t *y;
+    char *memory;
+    int64_t N, D, heads;
+    int heads_first;
+} batch;
+
+static int64_t packed_bytes(const batch *all) { return 2 * 2 * all->N * all->D; }
+static int64_t bytes_of(const batch *all) { return packed_bytes(all) + BLOCK * all->N * (4 + 2); }
+
+/* One head of a picture, packed in the memory of one thread and computed in that of another. */
+static head head_of(const batch *all, int64_t item, int64_t packs, int64_t works) {
+    const int64_t N = all->N, D = all->D, C = all->heads * D, part = all->heads_first ? D : C;
+    const int64_t picture = item / all->heads, number = item % all->heads;
+    const uint16_t *q = all->qkv + picture * N * 3 * C + number * (all->heads_first ? 3 * D : D);
+    uint16_t *keys = (uint16_t *)(all->memory + packs * bytes_of(all));
+    float *scores = (float *)(all->memory + works * bytes_of(all) + packed_bytes(all));
+    return (head){N, D, 3 * C, C, q, q + part, q + 2 * part, all->y + picture * N * C + number * D,
+                  keys, keys + N * D, (uint16_t *)(scores + BLOCK * N), scores};
+}
+
 /* y = attention(qkv). Returns 0, or 1 where there is no memory for what is packed, or no unit to use.
  *
  * qkv [B,N,3,heads,D], or [B,N,heads,3,D] where `heads_first`, and y [B,N,heads,D], bfloat16. N and D are multiples of
@@ -153,23 +176,17 @@ static void mix(const head *h, int64_t n) {
 int amx_attention(const uint16_t *qkv, uint16_t *y, int64_t B, int64_t N, int64_t heads, int64_t D, int heads_first,
                   int threads) {
     if (!allowed) return 1;
-    const int64_t C = heads * D, items = B * heads, own = items / threads, part = heads_first ? D : C;
-    const int64_t packed = 2 * 2 * N * D, each = packed + BLOCK * N * (4 + 2); /* bytes */
-    char *memory = scratch(each * threads);
-    if (!memory) return 1;
-#define HEAD(item, packs, works) \
-    const uint16_t *q = qkv + (item) / heads * N * 3 * C + (item) % heads * (heads_first ? 3 * D : D); \
-    uint16_t *keys = (uint16_t *)(memory + (packs) * each); \
-    float *scores = (float *)(memory + (works) * each + packed); \
-    const head h = {N, D, 3 * C, C, q, q + part, q + 2 * part, y + (item) / heads * N * C + (item) % heads * D, \
-                    keys, keys + N * D, (uint16_t *)(scores + BLOCK * N), scores};
+    const int64_t items = B * heads, own = items / threads;
+    batch all = {qkv, y, 0, N, D, heads, heads_first};
+    all.memory = scratch(bytes_of(&all) * threads);
+    if (!all.memory) return 1;
 #pragma omp parallel num_threads(threads)
     {
         configure_tiles();
 #pragma omp for schedule(static) nowait
         for (int64_t t = 0; t < (own ? threads : 0); t++)
             for (int64_t i = t * own; i < (t + 1) * own; i++) {
-                HEAD(i, t, t)
+                const head h = head_of(&all, i, t, t);
                 for (int64_t n = 0; n < N; n += PART) pack(&h, n);
                 for (int64_t n = 0; n < N; n += BLOCK) mix(&h, n);
             }
@@ -179,12 +196,12 @@ int amx_attention(const uint16_t *qkv, uint16_t *y, int64_t B, int64_t N, int64_
             }
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < N; n += PART) {
-                HEAD(i, 0, 0)
+                const head h = head_of(&all, i, 0, 0);
                 pack(&h, n);
             }
 #pragma omp for schedule(static) nowait
             for (int64_t t = 0; t < threads; t++) {
-                HEAD(i, 0, t)
+                const head h = head_of(&all, i, 0, t);
                 for (int64_t n = t * BLOCK; n < N; n += threads * BLOCK) mix(&h, n);
             }
         }

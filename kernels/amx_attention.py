@@ -66,6 +66,7 @@ def amx_attention(qkv: Tensor, heads: int, *, heads_first: bool = False) -> Tens
     Raises:
         ValueError: it does not fit.
         MemoryError: there is no memory for what is packed.
+        NativeError: the kernel does not run here.
     """
     return torch.as_tensor(
         torch.ops.fastddpm.amx_attention(qkv.contiguous(), heads, heads_first, torch.get_num_threads())
@@ -74,13 +75,14 @@ def amx_attention(qkv: Tensor, heads: int, *, heads_first: bool = False) -> Tens
 
 def _amx_attention(qkv: Tensor, heads: int, heads_first: bool, threads: int) -> Tensor:
     (batch, positions, width), y = qkv.shape, _fake(qkv, heads, heads_first, threads)
+    run = loaded().amx_attention
     if not (fits(qkv, heads) and qkv.is_contiguous()):
         raise ValueError(
             f"amx_attention: qkv must be contiguous bfloat16, positions and channels of a head multiples of {PART}, "
             f"got {qkv.dtype} {[*qkv.shape]} of {heads} heads; use scaled_dot_product_attention"
         )
     sizes = (batch, positions, heads, width // (3 * heads))
-    if loaded().amx_attention(qkv.data_ptr(), y.data_ptr(), *sizes, heads_first, threads):
+    if run(qkv.data_ptr(), y.data_ptr(), *sizes, heads_first, threads):
         raise MemoryError("amx_attention: there must be memory for packed keys and values, got none")
     return y
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.kernels.native import NativeError, can_load, load, register
-from fastddpm.kernels.packed_conv import check_pictures, result_of
+from fastddpm.kernels.packed_conv import call_of, check_pictures, result_of
 
 PART = 32
 """Channels that the kernel takes at a time, of the input and of the output."""
@@ -102,11 +102,8 @@ def _amx_conv(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
 
 def as_called(x: Tensor, packed: Tensor, bias: Tensor) -> Callable[[], object]:
     """A call of the kernel as a compiled step makes it, without Python's checks: they take as long as a small layer."""
-    (batch, channels, height, width), threads = x.shape, torch.get_num_threads()
-    y = _amx_conv(x, packed, bias, threads)  # checked once
-    tensors, sizes = (x, packed, bias, y), (batch, height, width, channels, len(bias), packed.shape[2])
-    run, arguments = loaded().amx_conv, (*(tensor.data_ptr() for tensor in tensors), *sizes, threads)
-    return lambda: (run(*arguments), tensors)  # which must be there as long as the call
+    y = _amx_conv(x, packed, bias, torch.get_num_threads())  # checked once
+    return call_of(loaded().amx_conv, (x, packed, bias, y), packed.shape[2])
 
 
 register(

@@ -67,5 +67,5 @@ def load_quad(base: tl.tensor, e: tl.tensor, count: tl.tensor) -> tl.tensor:
 
 @jit
 def store_quad(base: tl.tensor, e: tl.tensor, value: tl.tensor, count: tl.tensor) -> None:
-    """Store [groups, 4] values at those of the elements `e` that are below `count`."""
+    """Store [quads, 4] values at those of the elements `e` that are below `count`."""
     tl.store(base + e, value, mask=e < count)

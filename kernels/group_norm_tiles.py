@@ -22,7 +22,7 @@ class Plan(NamedTuple):
         together: groups.
         rows: pixels of a tile, a power of two.
         tiles: that it goes through, one after the other.
-        splits: programs that share a group; where it is 1, one launch does all.
+        splits: programs that share a group.
         later: tiles of a program of the second launch.
     """
 
@@ -38,9 +38,14 @@ class Plan(NamedTuple):
         """Channels of a tile, padded to a power of two."""
         return next_power(self.together * self.size)
 
+    @property
+    def at_once(self) -> bool:
+        """Whether a program holds all of its groups, so that one launch does all."""
+        return self.tiles == self.splits == 1
+
     def warps(self, lanes: int = 32) -> int:
         """Of a program; `lanes` is 64 on AMD's GPUs."""
-        per_thread = 64 if self.splits == 1 and self.width == self.together * self.size else 32
+        per_thread = 64 if self.at_once and self.width == self.together * self.size else 32
         return min(max(self.width * self.rows // (per_thread * lanes), 128 // lanes), 512 // lanes)
 
     def apart(self, lanes: int = 32) -> int:
@@ -92,6 +97,6 @@ def split_plan(batch: int, size: int, groups: int, pixels: int) -> Plan:
     if pixels > rows * _MOST_SPLITS and pieces * _MOST_SPLITS < 2 * _ENOUGH:
         rows *= 2  # few programs have more threads instead
     parts = -(-pixels // rows)
-    tiles = -(-parts // min(max(_FIRST // pieces, 1), _MOST_SPLITS))
+    tiles = -(-parts // min(max(_FIRST // max(pieces, 1), 1), _MOST_SPLITS))
     later = min(max(pieces * parts // _SECOND, 1), _MOST_LATER)
     return Plan(size, together, rows, tiles, -(-parts // tiles), later)

@@ -389,7 +389,7 @@ def add_group_norm_op(
         "PIXELS": plan.rows, "num_warps": plan.warps(lanes),
     }  # fmt: skip
     result = {"SILU": silu, "APPROX": approximations()}
-    if plan.splits == 1:
+    if plan.at_once:
         launcher(add_group_norm_kernel)[(pieces,)](
             *terms, weight, beta, written, out, *numbers, eps,
             FULL=plan.is_full(pixels), **tile, **result,

@@ -1,7 +1,7 @@
 """The normals of `philox.py` in C, for CPUs, where that is asked for: a twentieth of the time of PyTorch's operations.
 
-Compiled steps ask for it, for which Inductor would take as long as for a small network, and steps whose network another
-library runs, whose eager update would.
+Compiled steps ask for it, for which Inductor would take as long as for a small network; steps whose network another
+library runs, whose eager update would; and x_T is made so, whatever the engine.
 """
 
 from __future__ import annotations

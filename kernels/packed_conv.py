@@ -1,6 +1,8 @@
-"""What the 3×3 convolutions in C with weights of a form of their own have in common: their result, and a check."""
+"""What the products in C with weights of a form of their own have in common: result, check, and a call to be timed."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,3 +29,17 @@ def check_pictures(function: str, x: Tensor, *, fits: bool) -> None:
         raise ValueError(
             f"{function}: x must be channels-last with the weights' channels, got {[*x.shape]}; pack those"
         )
+
+
+def call_of(run: Callable[..., int], tensors: tuple[Tensor, Tensor, Tensor, Tensor], kind: int) -> Callable[[], object]:
+    """A call of a kernel for x, packed weights, bias and result, without Python's checks; `kind` is its own number."""
+    (batch, channels, height, width), outputs = tensors[0].shape, len(tensors[2])
+    sizes = batch, height, width, channels, outputs, kind, torch.get_num_threads()
+    arguments = (*(tensor.data_ptr() for tensor in tensors), *sizes)
+
+    def call() -> object:
+        if run(*arguments):
+            raise MemoryError("there must be memory for what the kernel prepares, got none")
+        return tensors  # which must be there as long as the call
+
+    return call

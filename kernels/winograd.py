@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.kernels.native import can_load, load, register
-from fastddpm.kernels.packed_conv import check_pictures, result_of
+from fastddpm.kernels.packed_conv import call_of, check_pictures, result_of
 
 WINOGRAD_RTOL = 2e-5
 """Kernel against the exact convolution, relative to the largest |x|, for weights as PyTorch starts them: the transforms
@@ -113,11 +113,8 @@ def _winograd_conv(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Ten
 
 def as_called(x: Tensor, packed: Tensor, bias: Tensor) -> Callable[[], object]:
     """A call of the kernel as a compiled step makes it, without Python's checks: they take as long as a small layer."""
-    (batch, channels, height, width), threads = x.shape, torch.get_num_threads()
-    y = _winograd_conv(x, packed, bias, threads)  # checked once
-    tensors, sizes = (x, packed, bias, y), (batch, height, width, channels, len(bias), x.dtype == torch.bfloat16)
-    run, arguments = loaded()[0].winograd_conv, (*(tensor.data_ptr() for tensor in tensors), *sizes, threads)
-    return lambda: (run(*arguments), tensors)  # which must be there as long as the call
+    y = _winograd_conv(x, packed, bias, torch.get_num_threads())  # checked once
+    return call_of(loaded()[0].winograd_conv, (x, packed, bias, y), x.dtype == torch.bfloat16)
 
 
 _SCHEMA = "winograd_conv(Tensor x, Tensor packed, Tensor bias, int threads) -> Tensor"

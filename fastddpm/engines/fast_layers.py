@@ -68,7 +68,7 @@ class Layer:
     Attributes:
         name: the module's name.
         shape: of its input.
-        usual_ms: PyTorch's way: the direct convolution with its weights packed, or its own attention.
+        usual_ms: PyTorch's way: the direct product with its weights packed, or its own attention.
         other_ms: the kernel of our own, or two matrix products in its place.
     """
 
@@ -91,9 +91,12 @@ def measured_layers(network: nn.Module, run: Callable[[nn.Module], object]) -> l
         run: calls a network once with a batch of the size that it is meant for.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    hooks = []
-    for name, module in network.named_modules():
-        if isinstance(module, Attention) or _is_candidate(module):
+    hooks, modules = [], dict(network.named_modules())
+    # Of linear layers those that we call ourselves: others may be read besides, or called with anything.
+    called = {id(m) for one in modules.values() if isinstance(one, Attention) for m in (one.qkv, one.out)}
+    for name, module in modules.items():
+        chosen = _is_candidate(module) and (isinstance(module, nn.Conv2d) or id(module) in called)
+        if chosen or isinstance(module, Attention):
             hooks.append(module.register_forward_pre_hook(_note(shapes, name)))
     try:
         if hooks:
@@ -135,7 +138,9 @@ def _other(layer: nn.Module) -> nn.Module:
 
 def _is_candidate(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
     """Whether there is another way for a layer that is no attention."""
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)) or layer.weight.dtype not in _DTYPES:
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)) or type(layer) not in (nn.Conv2d, nn.Linear):
+        return False  # another type may do something else with its weights
+    if layer.weight.dtype not in _DTYPES:
         return False
     if layer.weight.device.type != "cpu":
         return False
@@ -163,8 +168,10 @@ def _is_for_tiles(layer: nn.Conv2d | nn.Linear) -> bool:
 def _is_worth(layer: nn.Module, shape: tuple[int, ...]) -> bool:
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
         return True
+    if len(shape) != (3 if isinstance(layer, nn.Linear) else 4):
+        return False
     if _is_for_tiles(layer):
-        return len(shape) in (3, 4)
+        return True
     pixels = shape[2] * shape[3]
     return pixels >= _LEAST_PICTURE or shape[0] * pixels >= _LEAST_PIXELS
 

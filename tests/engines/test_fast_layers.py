@@ -121,15 +121,25 @@ def test_in_bf16_small_maps_too_may_run_on_the_matrix_unit(monkeypatch):
         assert not PackedConv2d(nn.Conv2d(32, 32, 3, padding=1)).tiled
 
 
+class LowRank(nn.Linear):
+    """As fine-tuning puts it in the place of a layer."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
 @pytest.mark.skipif(not amx_conv.is_there(), reason="a processor without AMX, or no C compiler")
 def test_in_bf16_linear_layers_and_1x1_convolutions_may_run_there_too(monkeypatch):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(32, 64, 1), nn.Conv2d(64, 64, 1, stride=2), nn.Flatten(2), nn.Linear(32, 96))
-    net, x = net.bfloat16(), torch.randn(2, 32, 8, 16).bfloat16()
+    attention = Attention(dataclasses.replace(CONFIG, norm_groups=8), 64, heads=2)
+    others = nn.Flatten(2), nn.Linear(64, 32), LowRank(32, 64)  # a linear layer that others call, one that does more
+    net = nn.Sequential(nn.Conv2d(32, 64, 1), nn.Conv2d(64, 64, 1, stride=2), attention, *others)
+    net, x = net.bfloat16(), torch.randn(2, 32, 16, 16).bfloat16()
     monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))
     with torch.no_grad():
         changed, layers = with_fast_layers(net, lambda network: network(x))
-        assert [layer.name for layer in layers] == ["0", "3"] and changed[0].tiled and changed[3].tiled
+        assert [layer.name for layer in layers] == ["0", "2", "2.qkv", "2.out"]
+        assert changed[0].tiled and changed[2].qkv.tiled and changed[2].out.tiled and changed[2].otherwise
         got, want = changed(x), net(x)
         assert got.shape == want.shape and got.is_contiguous()
         assert (got - want.double()).abs().max() <= 2.0**-6 * want.abs().max()

@@ -65,7 +65,7 @@ def test_one_tap_is_a_product_with_any_number_of_threads(batch, c_in, c_out, hei
 
 def test_a_call_as_compiled_steps_make_it_is_the_same():
     layer, x = conv(64, 32), pictures(2, 64, 8, 8)
-    _, (*_, y) = as_called(x, pack(layer.weight), layer.bias.float())()
+    *_, y = as_called(x, pack(layer.weight), layer.bias.float())()
     assert torch.equal(y, convolved(layer, x))
 
 

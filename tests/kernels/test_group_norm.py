@@ -66,7 +66,7 @@ def test_plans_hold_whole_groups_and_every_pixel(batch, channels, side, groups, 
     assert plan.width == next_power(plan.together * plan.size)
     assert plan.width * plan.rows <= MOST_ELEMENTS
     assert plan.rows * plan.tiles * (plan.splits - 1) < pixels <= plan.rows * plan.tiles * plan.splits
-    assert (plan.splits == 1 and plan.tiles == plan.later == 1) or plan.splits <= 64
+    assert plan.at_once == (plan.rows >= pixels) and 1 <= plan.splits <= 64
     assert 1 <= plan.later <= 4 and plan.rows % plan.apart() == plan.rows % plan.apart(64) == 0
     assert 4 <= plan.warps() <= 16 and 2 <= plan.warps(64) <= 8
     for tiles in (None, plan.later):
@@ -143,7 +143,7 @@ KERNELS = ("add_group_norm_kernel", "group_moments_kernel", "normalise_kernel")
 
 def kernels_of(name, dtype="bf16"):
     """Those that a norm is made by."""
-    return KERNELS[:1] if aot_plan(name, dtype).splits == 1 else KERNELS[1:]
+    return KERNELS[:1] if aot_plan(name, dtype).at_once else KERNELS[1:]
 
 
 @functools.cache
@@ -192,6 +192,11 @@ ELSEWHERE = ("finest level", "three to one, twelve channels to a group", "scale-
 
 def slow_unless(quick):
     return () if quick else pytest.mark.slow
+
+
+def test_what_is_shared_out_takes_two_launches_in_any_batch():
+    assert {kernels_of(name) for name in AOT if name.startswith("shared out")} == {KERNELS[1:]}
+    assert not any(plan_for(batch, 128, 32, 256 * 256, False, 2).at_once for batch in (0, 1, 64, 265, 4096))
 
 
 @pytest.mark.parametrize(
@@ -340,6 +345,7 @@ class TestGpu:
             ((1, 128, 256, 256), 32),
             ((2, 384, 100, 100), 32),
             ((64, 256, 16, 16), 32),
+            ((300, 128, 66, 64), 32),
             ((1, 1, 1, 2), 1),
             ((3, 12, 31, 33), 3),
         ],

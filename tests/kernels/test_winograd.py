@@ -33,7 +33,7 @@ def test_equals_the_direct_convolution(batch, c_in, c_out, height, width):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_call_as_compiled_steps_make_it_is_the_same(dtype):
     layer, x = conv(64, 32), torch.randn(2, 64, 8, 8).to(dtype, memory_format=torch.channels_last)
-    _, (*_, y) = as_called(x, pack(layer.weight), layer.bias)()
+    *_, y = as_called(x, pack(layer.weight), layer.bias)()
     assert torch.equal(y, winograd_conv(x, pack(layer.weight), layer.bias))
 
 

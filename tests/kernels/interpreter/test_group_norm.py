@@ -61,6 +61,7 @@ def test_shapes(shape, groups, skip, terms):
     [
         pytest.param(Plan(8, 1, 16, 3, 3, 2), 12, 2, 4, id="a group to a program"),
         pytest.param(Plan(8, 4, 64, 2, 2, 1), 24, 4, 8, id="four groups to a program"),
+        pytest.param(Plan(8, 1, 32, 5, 1, 2), 12, 2, 4, id="one program to a group, tile after tile"),
         pytest.param(Plan(5, 2, 16, 2, 5, 4), 6, 2, 4, id="five channels to a group"),
     ],
 )
