@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from fastddpm.kernels.philox import X_T_COUNTER
 from fastddpm.process import reference
-from fastddpm.process.noise import id_bits, normals, seed_bits
+from fastddpm.process.noise import id_bits, initial_noise, normals, seed_bits
 from fastddpm.process.table import DynamicThreshold
 from fastddpm.sampler import Sampler
 
@@ -90,7 +89,8 @@ def textbook(sampler: Sampler, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     model = network
     if run.guidance != 1.0:
         model = reference.classifier_free_guidance(network, run.guidance, sampler.spec.null_class)
-    x_0 = loop(sampler, run, model, noise(X_T_COUNTER), lambda i: noise(int(timesteps[i])), timesteps, labels)
+    x_T = initial_noise(seeds, ids, sampler.spec.shape).double()  # as it was drawn: in C it is rounded otherwise
+    x_0 = loop(sampler, run, model, x_T, lambda i: noise(int(timesteps[i])), timesteps, labels)
     return x_0[:n], x_0[n:].unflatten(0, (DISTURBED, n))
 
 
