@@ -31,6 +31,7 @@ def test_equals_attention(batch, positions, heads, channels, heads_first):
     assert y.dtype == torch.bfloat16 and y.is_contiguous() and y.shape == want.shape
     # Each weight is rounded once, by at most half of 2^-8 of itself, and so is the result.
     assert ((y - want).abs() <= 2.0**-9 * (largest + want.abs()) + 1e-5).all()
+    assert abs((y * want).sum() / (want * want).sum() - 1) <= 2.0**-11, "roundings go both ways"
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -58,6 +59,9 @@ def test_infinities_and_nan_stay_in_their_rows():
     rows = torch.ones(64, dtype=torch.bool)
     rows[[5, 9]] = False
     assert y[0, 5].isnan().all() and y[0, rows].isfinite().all()
+    qkv = projected(1, 64, 1, 32)
+    qkv[0, 7, 32 + 3] = torch.nan  # of a key: all queries look at it
+    assert amx_attention(qkv, 1).isnan().all()
     qkv = projected(1, 64, 1, 32)
     qkv[0, 7, 64 + 3] = torch.nan  # of a value: all queries mix it in
     bad = amx_attention(qkv, 1).isnan()
