@@ -79,10 +79,9 @@ def _of_channels(
     mine: tl.tensor,
     known: tl.tensor,
     SCALE_SHIFT: tl.constexpr,
-    WIDTH: tl.constexpr,
 ) -> tl.tensor:
     """What every pixel of a channel has added: bias and time projection."""
-    added = tl.zeros((WIDTH,), tl.float32)
+    added = tl.zeros(c.shape, tl.float32)
     if bias is not None:
         added += tl.load(bias + c, mask=mine, other=0.0).to(tl.float32)
     if row is not None and not SCALE_SHIFT:
@@ -125,28 +124,22 @@ def _over_groups(
 
 @jit
 def _factors(
-    variance: tl.tensor,
-    eps: tl.tensor,
-    weight: tl.tensor,
-    beta: tl.tensor,
-    row: tl.tensor,
-    c: tl.tensor,
-    real: tl.tensor,
-    known: tl.tensor,
-    channels: tl.tensor,
-    SCALE_SHIFT: tl.constexpr,
+    variance: tl.tensor, eps: tl.tensor, weight: tl.tensor, beta: tl.tensor, c: tl.tensor, real: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
     """The factor and the offset of each channel's values, whose mean is taken off already."""
     # Inductor passes numbers as float64, which must not spread.
     a = tl.rsqrt(variance + tl.cast(eps, tl.float32)) * tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
-    d = tl.load(beta + c, mask=real, other=0.0).to(tl.float32)
-    if SCALE_SHIFT:
-        scale = 1.0 + tl.load(row + c, mask=real & known, other=0.0).to(tl.float32)
-        a *= scale
-        d = tl.fma(d, scale, tl.load(row + channels + c, mask=real & known, other=0.0).to(tl.float32))
-    if row is not None:
-        d += tl.where(known, 0.0, float("nan"))  # a row that is not there shows
-    return a, d
+    return a, tl.load(beta + c, mask=real, other=0.0).to(tl.float32)
+
+
+@jit
+def _modulated(
+    a: tl.tensor, d: tl.tensor, row: tl.tensor, c: tl.tensor, there: tl.tensor, channels: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """The same with the scale and the shift of a row."""
+    scale = 1.0 + tl.load(row + c, mask=there, other=0.0).to(tl.float32)
+    shift = tl.load(row + channels + c, mask=there, other=0.0).to(tl.float32)
+    return a * scale, tl.fma(d, scale, shift)
 
 
 @jit
@@ -203,14 +196,18 @@ def add_group_norm_kernel(
     known = True
     if row is not None:
         row, known = _row_of(row, index, b, rows, row_width, column)
-    added = _of_channels(bias, row, c, real & (c < own), known, SCALE_SHIFT, WIDTH)
+    added = _of_channels(bias, row, c, real & (c < own), known, SCALE_SHIFT)
     v = _summed(x, residual, skip, added, line, p, c, inside, own, channels, FULL)
     if total is not None:
         _store(total + e, v, inside, FULL)
     share = 1.0 / (pixels * GROUP)
     v = _cut(v - (_over_groups(v, lane, GROUP, GROUPS, WIDTH, PIXELS) * share)[None, :], inside, FULL)
     variance = _over_groups(v * v, lane, GROUP, GROUPS, WIDTH, PIXELS) * share
-    a, d = _factors(variance, eps, weight, beta, row, c, real, known, channels, SCALE_SHIFT)
+    a, d = _factors(variance, eps, weight, beta, c, real)
+    if SCALE_SHIFT:
+        a, d = _modulated(a, d, row, c, real & known, channels)
+    if row is not None:
+        d += tl.where(known, 0.0, float("nan"))  # a row that is not there shows
     _store(out + e, _normalised(v, a, d, SILU, APPROX), inside, FULL)
 
 
@@ -255,7 +252,7 @@ def group_moments_kernel(
     known = True
     if row is not None:
         row, known = _row_of(row, index, b, rows, row_width, column)
-    added = _of_channels(bias, row, c, real & (c < own), known, SCALE_SHIFT, WIDTH)
+    added = _of_channels(bias, row, c, real & (c < own), known, SCALE_SHIFT)
 
     pivot, count = tl.zeros((APART, WIDTH), tl.float32), tl.zeros((APART, 1), tl.float32)
     sums, squares = tl.zeros((APART, WIDTH), tl.float32), tl.zeros((APART, WIDTH), tl.float32)
@@ -346,9 +343,13 @@ def normalise_kernel(
     known = True
     if row is not None:
         row, known = _row_of(row, index, b, rows, row_width, column)
-    added = _of_channels(bias, row, c, real & (c < own), known, SCALE_SHIFT, WIDTH)
+    added = _of_channels(bias, row, c, real & (c < own), known, SCALE_SHIFT)
     added -= _to_channels(mean, lane, GROUP, GROUPS)
-    a, d = _factors(variance, eps, weight, beta, row, c, real, known, channels, SCALE_SHIFT)
+    a, d = _factors(variance, eps, weight, beta, c, real)
+    if SCALE_SHIFT:
+        a, d = _modulated(a, d, row, c, real & known, channels)
+    if row is not None:
+        d += tl.where(known, 0.0, float("nan"))  # a row that is not there shows
     for i in range(TILES):
         p = (s * TILES + i) * PIXELS + tl.arange(0, PIXELS)
         inside = (p < pixels)[:, None] & real[None, :]
