@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastddpm.kernels.native import NativeError, can_load, load, register
+from fastddpm.kernels.amx import PART, load_amx
+from fastddpm.kernels.native import can_load, register
 
-PART = 32
-"""What positions and channels of a head are multiples of."""
 _SOURCE = Path(__file__).with_name("amx_attention.c")
 DECLARATION = """AOTITorchError aoti_torch_cpu_amx_attention(
     AtenTensorHandle qkv, int64_t heads, int32_t heads_first, int64_t threads, AtenTensorHandle* y)"""
@@ -27,16 +26,8 @@ DECLARATION = """AOTITorchError aoti_torch_cpu_amx_attention(
 
 @functools.cache
 def loaded() -> ctypes.CDLL:
-    """The compiled kernel, with the system's leave to use the unit.
-
-    Raises:
-        NativeError: it cannot be compiled here, or processor, compiler or system lack the unit.
-    """
-    library = load(_SOURCE, ("amx_start", "amx_attention", "aoti_torch_cpu_amx_attention"))
-    library.amx_attention.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4 + [ctypes.c_int] * 2
-    if library.amx_start():
-        raise NativeError("amx_attention: processor, compiler and system must have AMX, got one that has not")
-    return library
+    """The compiled kernel; raises NativeError as `load_amx`."""
+    return load_amx(_SOURCE, [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4 + [ctypes.c_int] * 2)
 
 
 def is_there() -> bool:

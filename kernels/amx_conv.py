@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastddpm.kernels.native import NativeError, can_load, load, register
+from fastddpm.kernels.amx import PART, load_amx
+from fastddpm.kernels.native import can_load, register
 from fastddpm.kernels.packed_conv import call_of, check_pictures, result_of
 
-PART = 32
-"""Channels that the kernel takes at a time, of the input and of the output."""
 DECLARATION = """AOTITorchError aoti_torch_cpu_amx_conv(
     AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle bias, int64_t threads, AtenTensorHandle* y)"""
 """How a compiled step calls the kernel."""
@@ -32,16 +31,8 @@ _ROWS = 16  # of a tile
 
 @functools.cache
 def loaded() -> ctypes.CDLL:
-    """The compiled kernel, with the leave of the system to use the matrix unit.
-
-    Raises:
-        NativeError: it cannot be compiled here, or processor, compiler or system lack the unit.
-    """
-    library = load(_SOURCE, ("amx_start", "amx_conv", "aoti_torch_cpu_amx_conv"))
-    library.amx_conv.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 6 + [ctypes.c_int]
-    if library.amx_start():
-        raise NativeError("amx_conv: processor, compiler and system must have AMX, got one that has not")
-    return library
+    """The compiled kernel; raises NativeError as `load_amx`."""
+    return load_amx(_SOURCE, [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 6 + [ctypes.c_int])
 
 
 def is_there() -> bool:

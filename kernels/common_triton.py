@@ -31,8 +31,8 @@ QUADS = 128
 """Groups of four consecutive elements in one program, one for each thread.
 
 A warp's access is then one piece of memory without gaps, which counts for more than its width: eight elements to a
-thread, whose float32 stores leave gaps between threads, took 1.1 to 1.5 times as long on an H200, and sixteen bytes 3
-times.
+thread, whose float32 stores leave gaps between threads, took 1.05 to 1.7 times as long on an H200, and sixteen bytes
+1.7 to 3 times.
 """
 
 

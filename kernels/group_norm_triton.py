@@ -61,6 +61,18 @@ def _summed(
 
 
 @jit
+def _place(
+    splits: tl.tensor, channels: tl.tensor, pixels: tl.tensor, CHUNK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Which chunk of channels and which split of which picture a program has, and the picture's first pixel."""
+    # One number for all, neighbouring groups next to each other: a grid's other sizes end at 65535.
+    chunks, number = channels // CHUNK, tl.program_id(0)
+    j, s, b = number % chunks, number // chunks % splits, number // (chunks * splits)
+    # Unsigned, so that the product is one wide multiplication.
+    return j, s, b, tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(pixels, tl.uint32).to(tl.int64)
+
+
+@jit
 def _row_of(
     row: tl.tensor, index: tl.tensor, b: tl.tensor, rows: tl.tensor, row_width: tl.tensor, column: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -183,13 +195,9 @@ def add_group_norm_kernel(
     APPROX: tl.constexpr,
 ) -> None:
     """Program (j, b) holds groups j·GROUPS ... of picture b in registers; optional pointers are None where unused."""
-    # One number for both, neighbouring groups next to each other: a grid's other sizes end at 65535.
-    chunks = channels // (GROUP * GROUPS)
-    j, b = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    j, _, b, line = _place(1, channels, pixels, GROUP * GROUPS)
     lane = tl.arange(0, WIDTH)
     c, real = j * (GROUP * GROUPS) + lane, lane < GROUP * GROUPS
-    # Unsigned, so that the products are one wide multiplication each.
-    line = tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(pixels, tl.uint32).to(tl.int64)
     p = tl.arange(0, PIXELS)
     inside = (p < pixels)[:, None] & real[None, :]
     e = line * tl.cast(channels, tl.uint32).to(tl.int64) + (p[:, None] * channels + c[None, :])
@@ -242,12 +250,9 @@ def group_moments_kernel(
     Pixels that are APART lie in one thread. It takes their values less the mean of those of its first tile, so that
     squares are exact, and exchanges nothing before the end (Chan et al. 1979).
     """
-    chunks, splits = channels // (GROUP * GROUPS), tl.cdiv(pixels, TILES * PIXELS)
-    number = tl.program_id(0)
-    j, s, b = number % chunks, number // chunks % splits, number // (chunks * splits)
+    j, s, b, line = _place(tl.cdiv(pixels, TILES * PIXELS), channels, pixels, GROUP * GROUPS)
     lane = tl.arange(0, WIDTH)
     c, real = j * (GROUP * GROUPS) + lane, lane < GROUP * GROUPS
-    line = tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(pixels, tl.uint32).to(tl.int64)
     first = line * tl.cast(channels, tl.uint32).to(tl.int64)
     known = True
     if row is not None:
@@ -322,12 +327,9 @@ def normalise_kernel(
 
     Moments are those of `share` pixels each. The sum is made once more: what the first launch kept of it is rounded.
     """
-    chunks, splits = channels // (GROUP * GROUPS), tl.cdiv(pixels, TILES * PIXELS)
-    number = tl.program_id(0)
-    j, s, b = number % chunks, number // chunks % splits, number // (chunks * splits)
+    j, s, b, line = _place(tl.cdiv(pixels, TILES * PIXELS), channels, pixels, GROUP * GROUPS)
     lane = tl.arange(0, WIDTH)
     c, real = j * (GROUP * GROUPS) + lane, lane < GROUP * GROUPS
-    line = tl.cast(b, tl.uint32).to(tl.int64) * tl.cast(pixels, tl.uint32).to(tl.int64)
     out += line * tl.cast(channels, tl.uint32).to(tl.int64)
 
     at = ((b * (channels // GROUP) + j * GROUPS).to(tl.int64) + tl.arange(0, GROUPS)) * (2 * SPLITS)

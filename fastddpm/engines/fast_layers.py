@@ -29,18 +29,18 @@ _LONG_S = 3.0  # of measuring, after which fewer passes must do, but at least tw
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-class PackedConv2d(nn.Module):
+class PackedLayer(nn.Module):
     """A 3×3 convolution with stride 1 and padding 1, by Winograd's F(4×4, 3×3) or on tiles of a matrix unit.
 
     On tiles it may be a 1×1 convolution as well, or a linear layer of rows.
     """
 
-    def __init__(self, conv: nn.Conv2d | nn.Linear) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         """Take the weights of a layer that `_is_candidate`."""
         super().__init__()
-        self.tiled = _is_for_tiles(conv)
-        self.register_buffer("packed", amx_conv.pack(conv.weight) if self.tiled else winograd.pack(conv.weight))
-        bias = torch.zeros(len(conv.weight)) if conv.bias is None else conv.bias.detach().float()
+        self.tiled = _is_for_tiles(layer)
+        self.register_buffer("packed", amx_conv.pack(layer.weight) if self.tiled else winograd.pack(layer.weight))
+        bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach().float()
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def changed_layers(network: nn.Module, names: Sequence[str]) -> nn.Module:
 def _other(layer: nn.Module) -> nn.Module:
     """The layer that runs the other way."""
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
-        return PackedConv2d(layer)
+        return PackedLayer(layer)
     other = copy.copy(layer)
     other.otherwise = True  # type: ignore[assignment]
     return other
@@ -226,7 +226,7 @@ def _both_attentions(layer: Attention, qkv: Tensor) -> tuple[Callable[[], object
 
 def _both_products(layer: nn.Conv2d | nn.Linear, x: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
     """Both as compiled code calls them: the usual one with weights in the processor's own layout."""
-    other, weight = PackedConv2d(layer), layer.weight.detach()
+    other, weight = PackedLayer(layer), layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach()
     if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):  # compilers take both for the same
         rows = x.contiguous() if x.ndim == 3 else x.permute(0, 2, 3, 1)

@@ -79,8 +79,8 @@ def normals(seed: Tensor, sample_id: Tensor, t: Tensor, shape: tuple[int, int, i
 def initial_noise(seed: Tensor, sample_id: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """x_T ~ N(0, I) of the samples, float32 [B, C, H, W]; arguments as in `normals`.
 
-    On CPUs it is made in C where there is a compiler, whatever engine makes the steps: by PyTorch it takes as long as a
-    tenth of a small network's step.
+    On CPUs it is made in C where there is a compiler, whatever engine makes the steps: PyTorch takes nearly a
+    millisecond, most of it for calls of small operations.
     """
     with native_normals():
         return normals(seed, sample_id, torch.full_like(sample_id, X_T_COUNTER), shape)

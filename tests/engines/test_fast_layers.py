@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastddpm.engines.fast_layers import Layer, PackedConv2d, changed_layers, measured_layers
+from fastddpm.engines.fast_layers import Layer, PackedLayer, changed_layers, measured_layers
 from fastddpm.kernels import amx_conv, winograd
 from fastddpm.kernels.native import NativeError
 from fastddpm.kernels.winograd import fits
@@ -44,7 +44,7 @@ def test_choice_is_by_measurement_and_leaves_the_network_alone(monkeypatch):
     monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))
     changed, layers = with_fast_layers(net, lambda network: network(x))
     assert [layer.name for layer in layers] == ["wide"] and layers[0].usual_ms > 0 < layers[0].other_ms
-    assert isinstance(changed.wide, PackedConv2d) and isinstance(net.wide, nn.Conv2d)
+    assert isinstance(changed.wide, PackedLayer) and isinstance(net.wide, nn.Conv2d)
     assert changed.stem.weight is net.stem.weight and not net.wide._forward_pre_hooks
     assert (changed(x) - net(x)).abs().max() < 1e-4
     monkeypatch.setattr(Layer, "is_quicker", property(lambda self: False))
@@ -118,21 +118,21 @@ def test_in_bf16_small_maps_too_may_run_on_the_matrix_unit(monkeypatch):
         changed, layers = with_fast_layers(net, lambda network: network(x))
         assert [layer.name for layer in layers] == ["0"] and changed[0].tiled
         assert (changed(x) - net(x).double()).abs().max() <= 2.0**-7 * net(x).abs().max()
-        assert not PackedConv2d(nn.Conv2d(32, 32, 3, padding=1)).tiled
+        assert not PackedLayer(nn.Conv2d(32, 32, 3, padding=1)).tiled
 
 
-class LowRank(nn.Linear):
-    """As fine-tuning puts it in the place of a layer."""
+class Adapted(nn.Conv2d):
+    """As fine-tuning puts it in the place of a layer: it does more than its weights say."""
 
     def forward(self, x):
-        return super().forward(x) + x.mean(-1, keepdim=True)
+        return super().forward(x) + x.mean(1, keepdim=True)
 
 
 @pytest.mark.skipif(not amx_conv.is_there(), reason="a processor without AMX, or no C compiler")
 def test_in_bf16_linear_layers_and_1x1_convolutions_may_run_there_too(monkeypatch):
     torch.manual_seed(0)
     attention = Attention(dataclasses.replace(CONFIG, norm_groups=8), 64, heads=2)
-    others = nn.Flatten(2), nn.Linear(64, 32), LowRank(32, 64)  # a linear layer that others call, one that does more
+    others = Adapted(64, 64, 1), nn.Flatten(2), nn.Linear(64, 32)  # a linear layer that others call is theirs
     net = nn.Sequential(nn.Conv2d(32, 64, 1), nn.Conv2d(64, 64, 1, stride=2), attention, *others)
     net, x = net.bfloat16(), torch.randn(2, 32, 16, 16).bfloat16()
     monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))

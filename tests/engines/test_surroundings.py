@@ -59,6 +59,7 @@ CHANGES = {
     "load_state_dict": lambda net: net.load_state_dict({k: v * 1.25 for k, v in net.state_dict().items()}),
     "assigned": lambda net: net.load_state_dict({k: v * 1.25 for k, v in net.state_dict().items()}, assign=True),
     "data": lambda net: [p.data.mul_(1.25) for p in net.parameters()],
+    "other data": lambda net: [setattr(p, "data", p.data * 1.25) for p in net.parameters()],
     "replaced": lambda net: setattr(net.stem, "weight", nn.Parameter(net.stem.weight * 1.25)),
 }
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastddpm.engines.fast_layers import PackedConv2d
+from fastddpm.engines.fast_layers import PackedLayer
 from fastddpm.kernels.native import NativeError
+from fastddpm.kernels.packed_conv import call_of
 from fastddpm.kernels.winograd import WINOGRAD_RTOL, as_called, fits, pack, winograd_conv
 
 try:
@@ -37,6 +38,13 @@ def test_a_call_as_compiled_steps_make_it_is_the_same(dtype):
     assert torch.equal(y, winograd_conv(x, pack(layer.weight), layer.bias))
 
 
+def test_a_call_that_fails_is_no_quick_one():
+    tensors = torch.zeros(1, 2, 3, 3), torch.zeros(1), torch.zeros(4), torch.zeros(1, 4, 3, 3)
+    assert call_of(lambda *_: 0, tensors, 9)() is tensors
+    with pytest.raises(MemoryError):
+        call_of(lambda *_: 1, tensors, 9)()
+
+
 def test_many_tiles_take_several_blocks():
     layer = conv(256, 256)
     x = torch.randn(3, 256, 48, 44)
@@ -54,7 +62,7 @@ def test_each_picture_is_as_if_alone():
 
 def test_any_layout_and_missing_bias():
     layer, x = conv(32, 64, bias=False), torch.randn(2, 32, 9, 9)
-    module = PackedConv2d(layer)
+    module = PackedLayer(layer)
     assert torch.equal(module(x), module(x.contiguous(memory_format=torch.channels_last)))
     assert (module(x) - layer(x)).abs().max() < 1e-4
 
