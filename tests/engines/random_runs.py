@@ -14,6 +14,8 @@ from fastddpm.sampler import Sampler
 SAFETY = 8.0
 ROUNDING = 2.0**-21
 """Relative error of a network's float32 output that is taken for rounding: some units in the last place."""
+STATE_ROUNDING = 2.0**-24
+"""Relative error of each element of a step's state, which is float32: half a unit in the last place."""
 DISTURBED = 2
 """Runs with such errors, at random."""
 
@@ -67,7 +69,7 @@ def runs(draw, T: int, n: int | None = None, guided: bool = True) -> Run:
 
 
 def textbook(sampler: Sampler, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """The run by the plain loops in float64, and again with an error of `ROUNDING` in each of the network's outputs.
+    """The run by the plain loops in float64, and again with errors in what each step reads: the state and the output.
 
     Returns:
         The pictures [n, C, H, W], and those of the disturbed runs [DISTURBED, n, C, H, W]; they are one batch.
@@ -80,15 +82,23 @@ def textbook(sampler: Sampler, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     def noise(t: int) -> torch.Tensor:
         return normals(seeds, ids, torch.full_like(ids, t), sampler.spec.shape).double()
 
+    def error(size: torch.Tensor) -> torch.Tensor:
+        drawn = size * (2 * torch.rand(size.shape, generator=generator) - 1)
+        drawn[:n] = 0.0
+        return drawn
+
     def network(x, t, y):
         out = sampler.network(x.float(), t, y).double()
-        error = out.abs().amax() * ROUNDING * (2 * torch.rand(out.shape, generator=generator) - 1)
-        error[:n] = 0.0
-        return out + error
+        return out + error(out.abs().amax().expand_as(out) * ROUNDING)
 
-    model = network
+    exact = network
     if run.guidance != 1.0:
-        model = reference.classifier_free_guidance(network, run.guidance, sampler.spec.null_class)
+        exact = reference.classifier_free_guidance(network, run.guidance, sampler.spec.null_class)
+
+    def model(x, t, y):
+        x += error(x.abs() * STATE_ROUNDING)  # in place: the loop goes on from it
+        return exact(x, t, y)
+
     x_T = initial_noise(seeds, ids, sampler.spec.shape).double()  # as it was drawn: in C it is rounded otherwise
     x_0 = loop(sampler, run, model, x_T, lambda i: noise(int(timesteps[i])), timesteps, labels)
     return x_0[:n], x_0[n:].unflatten(0, (DISTURBED, n))
