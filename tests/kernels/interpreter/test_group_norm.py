@@ -55,24 +55,29 @@ def test_shapes(shape, groups, skip, terms):
     check_norm(norm_case(shape, groups, wanted, skip_channels=skip))
 
 
-@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS.keys())
 @pytest.mark.parametrize(
-    ("plan", "channels", "groups", "skip"),
+    ("name", "plan", "channels", "groups", "skip"),
     [
-        pytest.param(Plan(8, 1, 16, 3, 3, 2), 12, 2, 4, id="a group to a program"),
-        pytest.param(Plan(8, 4, 64, 2, 2, 1), 24, 4, 8, id="four groups to a program"),
-        pytest.param(Plan(8, 1, 32, 5, 1, 2), 12, 2, 4, id="one program to a group, tile after tile"),
-        pytest.param(Plan(5, 2, 16, 2, 5, 4), 6, 2, 4, id="five channels to a group"),
+        *(pytest.param(name, Plan(8, 1, 16, 3, 3, 2), 12, 2, 4, id=f"a group to a program-{name}") for name in TERMS),
+        *(
+            pytest.param(name, *planned, id=f"{what}-{name}")
+            for name in ("alone", *EVERYTHING)
+            for what, *planned in (
+                ("four groups to a program", Plan(8, 4, 64, 2, 2, 1), 24, 4, 8),
+                ("one program to a group, tile after tile", Plan(8, 1, 32, 5, 1, 2), 12, 2, 4),
+                ("five channels to a group", Plan(5, 2, 16, 2, 5, 4), 6, 2, 4),
+            )
+        ),
     ],
 )
-def test_groups_are_shared_out(monkeypatch, plan, channels, groups, skip, terms):
+def test_groups_are_shared_out(monkeypatch, name, plan, channels, groups, skip):
     """Several tiles to a program, the last one partly or not at all there."""
 
     def planned(_, channels, groups, *__):
         return plan._replace(size=channels // groups)
 
     monkeypatch.setattr(group_norm_triton, "plan_for", planned)
-    check_norm(norm_case((2, channels, 9, 15), groups, terms, skip_channels=skip))
+    check_norm(norm_case((2, channels, 9, 15), groups, TERMS[name], skip_channels=skip))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
