@@ -1,4 +1,5 @@
-/* A convolution in bfloat16 on the matrix unit of Intel's processors (AMX): 3x3 with stride 1 and padding 1, or 1x1.
+/* A convolution in bfloat16 on the matrix unit of Intel's processors (AMX): 3x3 with stride 1 and padding 1, or 1x1, or
+ * 3x3 behind an upsampling by repetition.
  *
  *     y[p, o] = bias[o] + sum over taps k and channels c of x[p + k, c] w[o, c, k]
  *
@@ -12,6 +13,9 @@
  * that makes it one; else tiles go over the borders, whose results nobody stores. With one tap there is no border, and
  * pictures are read as they lie: all of them are one row, whose last tile begins early enough to end with it.
  * The weights are packed as tiles, w[o / ROWS][c / PART][k][pair of channels][o % ROWS][2].
+ * Of a picture that was doubled, the 3x3 pixels around one are 2x2 of the picture before, and which ones depends on
+ * whether row and column are even: four convolutions with four taps, whose weights are sums of the nine. Each is one
+ * more block of output channels, and writes every other pixel of every other row.
  * The sums are made in the same order whatever G, the place and the threads. The unit takes denormal numbers for 0.
  */
 #include <stdint.h>
@@ -32,18 +36,18 @@
 #define NEAR 24 /* tiles */
 
 /* A layer, and how G of its pictures lie when spread out: positions of a row, numbers of a part, tiles of pixels; numbers
- * from pixel to pixel.
+ * from pixel to pixel; how much larger its result is.
  */
 typedef struct {
-    int64_t H, W, C, O, G, row, part, tiles, side, pitch;
+    int64_t H, W, C, O, G, row, part, tiles, side, pitch, scale;
     int whole; /* whether each tile lies within a row */
 } layer;
 
-static layer layer_of(int64_t B, int64_t H, int64_t W, int64_t C, int64_t O) {
+static layer layer_of(int64_t B, int64_t H, int64_t W, int64_t C, int64_t O, int64_t side) {
     int64_t G = 1;
     while (G < 4 && W * G % ROWS) G *= 2;
     if (W * G % ROWS || B % G) G = 1;
-    layer l = {H, W, C, O, G, (W + 1) * G, 0, 0, SIDE, PART, W * G % ROWS == 0};
+    layer l = {H, W, C, O, G, (W + 1) * G, 0, 0, side, PART, side == 2 ? 2 : 1, W * G % ROWS == 0};
     l.part = ((H + 2) * l.row + G + 2 * ROWS) * PART;
     l.tiles = ((l.whole ? H * W * G : H * l.row) + ROWS - 1) / ROWS;
     return l;
@@ -51,7 +55,7 @@ static layer layer_of(int64_t B, int64_t H, int64_t W, int64_t C, int64_t O) {
 
 /* With one tap: a row of at least ROWS pixels, as it lies. */
 static layer row_of(int64_t pixels, int64_t C, int64_t O) {
-    return (layer){1, pixels, C, O, 1, pixels, PART, (pixels + ROWS - 1) / ROWS, 1, C, 0};
+    return (layer){1, pixels, C, O, 1, pixels, PART, (pixels + ROWS - 1) / ROWS, 1, C, 1, 0};
 }
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -64,15 +68,15 @@ static int64_t start_of(const layer *l, int64_t tile) {
     return tile / in_row * l->row * PART + tile % in_row * TILE;
 }
 
-/* The pixel of the G pictures whose sums a row of a tile holds, or -1. */
+/* The pixel of the G results whose sums a row of a tile holds, or -1; of larger ones the first. */
 static int32_t pixel_of(const layer *l, int64_t tile, int64_t r) {
     if (l->side == 1) { /* those of the tile before are not stored twice */
         const int64_t n = least(tile * ROWS, l->W - ROWS) + r;
         return n < tile * ROWS ? -1 : (int32_t)n;
     }
-    const int64_t n = tile * ROWS + r, y = n / l->row, x = n % l->row;
-    if (l->whole) return (int32_t)(n % l->G * l->H * l->W + n / l->G);
-    return x < l->W && y < l->H ? (int32_t)(y * l->W + x) : -1;
+    const int64_t n = tile * ROWS + r, row = l->whole ? l->W * l->G : l->row, y = n / row, x = n % row / l->G;
+    if (x >= l->W || y >= l->H) return -1;
+    return (int32_t)(((n % l->G * l->H + y) * l->W * l->scale + x) * l->scale);
 }
 
 static void zeros(const layer *l, uint16_t *to, int64_t positions) {
@@ -168,14 +172,20 @@ static inline __attribute__((always_inline)) void products(const int64_t side, c
     else product(1, side, l, a, w, sums, p);
 }
 
-/* Tiles from ... to of n groups of pictures, for output channels PART * o and so on. */
+/* Tiles from ... to of n groups of pictures, for block o of output channels: PART of them, and of a larger result those of
+ * one of its four convolutions.
+ */
 static void work(const layer *l, const uint16_t *spread, int64_t n, const int32_t *pixels, const uint16_t *w,
                  const float *bias, uint16_t *y, int64_t o, int64_t from, int64_t to) {
     float sums[2][MOST * SUMS] __attribute__((aligned(64)));
     const int64_t size = l->C * l->side * l->side * ROWS, blocks = (to - from + MOST - 1) / MOST, times = n * blocks;
+    const int64_t channel = o % (l->O / PART) * PART, below = o / (l->O / PART) / 2, right = o / (l->O / PART) % 2;
+    const int64_t results = l->G * l->H * l->W * l->scale * l->scale * l->O;
     pending p = {0};
     memory_is_written();
     w += 2 * o * size;
+    spread += (below * l->row + right * l->G) * PART;
+    y += (below * l->W * l->scale + right) * l->O + channel;
     p.ahead = w + 2 * size, p.end = w + 4 * size, p.near = times < FEW_TIMES;
     p.lines = p.near ? 0 : (TILE / LINE + times - 1) / times;
     for (int64_t g = 0; g < n; g++)
@@ -185,9 +195,10 @@ static void work(const layer *l, const uint16_t *spread, int64_t n, const int32_
             for (int64_t i = 0; i < tiles; i++) a[i] = spread + g * l->part * (l->C / PART) + start_of(l, at + i);
             for (int64_t half = 0; half < 2; half++) {
                 if (l->side == 1) products(1, l, tiles, a, w + half * size, sums[half], &p);
+                else if (l->side == 2) products(2, l, tiles, a, w + half * size, sums[half], &p);
                 else products(SIDE, l, tiles, a, w + half * size, sums[half], &p);
-                p.sums = sums[half], p.bias = bias + o * PART + half * ROWS, p.pixels = pixels + at * ROWS;
-                p.y = y + g * l->G * l->H * l->W * l->O + o * PART + half * ROWS;
+                p.sums = sums[half], p.bias = bias + channel + half * ROWS, p.pixels = pixels + at * ROWS;
+                p.y = y + g * results + half * ROWS;
                 p.row = 0, p.rows = (int)tiles * ROWS;
             }
         }
@@ -235,7 +246,8 @@ static int row_conv(const uint16_t *x, const uint16_t *w, const float *bias, uin
 
 /* y = conv(x) + bias. Returns 0, or 1 where there is no memory for the pictures spread out, or no unit to use.
  *
- * x [B,H,W,C] and y [B,H,W,O], bfloat16; bias [O], float32. C and O are multiples of PART; taps are 1 or 9.
+ * x [B,H,W,C] and y [B,H,W,O], bfloat16; bias [O], float32. C and O are multiples of PART; taps are 1 or 9, or 4 behind
+ * an upsampling, whose result is y [B,2H,2W,O].
  * Threads share out the pictures, of which each spreads out as many at a time as its cache holds, so that weights are
  * read once for all of them. Where the weights are more than the pictures, and for pictures that are left over, they
  * share out the output channels, and the tiles where there are too few of these.
@@ -244,12 +256,13 @@ int amx_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *
              int64_t C, int64_t O, int64_t taps, int threads) {
     if (!allowed) return 1;
     if (taps == 1) return row_conv(x, w, bias, y, B * H * W, C, O, threads);
-    const layer l = layer_of(B, H, W, C, O);
-    const int64_t groups = B / l.G, each = l.part * (C / PART), in = l.G * H * W * C, out = l.G * H * W * O;
+    const layer l = layer_of(B, H, W, C, O, taps == 9 ? SIDE : 2);
+    const int64_t outputs = O / PART * l.scale * l.scale, pieces = pieces_of(outputs, threads);
+    const int64_t groups = B / l.G, each = l.part * (C / PART), in = l.G * H * W * C;
+    const int64_t out = l.G * H * W * l.scale * l.scale * O;
     const int64_t cached = CACHED / (2 * each) > 1 ? CACHED / (2 * each) : 1;
-    const int64_t own = groups * each < C * O * taps ? 0 : groups / threads, rest = groups - own * threads;
+    const int64_t own = groups * each < outputs * PART * C * taps ? 0 : groups / threads, rest = groups - own * threads;
     const int64_t some = least(own, cached), shared = least(rest, cached);
-    const int64_t outputs = O / PART, pieces = pieces_of(outputs, threads);
     const int64_t piece = (l.tiles + pieces - 1) / pieces, table = (l.tiles * ROWS * 4 + 63) / 64 * 64;
     int32_t *pixels = scratch(table + 2 * each * (some * threads > shared ? some * threads : shared));
     uint16_t *spread = (uint16_t *)((char *)pixels + table);
@@ -298,7 +311,7 @@ int amx_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *
 /* ------------------------------------------------------------------ for compiled steps, without Python */
 
 int32_t aoti_torch_cpu_amx_conv(tensor x, tensor w, tensor bias, int64_t threads, tensor *y) {
-    const int64_t *n = sizes(x), O = sizes(bias)[0];
-    if (!is_channels_last(x) || make_pictures(n[0], O, n[2], n[3], dtype(x), y)) return 1;
-    return amx_conv(data(x), data(w), data(bias), data(*y), n[0], n[2], n[3], n[1], O, sizes(w)[2], (int)threads);
+    const int64_t *n = sizes(x), O = sizes(bias)[0], taps = sizes(w)[2], scale = taps == 4 ? 2 : 1;
+    if (!is_channels_last(x) || make_pictures(n[0], O, scale * n[2], scale * n[3], dtype(x), y)) return 1;
+    return amx_conv(data(x), data(w), data(bias), data(*y), n[0], n[2], n[3], n[1], O, taps, (int)threads);
 }

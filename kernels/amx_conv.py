@@ -3,6 +3,8 @@
     y[b, o] = bias[o] + Σ_{c, i, j} w[o, c, i, j] · x[b, c, · + i − 1, · + j − 1]
 
 and the same with one tap, which is a linear layer too, where PyTorch's way to the product takes as long as the product.
+Behind an upsampling by repetition it takes the smaller pictures, and less than half of the products: there a pixel's
+neighbours are equal in pairs, whose weights are summed.
 
 The products are exact, the sums float32, and the result is rounded once; denormal numbers count as 0. The
 kernel is `amx_conv.c`.
@@ -45,11 +47,31 @@ def fits(channels_in: int, channels_out: int) -> bool:
     return channels_in % PART == 0 and channels_out % PART == 0
 
 
+def behind_upsampling(weight: Tensor) -> Tensor:
+    """The weights of a 3×3 convolution for pictures that have yet to be doubled by repetition.
+
+    Pixel 2h of a doubled picture has beside it the pixels h − 1 and h of the picture, pixel 2h + 1 has h and h + 1:
+    two taps, (w_0, w_1 + w_2) and (w_0 + w_1, w_2).
+
+    Args:
+        weight: [O, C, 3, 3].
+
+    Returns:
+        float32 [4 · O, C, 2, 2]: for even rows and columns, even and odd, odd and even, odd and odd.
+    """
+
+    def pairs(w: Tensor, dim: int) -> list[Tensor]:
+        before, same, after = w.unbind(dim)
+        return [torch.stack((before, same + after), dim), torch.stack((before + same, after), dim)]
+
+    return torch.cat([both for rows in pairs(weight.detach().float(), 2) for both in pairs(rows, 3)])
+
+
 def pack(weight: Tensor) -> Tensor:
     """The weights of a convolution in the form that `amx_conv` takes.
 
     Args:
-        weight: [O, C, 3, 3] or [O, C, 1, 1], or that of a linear layer, [O, C].
+        weight: [O, C, 3, 3] or [O, C, 1, 1], that of a linear layer, [O, C], or one from `behind_upsampling`.
 
     Returns:
         bfloat16 [O / 16, C / 32, taps, 16, 16, 2]: tiles of 16 pairs of channels by 16 output channels.
@@ -60,7 +82,7 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def amx_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
-    """A 3×3 convolution with stride 1 and padding 1, or a 1×1 convolution.
+    """A 3×3 convolution with stride 1 and padding 1, of x or of x doubled by repetition, or a 1×1 convolution.
 
     Args:
         x: bfloat16 [B, C, H, W], best in channels-last layout; another one is copied.
@@ -68,7 +90,7 @@ def amx_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
         bias: float32 [O].
 
     Returns:
-        bfloat16 [B, O, H, W], channels-last.
+        bfloat16 [B, O, H, W], or [B, O, 2H, 2W], channels-last.
 
     Raises:
         TypeError: a tensor is of another type.
@@ -82,13 +104,17 @@ def amx_conv(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
 def _amx_conv(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
     if (x.dtype, packed.dtype, bias.dtype) != (torch.bfloat16, torch.bfloat16, torch.float32):
         raise TypeError(f"amx_conv: x must be bfloat16, the bias float32, got {x.dtype} and {bias.dtype}; convert them")
-    (batch, channels, height, width), y = x.shape, result_of(x, packed, bias, threads)
+    (batch, channels, height, width), y = x.shape, _result(x, packed, bias, threads)
     sizes = (batch, height, width, channels, bias.shape[0])
-    of_these = fits(channels, len(bias)) and packed.shape[:2] == (len(bias) // _ROWS, channels // PART)
-    check_pictures("amx_conv", x, fits=of_these and packed.shape[2] in (1, 9))
+    blocks = len(bias) // _ROWS * {1: 1, 4: 4, 9: 1}.get(packed.shape[2], 0)
+    check_pictures("amx_conv", x, fits=fits(channels, len(bias)) and packed.shape[:2] == (blocks, channels // PART))
     if loaded().amx_conv(*(tensor.data_ptr() for tensor in (x, packed, bias, y)), *sizes, packed.shape[2], threads):
         raise MemoryError("amx_conv: there must be memory for the pictures spread out, got none")
     return y
+
+
+def _result(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
+    return result_of(x, packed, bias, threads, 2 if packed.shape[2] == 4 else 1)
 
 
 def as_called(x: Tensor, packed: Tensor, bias: Tensor) -> Callable[[], object]:
@@ -98,5 +124,5 @@ def as_called(x: Tensor, packed: Tensor, bias: Tensor) -> Callable[[], object]:
 
 
 register(
-    "amx_conv(Tensor x, Tensor packed, Tensor bias, int threads) -> Tensor", _amx_conv, result_of, loaded, DECLARATION
+    "amx_conv(Tensor x, Tensor packed, Tensor bias, int threads) -> Tensor", _amx_conv, _result, loaded, DECLARATION
 )

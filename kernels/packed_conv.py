@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 
-def result_of(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
-    """Memory for a convolution's result, [B, O, H, W] of x's type, channels-last; tracing asks for its shape."""
-    shape = (x.shape[0], bias.shape[0], *x.shape[2:])
+def result_of(x: Tensor, packed: Tensor, bias: Tensor, threads: int, scale: int = 1) -> Tensor:
+    """Memory for a result [B, O, scale·H, scale·W] of x's type, channels-last; tracing asks for its shape."""
+    shape = (x.shape[0], bias.shape[0], scale * x.shape[2], scale * x.shape[3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 

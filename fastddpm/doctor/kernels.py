@@ -141,12 +141,18 @@ def check_winograd(device: torch.device) -> str:
 
 def check_amx_conv(device: torch.device) -> str:
     """The matrix unit's convolution likewise; the weights are of its type too."""
-    x, weight, bias, want = _convolution_case(torch.bfloat16)
-    got = amx_conv.amx_conv(x, amx_conv.pack(weight), bias)
-    worst = worst_error(got, want, 2.0**-8 * want.abs() + 2.0**-18, "amx_conv")
-    one = weight[:, :, 1:2, 1:2]
-    got, want = amx_conv.amx_conv(x, amx_conv.pack(one), bias), F.conv2d(x.double(), one.double(), bias.double())
-    worst = max(worst, worst_error(got, want, 2.0**-8 * want.abs() + 2.0**-18, "amx_conv, one tap"))
+    x, weight, bias, _ = _convolution_case(torch.bfloat16)
+    one, sums, worst = weight[:, :, 1:2, 1:2], amx_conv.behind_upsampling(weight), 0.0
+    doubled = F.interpolate(x, scale_factor=2)
+    # Sums of weights are rounded to bfloat16 as well.
+    cases = (("3x3", x, weight, weight, 0.0), ("1x1", x, one, one, 0.0), ("doubled", doubled, weight, sums, 2.0**-8))
+    for what, seen, kernel, given, rounding in cases:
+        seen, kernel, padding = seen.double(), kernel.double(), kernel.shape[2] // 2
+        want = F.conv2d(seen, kernel, bias.double(), padding=padding)
+        size = F.conv2d(seen.abs(), kernel.abs(), padding=padding)
+        got = amx_conv.amx_conv(x, amx_conv.pack(given), bias)
+        allowed = 2.0**-8 * want.abs() + rounding * size + 2.0**-18
+        worst = max(worst, worst_error(got, want, allowed, f"amx_conv, {what}"))
     return _passed(worst, (torch.bfloat16,))
 
 

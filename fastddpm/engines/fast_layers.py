@@ -1,7 +1,7 @@
 """Which of a network's layers run quicker another way here, found out by measuring each.
 
 Convolutions may go by Winograd's algorithm, and attention by two plain matrix products; in bfloat16 both, and linear
-layers, on tiles of a matrix unit.
+layers, on tiles of a matrix unit, where a convolution behind an upsampling does that too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastddpm.kernels import amx_conv, winograd
 from fastddpm.kernels.native import NativeError
-from fastddpm.nets.blocks import Attention
+from fastddpm.nets.blocks import Attention, ResBlock, Upsample
 
 _LEAST_PIXELS = 256
 """Pixels of all pictures together, below which reading Winograd's larger weights costs more than is saved."""
@@ -32,19 +32,21 @@ _DTYPES = (torch.float32, torch.bfloat16)
 class PackedLayer(nn.Module):
     """A 3×3 convolution with stride 1 and padding 1, by Winograd's F(4×4, 3×3) or on tiles of a matrix unit.
 
-    On tiles it may be a 1×1 convolution as well, or a linear layer of rows.
+    On tiles it may be a 1×1 convolution as well, a linear layer of rows, or double the pictures first.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
-        """Take the weights of a layer that `_is_candidate`."""
+    def __init__(self, layer: nn.Conv2d | nn.Linear, behind_upsampling: bool = False) -> None:
+        """Take the weights of a layer that `_is_candidate`; on tiles it takes over an upsampling that it is behind."""
         super().__init__()
         self.tiled = _is_for_tiles(layer)
-        self.register_buffer("packed", amx_conv.pack(layer.weight) if self.tiled else winograd.pack(layer.weight))
+        self.doubles = self.tiled and behind_upsampling
+        weight = amx_conv.behind_upsampling(layer.weight) if self.doubles else layer.weight
+        self.register_buffer("packed", amx_conv.pack(weight) if self.tiled else winograd.pack(weight))
         bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach().float()
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, C, H, W] to [B, O, H, W], or rows [B, N, C] to [B, N, O]."""
+        """Map x [B, C, H, W] to [B, O, H, W], or [B, O, 2H, 2W] if it doubles, or rows [B, N, C] to [B, N, O]."""
         if x.ndim == 3:
             return torch.as_tensor(self(as_pictures(x))).squeeze(3).transpose(1, 2)
         run = amx_conv.amx_conv if self.tiled else winograd.winograd_conv
@@ -122,15 +124,24 @@ def changed_layers(network: nn.Module, names: Sequence[str]) -> nn.Module:
         return network
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     changed = copy.deepcopy(network, shared)
+    upsampled = _behind_upsampling(changed)
     for name in names:
-        changed.set_submodule(name, _other(changed.get_submodule(name)))
+        layer = changed.get_submodule(name)
+        changed.set_submodule(name, _other(layer, id(layer) in upsampled))
     return changed
 
 
-def _other(layer: nn.Module) -> nn.Module:
+def _behind_upsampling(network: nn.Module) -> set[int]:
+    """The ids of the convolutions whose pictures are doubled just before."""
+    modules = list(network.modules())
+    blocks = (m.conv1 for m in modules if isinstance(m, ResBlock) and m.resample == "up")
+    return {id(conv) for conv in (*blocks, *(m.conv for m in modules if isinstance(m, Upsample)))}
+
+
+def _other(layer: nn.Module, behind_upsampling: bool = False) -> nn.Module:
     """The layer that runs the other way."""
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
-        return PackedLayer(layer)
+        return PackedLayer(layer, behind_upsampling)
     other = copy.copy(layer)
     other.otherwise = True  # type: ignore[assignment]
     return other
@@ -187,13 +198,14 @@ def _measure(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> list[Lay
     """Time all layers one after the other, as in a step, so that the weights are as cold as they are there."""
     inputs: dict[tuple[object, ...], Tensor] = {}
     ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
+    upsampled = _behind_upsampling(network)
     for name, shape in shapes.items():
         layer = network.get_submodule(name)
         if isinstance(layer, Attention):
             qkv = _example(inputs, (shape[0], shape[2] * shape[3], 3 * shape[1]), layer.qkv.weight.dtype)
             ways[name] = _both_attentions(layer, qkv)
         elif isinstance(layer, (nn.Conv2d, nn.Linear)):
-            ways[name] = _both_products(layer, _example(inputs, shape, layer.weight.dtype))
+            ways[name] = _both_products(layer, _example(inputs, shape, layer.weight.dtype), id(layer) in upsampled)
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ways}
     start = time.perf_counter()
     with torch.no_grad():
@@ -224,17 +236,20 @@ def _both_attentions(layer: Attention, qkv: Tensor) -> tuple[Callable[[], object
     return lambda: layer.mixed(qkv), lambda: other.mixed(qkv)
 
 
-def _both_products(layer: nn.Conv2d | nn.Linear, x: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
+def _both_products(
+    layer: nn.Conv2d | nn.Linear, x: Tensor, behind_upsampling: bool
+) -> tuple[Callable[[], object], Callable[[], object]]:
     """Both as compiled code calls them: the usual one with weights in the processor's own layout."""
-    other, weight = PackedLayer(layer), layer.weight.detach()
+    other, weight = PackedLayer(layer, behind_upsampling), layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach()
+    before = x[..., ::2, ::2].contiguous(memory_format=torch.channels_last) if other.doubles else x
     if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):  # compilers take both for the same
         rows = x.contiguous() if x.ndim == 3 else x.permute(0, 2, 3, 1)
         rows, weight = rows.reshape(-1, rows.shape[-1]), weight.flatten(1)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(rows))
         product = torch.ops.mkldnn._linear_pointwise
-        return lambda: product(rows, packed, bias, "none", [], ""), other.as_called(x)
+        return lambda: product(rows, packed, bias, "none", [], ""), other.as_called(before)
     same, one = [1, 1], [1, 1]
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, same, one, one, 1, list(x.shape))
     call = torch.ops.mkldnn._convolution_pointwise
-    return lambda: call(x, packed, bias, same, one, one, 1, "none", [], ""), other.as_called(x)
+    return lambda: call(x, packed, bias, same, one, one, 1, "none", [], ""), other.as_called(before)

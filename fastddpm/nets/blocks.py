@@ -73,7 +73,7 @@ class ResBlock(nn.Module):
         """Map x [B, c_in, H, W] with this block's slice of the time projection [B, projection_width]."""
         h = F.silu(self.norm1(x))
         if self.resample is not None:
-            h, x = resample(h, self.resample), resample(x, self.resample)
+            h, x = resample(h, self.resample, self.conv1), resample(x, self.resample)
         h = self.conv1(h)
         projection = projection[:, :, None, None]
         if self.scale_shift:
@@ -89,9 +89,14 @@ def divided(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1.0 else x / scale
 
 
-def resample(x: Tensor, direction: Literal["down", "up"]) -> Tensor:
-    """Halve the resolution of x [B, C, H, W] by averaging, or double it by repetition."""
-    return F.avg_pool2d(x, 2) if direction == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
+def resample(x: Tensor, direction: Literal["down", "up"], before: nn.Module | None = None) -> Tensor:
+    """Halve the resolution of x [B, C, H, W] by averaging, or double it by repetition.
+
+    Not where the convolution that it is done before doubles by itself: see `fastddpm.engines.fast_layers`.
+    """
+    if direction == "down":
+        return F.avg_pool2d(x, 2)
+    return x if getattr(before, "doubles", False) else F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Attention(nn.Module):
@@ -185,7 +190,7 @@ class Upsample(nn.Module):
 
     def before(self, x: Tensor) -> Tensor:
         """What the convolution is fed; without one, the result."""
-        return resample(x, "up")
+        return resample(x, "up", self.conv)
 
 
 class Stage(nn.Module):

@@ -155,7 +155,7 @@ def _res_block(module: nn.Module, h: Pending, rows: _Rows) -> Pending:
     block = cast(ResBlock, module)
     y, x = h.normed(block.norm1), h.total
     if block.resample is not None:
-        y, x = resample(y, block.resample), resample(x, block.resample)
+        y, x = resample(y, block.resample, block.conv1), resample(x, block.resample)
     hidden = _convolved(block.conv1, y)
     y = hidden.normed(block.norm2, rows.take(block), keep=False)
     skip = cast(nn.Module, block.skip)

@@ -9,10 +9,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fastddpm.engines.fast_layers import Layer, PackedLayer, changed_layers, measured_layers
 from fastddpm.kernels import amx_conv, winograd
+from fastddpm.kernels.group_norm_native import native_norms
 from fastddpm.kernels.native import NativeError
 from fastddpm.kernels.winograd import fits
 from fastddpm.nets.blocks import Attention, attention_by_products
-from tests.networks import CONFIG
+from tests.networks import CONFIG, tiny_unet
 
 try:
     fits(32, 32)
@@ -119,6 +120,23 @@ def test_in_bf16_small_maps_too_may_run_on_the_matrix_unit(monkeypatch):
         assert [layer.name for layer in layers] == ["0"] and changed[0].tiled
         assert (changed(x) - net(x).double()).abs().max() <= 2.0**-7 * net(x).abs().max()
         assert not PackedLayer(nn.Conv2d(32, 32, 3, padding=1)).tiled
+
+
+@pytest.mark.skipif(not amx_conv.is_there(), reason="a processor without AMX, or no C compiler")
+@pytest.mark.parametrize(("in_resblock", "name"), [(False, "up.0.resample.conv"), (True, "up.0.resample.conv1")])
+def test_in_bf16_what_is_behind_an_upsampling_may_double_by_itself(monkeypatch, in_resblock, name):
+    net = tiny_unet(channels=(32, 64), norm_groups=8, resblock_updown=in_resblock).cast(torch.bfloat16)
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 20]), torch.tensor([0, 2])
+    monkeypatch.setattr(Layer, "is_quicker", property(lambda self: self.name == name))
+    with torch.no_grad():
+        changed, layers = with_fast_layers(net, lambda network: network(x, t, y))
+        assert {layer.name: layer.shape for layer in layers}[name] == (2, 64, 8, 8)
+        assert [n for n, m in changed.named_modules() if getattr(m, "doubles", False)] == [name]
+        want = net(x, t, y)
+        with native_norms():
+            fused = changed(x, t, y)
+        for got in (changed(x, t, y), fused):
+            assert (got - want.double()).abs().max() <= 2.0**-5 * want.abs().max()
 
 
 class Adapted(nn.Conv2d):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastddpm.kernels.amx_conv import amx_conv, as_called, fits, is_there, pack
+from fastddpm.kernels.amx_conv import amx_conv, as_called, behind_upsampling, fits, is_there, pack
 
 pytestmark = pytest.mark.skipif(not is_there(), reason="a processor without AMX, or no C compiler")
 
@@ -63,10 +63,48 @@ def test_one_tap_is_a_product_with_any_number_of_threads(batch, c_in, c_out, hei
         assert torch.equal(torch.cat(alone), y)
 
 
-def test_a_call_as_compiled_steps_make_it_is_the_same():
+@pytest.mark.parametrize("batch", [1, 2, 7, 8])
+@pytest.mark.parametrize("c_in, c_out", [(32, 32), (96, 64)])
+@pytest.mark.parametrize("height, width", [(1, 1), (4, 4), (7, 7), (8, 8), (16, 16), (5, 3), (3, 32)])
+def test_behind_an_upsampling_with_any_number_of_threads(batch, c_in, c_out, height, width):
+    layer, x = conv(c_in, c_out), pictures(batch, c_in, height, width)
+    layer.weight.copy_(torch.randint(-16, 17, layer.weight.shape))  # the sums of four of them are exact as well
+    layer.weight.div_(64)
+    doubled = nn.functional.interpolate(x.double(), scale_factor=2)
+    exact = nn.functional.conv2d(doubled, layer.weight.double(), layer.bias.double(), padding=1)
+    packed, bias = pack(behind_upsampling(layer.weight)), layer.bias.float()
+    y = amx_conv(x, packed, bias)
+    assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
+    assert ((y - exact).abs() <= allowed(layer, doubled, exact)).all()
+    for threads in (1, 2, 3, 5):
+        assert torch.equal(torch.ops.fastddpm.amx_conv(x, packed, bias, threads), y)
+        alone = [torch.ops.fastddpm.amx_conv(x[i : i + 1], packed, bias, threads) for i in range(batch)]
+        assert torch.equal(torch.cat(alone), y)
+
+
+@pytest.mark.parametrize("batch, channels, size", [(71, 64, 16), (150, 256, 4)], ids=["own", "shared"])
+def test_of_pictures_to_be_doubled_too_more_than_a_cache_holds_take_rounds(batch, channels, size):
+    layer, x = conv(channels, 32), pictures(batch, channels, size, size)
+    packed, bias = pack(behind_upsampling(layer.weight)), layer.bias.float()
+    y = torch.ops.fastddpm.amx_conv(x, packed, bias, 2)
+    for i in range(0, batch, 7):
+        assert torch.equal(y[i : i + 1], torch.ops.fastddpm.amx_conv(x[i : i + 1], packed, bias, 1))
+
+
+def test_weights_behind_an_upsampling_are_sums_made_in_float32():
+    weight = conv(32, 32).weight
+    sums = behind_upsampling(weight)
+    assert sums.dtype == torch.float32 and sums.shape == (128, 32, 2, 2)
+    for i, taps in enumerate(sums.view(2, 2, 32, 32, 4).flatten(0, 1)):
+        assert torch.allclose(taps.sum(-1), weight.float().sum((2, 3)), atol=1e-6), f"phase {i}"
+
+
+@pytest.mark.parametrize("weights_of", [lambda weight: weight, behind_upsampling], ids=["as large", "doubled"])
+def test_a_call_as_compiled_steps_make_it_is_the_same(weights_of):
     layer, x = conv(64, 32), pictures(2, 64, 8, 8)
-    *_, y = as_called(x, pack(layer.weight), layer.bias.float())()
-    assert torch.equal(y, convolved(layer, x))
+    packed, bias = pack(weights_of(layer.weight)), layer.bias.float()
+    *_, y = as_called(x, packed, bias)()
+    assert torch.equal(y, amx_conv(x, packed, bias))
 
 
 @pytest.mark.parametrize("size", [4, 7, 8, 16])
@@ -95,9 +133,9 @@ def test_more_pictures_than_a_cache_holds_take_rounds(batch, c_in, c_out, size, 
 
 def test_other_weights_are_refused():
     x, bias = pictures(1, 64, 4, 4), torch.zeros(32)
-    for packed in (pack(torch.zeros(32, 32, 3, 3)), pack(torch.zeros(64, 64, 3, 3)), pack(torch.zeros(32, 64, 5, 5))):
+    for shape in ((32, 32, 3, 3), (64, 64, 3, 3), (32, 64, 5, 5), (32, 64, 2, 2), (128, 64, 3, 3)):
         with pytest.raises(ValueError, match="with the weights' channels"):
-            amx_conv(x, packed, bias)
+            amx_conv(x, pack(torch.zeros(shape)), bias)
     with pytest.raises(ValueError, match="channels-last"):
         torch.ops.fastddpm.amx_conv(x.contiguous(), pack(torch.zeros(32, 64, 3, 3)), bias, 1)
 
@@ -139,9 +177,10 @@ def test_what_fits():
     assert fits(32, 64) and not fits(48, 64) and not fits(64, 3)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("weights_of", [lambda weight: weight, behind_upsampling], ids=["as large", "doubled"])
+def test_opcheck(weights_of):
     torch.library.opcheck(
         torch.ops.fastddpm.amx_conv.default,
-        (pictures(1, 32, 8, 8), pack(conv(32, 32).weight), torch.zeros(32), 1),
+        (pictures(1, 32, 8, 8), pack(weights_of(conv(32, 32).weight)), torch.zeros(32), 1),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
