@@ -55,12 +55,12 @@ def test_a_compiled_step_in_bf16_runs_on_the_matrix_unit(own_cache, monkeypatch)
     traced, convolve = [], amx_conv.amx_conv
     monkeypatch.setattr(amx_conv, "amx_conv", lambda x, w, b: traced.append(w.shape[2]) or convolve(x, w, b))
     monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))
-    unet = tiny_unet(channels=(32, 64), attention=(False, True))  # its skips and attention's linear layers too
+    unet = tiny_unet(channels=(32, 64), attention=(False, True))  # skips, attention's linear layers, an upsampling too
     spec = dataclasses.replace(SPEC, shape=(1, 16, 16))  # attention has 64 positions
     asked = {"seed": 5, "class_labels": [0, 2, 1], "steps": 3, "output": "raw"}
     sampler = Sampler(unet, NoiseSchedule.linear(40), spec, device="cpu", engine="compiled", precision="bf16")
     got = sampler.sample(3, **asked)
-    assert set(traced) == {1, 9} and sampler.engine.used == "compiled"
+    assert set(traced) == {1, 4, 9} and sampler.engine.used == "compiled"
     assert b"aoti_torch_cpu_amx_attention" in next(iter(cache.packages().values())).read_bytes()
     for module in (amx_conv, amx_attention):
         monkeypatch.setattr(module, "loaded", None)  # what would be called through Python

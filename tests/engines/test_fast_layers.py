@@ -127,10 +127,13 @@ def test_in_bf16_small_maps_too_may_run_on_the_matrix_unit(monkeypatch):
 def test_in_bf16_what_is_behind_an_upsampling_may_double_by_itself(monkeypatch, in_resblock, name):
     net = tiny_unet(channels=(32, 64), norm_groups=8, resblock_updown=in_resblock).cast(torch.bfloat16)
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 20]), torch.tensor([0, 2])
+    called, measured = amx_conv.as_called, []
+    monkeypatch.setattr(amx_conv, "as_called", lambda x, *w: measured.append((w[0].shape[2], x.shape)) or called(x, *w))
     monkeypatch.setattr(Layer, "is_quicker", property(lambda self: self.name == name))
     with torch.no_grad():
         changed, layers = with_fast_layers(net, lambda network: network(x, t, y))
         assert {layer.name: layer.shape for layer in layers}[name] == (2, 64, 8, 8)
+        assert [shape for taps, shape in measured if taps == 4] == [(2, 64, 4, 4)]
         assert [n for n, m in changed.named_modules() if getattr(m, "doubles", False)] == [name]
         want = net(x, t, y)
         with native_norms():
