@@ -68,15 +68,21 @@ static int64_t start_of(const layer *l, int64_t tile) {
     return tile / in_row * l->row * PART + tile % in_row * TILE;
 }
 
-/* The pixel of the G results whose sums a row of a tile holds, or -1; of larger ones the first. */
-static int32_t pixel_of(const layer *l, int64_t tile, int64_t r) {
-    if (l->side == 1) { /* those of the tile before are not stored twice */
-        const int64_t n = least(tile * ROWS, l->W - ROWS) + r;
-        return n < tile * ROWS ? -1 : (int32_t)n;
-    }
-    const int64_t n = tile * ROWS + r, row = l->whole ? l->W * l->G : l->row, y = n / row, x = n % row / l->G;
-    if (x >= l->W || y >= l->H) return -1;
-    return (int32_t)(((n % l->G * l->H + y) * l->W * l->scale + x) * l->scale);
+/* The pixels of the G results whose sums the rows of the tiles hold, or -1; of larger results the first of each four. */
+static void pixels_of(const layer *l, int32_t *to) {
+    int32_t *const end = to + l->tiles * ROWS;
+    for (int64_t y = 0; y < l->H; y++)
+        for (int64_t x = 0; x < (l->whole ? l->W : l->W + 1); x++)
+            for (int64_t g = 0; g < l->G; g++)
+                *to++ = x < l->W ? (int32_t)(((g * l->H + y) * l->W * l->scale + x) * l->scale) : -1;
+    while (to < end) *to++ = -1;
+}
+
+/* With one tap. The last tile does not store again what the one before has stored. */
+static void row_pixels_of(const layer *l, int32_t *to) {
+    const int64_t last = (l->tiles - 1) * ROWS;
+    for (int64_t i = 0; i < last; i++) to[i] = (int32_t)i;
+    for (int64_t n = l->W - ROWS, r = 0; r < ROWS; n++, r++) to[last + r] = n < last ? -1 : (int32_t)n;
 }
 
 static void zeros(const layer *l, uint16_t *to, int64_t positions) {
@@ -224,7 +230,7 @@ static int row_conv(const uint16_t *x, const uint16_t *w, const float *bias, uin
     const int64_t piece = (l.tiles + pieces - 1) / pieces;
     int32_t *pixels = scratch(table + (few ? 2 * ROWS * C : 0));
     if (!pixels) return 1;
-    for (int64_t i = 0; i < ROWS * l.tiles; i++) pixels[i] = pixel_of(&l, i / ROWS, i % ROWS);
+    row_pixels_of(&l, pixels);
     if (few) { /* behind the last pixel nothing may be read */
         uint16_t *whole = (uint16_t *)((char *)pixels + table);
         for (int64_t i = 0; i < ROWS * C; i++) whole[i] = i < N * C ? x[i] : 0;
@@ -267,7 +273,7 @@ int amx_conv(const uint16_t *x, const uint16_t *w, const float *bias, uint16_t *
     int32_t *pixels = scratch(table + 2 * each * (some * threads > shared ? some * threads : shared));
     uint16_t *spread = (uint16_t *)((char *)pixels + table);
     if (!pixels) return 1;
-    for (int64_t i = 0; i < ROWS * l.tiles; i++) pixels[i] = pixel_of(&l, i / ROWS, i % ROWS);
+    pixels_of(&l, pixels);
 #pragma omp parallel num_threads(threads)
     {
         configure_tiles();

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastddpm.kernels import amx_conv, winograd
 from fastddpm.kernels.native import NativeError
+from fastddpm.nets import lucidrains_blocks
 from fastddpm.nets.blocks import Attention, ResBlock, Upsample
 
 _LEAST_PIXELS = 256
@@ -135,7 +136,8 @@ def _behind_upsampling(network: nn.Module) -> set[int]:
     """The ids of the convolutions whose pictures are doubled just before."""
     modules = list(network.modules())
     blocks = (m.conv1 for m in modules if isinstance(m, ResBlock) and m.resample == "up")
-    return {id(conv) for conv in (*blocks, *(m.conv for m in modules if isinstance(m, Upsample)))}
+    others = (m.conv for m in modules if isinstance(m, (Upsample, lucidrains_blocks.Upsample)))
+    return {id(conv) for conv in (*blocks, *others)}
 
 
 def _other(layer: nn.Module, behind_upsampling: bool = False) -> nn.Module:

@@ -17,8 +17,8 @@ from fastddpm.nets.lucidrains_blocks import (
     Fourier,
     ResnetBlock,
     Sinusoids,
+    Upsample,
     downsample,
-    upsample,
 )
 from fastddpm.nets.lucidrains_config import LucidrainsConfig
 from fastddpm.nets.rows import RowNetwork
@@ -63,7 +63,7 @@ class LucidrainsUNet(RowNetwork):
         self.ups = nn.ModuleList()
         for level in reversed(range(levels)):
             c_out, c_in = widths[level : level + 2]
-            change = upsample(c_in, c_out) if level > 0 else nn.Conv2d(c_in, c_out, 3, padding=1)
+            change = Upsample(c_in, c_out) if level > 0 else nn.Conv2d(c_in, c_out, 3, padding=1)
             blocks = [ResnetBlock(config, c_in + c_out, c_in) for _ in range(2)]
             self.ups.append(nn.ModuleList([*blocks, Attention(config, c_in, level), change]))
         self.final_res_block = ResnetBlock(config, 2 * widths[0], widths[0])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastddpm.nets.blocks import resample
 from fastddpm.nets.lucidrains_config import LucidrainsConfig
 
 _MEMORY = 4  # keys and values that an attention has of its own, in all versions that give it any
@@ -155,6 +156,18 @@ def downsample(config: LucidrainsConfig, c_in: int, c_out: int) -> nn.Module:
     return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * c_in, c_out, 1))
 
 
-def upsample(c_in: int, c_out: int) -> nn.Module:
-    """Double the resolution."""
-    return nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(c_in, c_out, 3, padding=1))
+class Upsample(nn.Sequential):
+    """Double the resolution by repetition, followed by a convolution, which has the second place."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        """Make the convolution from `c_in` to `c_out` channels."""
+        super().__init__(nn.Identity(), nn.Conv2d(c_in, c_out, 3, padding=1))
+
+    @property
+    def conv(self) -> nn.Module:
+        """The convolution."""
+        return self[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, c_in, H, W] to [B, c_out, 2H, 2W]."""
+        return torch.as_tensor(self.conv(resample(x, "up", self.conv)))

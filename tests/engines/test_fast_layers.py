@@ -12,6 +12,7 @@ from fastddpm.kernels import amx_conv, winograd
 from fastddpm.kernels.group_norm_native import native_norms
 from fastddpm.kernels.native import NativeError
 from fastddpm.kernels.winograd import fits
+from fastddpm.nets import lucidrains_blocks
 from fastddpm.nets.blocks import Attention, attention_by_products
 from tests.networks import CONFIG, tiny_unet
 
@@ -140,6 +141,19 @@ def test_in_bf16_what_is_behind_an_upsampling_may_double_by_itself(monkeypatch, 
             fused = changed(x, t, y)
         for got in (changed(x, t, y), fused):
             assert (got - want.double()).abs().max() <= 2.0**-5 * want.abs().max()
+
+
+@pytest.mark.skipif(not amx_conv.is_there(), reason="a processor without AMX, or no C compiler")
+def test_so_it_may_in_lucidrains_networks(monkeypatch):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(lucidrains_blocks.Upsample(32, 64)).bfloat16(), torch.randn(2, 32, 8, 8).bfloat16()
+    monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))
+    with torch.no_grad():
+        changed, layers = with_fast_layers(net, lambda network: network(x))
+        assert [(layer.name, layer.shape) for layer in layers] == [("0.1", (2, 32, 16, 16))] and changed[0].conv.doubles
+        got, want = changed(x), net(x)
+        assert got.shape == want.shape == (2, 64, 16, 16)
+        assert (got - want.double()).abs().max() <= 2.0**-6 * want.abs().max()
 
 
 class Adapted(nn.Conv2d):
