@@ -47,7 +47,7 @@ def fits(channels_in: int, channels_out: int) -> bool:
     return channels_in % PART == 0 and channels_out % PART == 0
 
 
-def behind_upsampling(weight: Tensor) -> Tensor:
+def weights_behind_upsampling(weight: Tensor) -> Tensor:
     """The weights of a 3×3 convolution for pictures that have yet to be doubled by repetition.
 
     Pixel 2h of a doubled picture has beside it the pixels h − 1 and h of the picture, pixel 2h + 1 has h and h + 1:
@@ -71,7 +71,7 @@ def pack(weight: Tensor) -> Tensor:
     """The weights of a convolution in the form that `amx_conv` takes.
 
     Args:
-        weight: [O, C, 3, 3] or [O, C, 1, 1], that of a linear layer, [O, C], or one from `behind_upsampling`.
+        weight: [O, C, 3, 3] or [O, C, 1, 1], that of a linear layer, [O, C], or one from `weights_behind_upsampling`.
 
     Returns:
         bfloat16 [O / 16, C / 32, taps, 16, 16, 2]: tiles of 16 pairs of channels by 16 output channels.
@@ -106,15 +106,21 @@ def _amx_conv(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
         raise TypeError(f"amx_conv: x must be bfloat16, the bias float32, got {x.dtype} and {bias.dtype}; convert them")
     (batch, channels, height, width), y = x.shape, _result(x, packed, bias, threads)
     sizes = (batch, height, width, channels, bias.shape[0])
-    blocks = len(bias) // _ROWS * {1: 1, 4: 4, 9: 1}.get(packed.shape[2], 0)
-    check_pictures("amx_conv", x, fits=fits(channels, len(bias)) and packed.shape[:2] == (blocks, channels // PART))
+    blocks = _scale_of(packed) ** 2 * len(bias) // _ROWS, channels // PART
+    of_these = fits(channels, len(bias)) and packed.shape[:2] == blocks
+    check_pictures("amx_conv", x, fits=of_these and packed.shape[2] in (1, 4, 9))
     if loaded().amx_conv(*(tensor.data_ptr() for tensor in (x, packed, bias, y)), *sizes, packed.shape[2], threads):
         raise MemoryError("amx_conv: there must be memory for the pictures spread out, got none")
     return y
 
 
+def _scale_of(packed: Tensor) -> int:
+    """How much larger the result is: four taps are those of `weights_behind_upsampling`."""
+    return 2 if packed.shape[2] == 4 else 1
+
+
 def _result(x: Tensor, packed: Tensor, bias: Tensor, threads: int) -> Tensor:
-    return result_of(x, packed, bias, threads, 2 if packed.shape[2] == 4 else 1)
+    return result_of(x, packed, bias, threads, _scale_of(packed))
 
 
 def as_called(x: Tensor, packed: Tensor, bias: Tensor) -> Callable[[], object]:

@@ -142,7 +142,7 @@ def check_winograd(device: torch.device) -> str:
 def check_amx_conv(device: torch.device) -> str:
     """The matrix unit's convolution likewise; the weights are of its type too."""
     x, weight, bias, _ = _convolution_case(torch.bfloat16)
-    one, sums, worst = weight[:, :, 1:2, 1:2], amx_conv.behind_upsampling(weight), 0.0
+    one, sums, worst = weight[:, :, 1:2, 1:2], amx_conv.weights_behind_upsampling(weight), 0.0
     doubled = F.interpolate(x, scale_factor=2)
     # Sums of weights are rounded to bfloat16 as well.
     cases = (("3x3", x, weight, weight, 0.0), ("1x1", x, one, one, 0.0), ("doubled", doubled, weight, sums, 2.0**-8))

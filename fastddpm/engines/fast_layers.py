@@ -1,7 +1,7 @@
 """Which of a network's layers run quicker another way here, found out by measuring each.
 
 Convolutions may go by Winograd's algorithm, and attention by two plain matrix products; in bfloat16 both, and linear
-layers, on tiles of a matrix unit, where a convolution behind an upsampling does that too.
+layers, on tiles of a matrix unit, where a convolution takes over the upsampling that it is behind.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from fastddpm.kernels import amx_conv, winograd
 from fastddpm.kernels.native import NativeError
-from fastddpm.nets import lucidrains_blocks
-from fastddpm.nets.blocks import Attention, ResBlock, Upsample
+from fastddpm.nets.blocks import Attention
 
 _LEAST_PIXELS = 256
 """Pixels of all pictures together, below which reading Winograd's larger weights costs more than is saved."""
@@ -41,7 +40,7 @@ class PackedLayer(nn.Module):
         super().__init__()
         self.tiled = _is_for_tiles(layer)
         self.doubles = self.tiled and behind_upsampling
-        weight = amx_conv.behind_upsampling(layer.weight) if self.doubles else layer.weight
+        weight = amx_conv.weights_behind_upsampling(layer.weight) if self.doubles else layer.weight
         self.register_buffer("packed", amx_conv.pack(weight) if self.tiled else winograd.pack(weight))
         bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach().float()
         self.register_buffer("bias", bias)
@@ -133,11 +132,8 @@ def changed_layers(network: nn.Module, names: Sequence[str]) -> nn.Module:
 
 
 def _behind_upsampling(network: nn.Module) -> set[int]:
-    """The ids of the convolutions whose pictures are doubled just before."""
-    modules = list(network.modules())
-    blocks = (m.conv1 for m in modules if isinstance(m, ResBlock) and m.resample == "up")
-    others = (m.conv for m in modules if isinstance(m, (Upsample, lucidrains_blocks.Upsample)))
-    return {id(conv) for conv in (*blocks, *others)}
+    """The ids of the convolutions whose pictures are doubled just before, as their blocks tell."""
+    return {id(getattr(module, "upsampled_conv", None)) for module in network.modules()}
 
 
 def _other(layer: nn.Module, behind_upsampling: bool = False) -> nn.Module:
@@ -244,14 +240,14 @@ def _both_products(
     """Both as compiled code calls them: the usual one with weights in the processor's own layout."""
     other, weight = PackedLayer(layer, behind_upsampling), layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach()
-    before = x[..., ::2, ::2].contiguous(memory_format=torch.channels_last) if other.doubles else x
+    ours = other.as_called(x[..., ::2, ::2].contiguous(memory_format=torch.channels_last) if other.doubles else x)
     if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):  # compilers take both for the same
         rows = x.contiguous() if x.ndim == 3 else x.permute(0, 2, 3, 1)
         rows, weight = rows.reshape(-1, rows.shape[-1]), weight.flatten(1)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(rows))
         product = torch.ops.mkldnn._linear_pointwise
-        return lambda: product(rows, packed, bias, "none", [], ""), other.as_called(before)
+        return lambda: product(rows, packed, bias, "none", [], ""), ours
     same, one = [1, 1], [1, 1]
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, same, one, one, 1, list(x.shape))
     call = torch.ops.mkldnn._convolution_pointwise
-    return lambda: call(x, packed, bias, same, one, one, 1, "none", [], ""), other.as_called(before)
+    return lambda: call(x, packed, bias, same, one, one, 1, "none", [], ""), ours

@@ -69,6 +69,11 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
+    @property
+    def upsampled_conv(self) -> nn.Module | None:
+        """The convolution before which pictures are doubled, if they are."""
+        return self.conv1 if self.resample == "up" else None
+
     def forward(self, x: Tensor, projection: Tensor) -> Tensor:
         """Map x [B, c_in, H, W] with this block's slice of the time projection [B, projection_width]."""
         h = F.silu(self.norm1(x))
@@ -183,6 +188,11 @@ class Upsample(nn.Module):
         """Make an upsampler that keeps the number of channels."""
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if config.conv_resample else nn.Identity()
+
+    @property
+    def upsampled_conv(self) -> nn.Module:
+        """The convolution before which pictures are doubled."""
+        return self.conv
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, C, H, W] to [B, C, 2H, 2W]."""

@@ -164,10 +164,10 @@ class Upsample(nn.Sequential):
         super().__init__(nn.Identity(), nn.Conv2d(c_in, c_out, 3, padding=1))
 
     @property
-    def conv(self) -> nn.Module:
-        """The convolution."""
+    def upsampled_conv(self) -> nn.Module:
+        """The convolution before which pictures are doubled."""
         return self[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, c_in, H, W] to [B, c_out, 2H, 2W]."""
-        return torch.as_tensor(self.conv(resample(x, "up", self.conv)))
+        return torch.as_tensor(self.upsampled_conv(resample(x, "up", self.upsampled_conv)))

@@ -150,7 +150,7 @@ def test_so_it_may_in_lucidrains_networks(monkeypatch):
     monkeypatch.setattr(Layer, "is_quicker", property(lambda self: True))
     with torch.no_grad():
         changed, layers = with_fast_layers(net, lambda network: network(x))
-        assert [(layer.name, layer.shape) for layer in layers] == [("0.1", (2, 32, 16, 16))] and changed[0].conv.doubles
+        assert [(layer.name, layer.shape) for layer in layers] == [("0.1", (2, 32, 16, 16))] and changed[0][1].doubles
         got, want = changed(x), net(x)
         assert got.shape == want.shape == (2, 64, 16, 16)
         assert (got - want.double()).abs().max() <= 2.0**-6 * want.abs().max()

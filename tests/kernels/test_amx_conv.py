@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastddpm.kernels.amx_conv import amx_conv, as_called, behind_upsampling, fits, is_there, pack
+from fastddpm.kernels.amx_conv import amx_conv, as_called, fits, is_there, pack, weights_behind_upsampling
 
 pytestmark = pytest.mark.skipif(not is_there(), reason="a processor without AMX, or no C compiler")
 
@@ -72,7 +72,7 @@ def test_behind_an_upsampling_with_any_number_of_threads(batch, c_in, c_out, hei
     layer.weight.div_(64)
     doubled = nn.functional.interpolate(x.double(), scale_factor=2)
     exact = nn.functional.conv2d(doubled, layer.weight.double(), layer.bias.double(), padding=1)
-    packed, bias = pack(behind_upsampling(layer.weight)), layer.bias.float()
+    packed, bias = pack(weights_behind_upsampling(layer.weight)), layer.bias.float()
     y = amx_conv(x, packed, bias)
     assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
     assert ((y - exact).abs() <= allowed(layer, doubled, exact)).all()
@@ -85,7 +85,7 @@ def test_behind_an_upsampling_with_any_number_of_threads(batch, c_in, c_out, hei
 @pytest.mark.parametrize("batch, channels, size", [(71, 64, 16), (150, 256, 4)], ids=["own", "shared"])
 def test_of_pictures_to_be_doubled_too_more_than_a_cache_holds_take_rounds(batch, channels, size):
     layer, x = conv(channels, 32), pictures(batch, channels, size, size)
-    packed, bias = pack(behind_upsampling(layer.weight)), layer.bias.float()
+    packed, bias = pack(weights_behind_upsampling(layer.weight)), layer.bias.float()
     y = torch.ops.fastddpm.amx_conv(x, packed, bias, 2)
     for i in range(0, batch, 7):
         assert torch.equal(y[i : i + 1], torch.ops.fastddpm.amx_conv(x[i : i + 1], packed, bias, 1))
@@ -93,13 +93,13 @@ def test_of_pictures_to_be_doubled_too_more_than_a_cache_holds_take_rounds(batch
 
 def test_weights_behind_an_upsampling_are_sums_made_in_float32():
     weight = conv(32, 32).weight
-    sums = behind_upsampling(weight)
+    sums = weights_behind_upsampling(weight)
     assert sums.dtype == torch.float32 and sums.shape == (128, 32, 2, 2)
     for i, taps in enumerate(sums.view(2, 2, 32, 32, 4).flatten(0, 1)):
         assert torch.allclose(taps.sum(-1), weight.float().sum((2, 3)), atol=1e-6), f"phase {i}"
 
 
-@pytest.mark.parametrize("weights_of", [lambda weight: weight, behind_upsampling], ids=["as large", "doubled"])
+@pytest.mark.parametrize("weights_of", [lambda weight: weight, weights_behind_upsampling], ids=["as large", "doubled"])
 def test_a_call_as_compiled_steps_make_it_is_the_same(weights_of):
     layer, x = conv(64, 32), pictures(2, 64, 8, 8)
     packed, bias = pack(weights_of(layer.weight)), layer.bias.float()
@@ -177,7 +177,7 @@ def test_what_fits():
     assert fits(32, 64) and not fits(48, 64) and not fits(64, 3)
 
 
-@pytest.mark.parametrize("weights_of", [lambda weight: weight, behind_upsampling], ids=["as large", "doubled"])
+@pytest.mark.parametrize("weights_of", [lambda weight: weight, weights_behind_upsampling], ids=["as large", "doubled"])
 def test_opcheck(weights_of):
     torch.library.opcheck(
         torch.ops.fastddpm.amx_conv.default,
